@@ -1,0 +1,89 @@
+"""Arguments from YAML and the command line, read strictly, and users' mistakes as one line with exit status 2."""
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line: what is wrong, where, what to do."""
+
+
+class StrictParser(TrlParser):
+    """`TrlParser` whose every complaint is a [`UserError`] and whose options cannot be abbreviated."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        keys = {action.dest for action in self._actions}
+        for key in config:
+            if key not in keys:
+                raise UserError(f"unknown key `{key}` in the config file{_closest(key, keys)}.")
+        return super().set_defaults_with_config(**config)
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            keys = {action.dest for action in self._actions}
+            raise UserError(f"unknown argument `{unknown[0]}`{_closest(unknown[0].lstrip('-').split('=')[0], keys)}.")
+        return parsed, unknown
+
+
+def _closest(key: str, keys: set[str]) -> str:
+    match = difflib.get_close_matches(key.replace("-", "_"), keys, n=1)
+    return f"; did you mean `{match[0]}`?" if match else "; see --help for every key"
+
+
+def parse_arguments(*dataclass_types: type, description: str | None = None) -> tuple[Any, ...]:
+    """Read `--config FILE.yaml`, then `--key value` overrides, into one instance per dataclass.
+
+    Args:
+        dataclass_types: Dataclasses whose fields, together, are all keys that exist.
+        description: What `--help` opens with; usually the script's `__doc__`.
+
+    Returns:
+        One instance per dataclass, in order.
+
+    Raises:
+        UserError: An unknown key, a missing or malformed config file, or a value the dataclasses refuse.
+    """
+    parser = StrictParser(
+        dataclass_types, description=description, allow_abbrev=False, usage="%(prog)s [--config FILE.yaml] [--key value ...]"
+    )
+    try:
+        return parser.parse_args_and_config()
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {error.filename}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"the config file is not valid YAML: {error}") from error
+    except IndexError as error:
+        raise UserError("--config needs the name of a YAML file") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main`; turn a [`UserError`] or a full disk into one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        _exit_with(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _exit_with(f"the disk is full: {error.filename or 'could not write'}. Free some space and run the same command again.")
+
+
+def _exit_with(message: object) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,1 @@
+"""BuddyGPT: a small Chinese-English language model. Importing this package registers it with transformers' Auto classes."""

@@ -1,0 +1,1 @@
+"""What every recipe shows of a run: samples, loss curve, run card."""
