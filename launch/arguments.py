@@ -55,7 +55,10 @@ def parse_arguments(*dataclass_types: type, description: str | None = None) -> t
         UserError: An unknown key, a missing or malformed config file, or a value the dataclasses refuse.
     """
     parser = StrictParser(
-        dataclass_types, description=description, allow_abbrev=False, usage="%(prog)s [--config FILE.yaml] [--key value ...]"
+        dataclass_types,
+        description=description,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE.yaml] [--key value ...]",
     )
     try:
         return parser.parse_args_and_config()
@@ -80,7 +83,9 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _exit_with(f"the disk is full: {error.filename or 'could not write'}. Free some space and run the same command again.")
+        _exit_with(
+            f"the disk is full: {error.filename or 'could not write'}. Free some space and run the same command again."
+        )
 
 
 def _exit_with(message: object) -> NoReturn:
