@@ -9,8 +9,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest `checkpoint-N` folder that was written to its end, or None where there is none.
 
-    `Trainer` writes `trainer_state.json` after the weights, the optimizer and the scheduler, so a checkpoint whose writing
-    was cut off (power, `kill -9`, a full disk) lacks it or holds half of it, and the one before it is taken.
+    `Trainer` writes `trainer_state.json` after the weights, the optimizer and the scheduler, so a checkpoint whose
+    writing was cut off (power, `kill -9`, a full disk) lacks it or holds half of it, and the one before it is taken.
     """
     checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     for folder in sorted(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True):
