@@ -1,5 +1,6 @@
 """Arguments from YAML and the command line, read strictly, and users' mistakes as one line with exit status 2."""
 
+import argparse
 import difflib
 import errno
 import os
@@ -15,6 +16,10 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line: what is wrong, where, what to do."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of the script's docstring and names every default."""
+
+
 class StrictParser(TrlParser):
     """`TrlParser` whose every complaint is a [`UserError`] and whose options cannot be abbreviated."""
 
@@ -25,15 +30,16 @@ class StrictParser(TrlParser):
         keys = {action.dest for action in self._actions}
         for key in config:
             if key not in keys:
-                raise UserError(f"unknown key `{key}` in the config file{_closest(key, keys)}.")
+                raise UserError(f"unknown key `{key}` in the config file{_closest(key, keys)}")
         return super().set_defaults_with_config(**config)
 
     def parse_known_args(self, args=None, namespace=None):
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            keys = {action.dest for action in self._actions}
-            raise UserError(f"unknown argument `{unknown[0]}`{_closest(unknown[0].lstrip('-').split('=')[0], keys)}.")
-        return parsed, unknown
+        for word in args or ():
+            option = word.split("=")[0]
+            if option.startswith("--") and option not in self._option_string_actions:
+                keys = {action.dest for action in self._actions}
+                raise UserError(f"unknown argument `{option}`{_closest(option.lstrip("-"), keys)}")
+        return super().parse_known_args(args, namespace)
 
 
 def _closest(key: str, keys: set[str]) -> str:
@@ -58,6 +64,7 @@ def parse_arguments(*dataclass_types: type, description: str | None = None) -> t
         dataclass_types,
         description=description,
         allow_abbrev=False,
+        formatter_class=HelpFormatter,
         usage="%(prog)s [--config FILE.yaml] [--key value ...]",
     )
     try:

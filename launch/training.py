@@ -1,0 +1,85 @@
+"""The part all recipes share once their `Trainer` stands: resume, train, evaluate, save, leave a run card."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+from buddygpt.monitor import CurveCallback, SampleCallback, write_run_card
+
+from .arguments import UserError
+from .checkpoints import last_checkpoint, require_causal_lm
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`, whose failure is a [`UserError`]."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read a tokenizer from {name_or_path}: {str(error).splitlines()[0]}") from error
+
+
+def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfig) -> PreTrainedTokenizerBase:
+    """Check the checkpoint a TRL trainer is about to load, hand its loading options over, return its tokenizer.
+
+    TRL loads the model itself, by name, so that ZeRO-3 can shard it while loading.
+
+    Raises:
+        UserError: No checkpoint is named, it is not a causal language model, or its tokenizer has no chat template.
+    """
+    if model_args.model_name_or_path is None:
+        raise UserError("give model_name_or_path: the checkpoint to start from")
+    require_causal_lm(model_args.model_name_or_path, training_args.trust_remote_code)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    if tokenizer.chat_template is None:
+        raise UserError(f"{model_args.model_name_or_path} has no chat template: put a chat_template.jinja into it")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return tokenizer
+
+
+def run_training(trainer: Trainer, prompts: list[Any], run_card: dict[str, Any]) -> None:
+    """Train to the end, from where an earlier call was stopped, and leave a folder the next stage takes.
+
+    `output_dir` receives the weights, config, model code, tokenizer and template, generation config, `loss_curve.png`,
+    `samples.md` and `run.json`. A LoRA run leaves the adapter in `output_dir/adapter` and the merged model in
+    `output_dir`.
+
+    Args:
+        trainer: Ready to train. `args.resume_from_checkpoint` names a checkpoint; by default the newest complete one
+            in `args.output_dir` is taken.
+        prompts: What to sample from at each evaluation: strings, or lists of chat messages.
+        run_card: What the recipe adds to `run.json`: its own arguments and the hash of its data.
+    """
+    args = trainer.args
+    trainer.add_callback(SampleCallback(trainer, prompts))
+    trainer.add_callback(CurveCallback())
+    checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir, trainer.model.config)
+    if checkpoint:
+        trainer.accelerator.print(f"Resuming from {checkpoint}")
+    train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    _save(trainer)
+    if trainer.is_world_process_zero():
+        write_run_card(trainer, {**run_card, "metrics": {**train_metrics, **eval_metrics}})
+    trainer.accelerator.print(f"Saved to {args.output_dir}")
+    trainer.end()
+
+
+def _save(trainer: Trainer) -> None:
+    output_dir = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        trainer.save_model(str(output_dir))
+        return
+    trainer.save_model(str(output_dir / "adapter"))
+    if trainer.is_world_process_zero():
+        merged = model.merge_and_unload()
+        merged.save_pretrained(output_dir)
+        trainer.processing_class.save_pretrained(output_dir)

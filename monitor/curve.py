@@ -1,0 +1,49 @@
+"""`loss_curve.png`: what `Trainer` logged, as a picture that is refreshed at every evaluation."""
+
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from transformers import TrainerCallback
+
+PANELS = {
+    "loss": ("loss", "eval_loss"),
+    "bits per byte": ("bits_per_byte", "eval_bits_per_byte"),
+    "preference accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
+    "learning rate": ("learning_rate",),
+}
+
+
+def plot_history(history: list[dict[str, float]], path: Path) -> None:
+    """Draw one panel per quantity that occurs in `history` (`TrainerState.log_history`) against the step."""
+    panels = {title: keys for title, keys in PANELS.items() if any(key in row for row in history for key in keys)}
+    if not panels:
+        return
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False)
+    for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in history if key in row]
+            style = "o-" if key.startswith("eval_") else "-"
+            axis.plot(*zip(*points, strict=True), style, markersize=3, label=key) if points else None
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.tight_layout()
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+class CurveCallback(TrainerCallback):
+    """Draws `output_dir/loss_curve.png` at every evaluation and at the end."""
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            plot_history(state.log_history, Path(args.output_dir) / "loss_curve.png")
+
+    on_train_end = on_evaluate

@@ -1,0 +1,117 @@
+"""Pretrain a causal language model on token shards, from a config JSON or onward from a checkpoint.
+
+    python data/prepare_pretrain.py --config data/configs/quickstart.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml \\
+        pretrain/pretrain.py --config pretrain/configs/quickstart.yaml
+
+Every option of transformers' `TrainingArguments` is one here, in the YAML or as `--key value`. Runs resume by
+themselves.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+
+import buddygpt  # noqa: F401  registers the model with AutoModel
+from buddygpt.data.token_shards import BlockDataset, TokenShards
+from buddygpt.launch import UserError, parse_arguments, require_causal_lm, run_script
+from buddygpt.launch.training import load_tokenizer, run_training
+
+
+@dataclass
+class PretrainArguments:
+    train_data: str = field(metadata={"help": "Folder of token shards (see data/README.md)."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub name of the tokenizer that made the shards."})
+    eval_data: str | None = field(default=None, metadata={"help": "Folder of held-out token shards."})
+    model_config: str | None = field(default=None, metadata={"help": "Config JSON of a new model."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to continue from instead."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
+    isolate_documents: bool = field(
+        default=False, metadata={"help": "Keep attention inside documents (position ids restart at each)."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "eager, sdpa, flex_attention, flash_attention_2, ... Default: sdpa."},
+    )
+    sample_prompts: list[str] = field(default_factory=list, metadata={"help": "Texts to continue at each evaluation."})
+
+
+class PretrainTrainer(Trainer):
+    """`Trainer` that shows bits per byte beside every loss: nats per token x tokens per byte of text / ln 2."""
+
+    def __init__(self, *args, tokens_per_byte: dict[str, float], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tokens_per_byte = tokens_per_byte
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for split, ratio in self.tokens_per_byte.items():
+            prefix = "" if split == "train" else f"{split}_"
+            if f"{prefix}loss" in logs:
+                logs[f"{prefix}bits_per_byte"] = logs[f"{prefix}loss"] * ratio / math.log(2)
+        super().log(logs, start_time)
+
+
+def load_model(args: PretrainArguments, tokenizer):
+    """A new model from `model_config`, its vocabulary and special tokens the tokenizer's; or the checkpoint."""
+    if (args.model_config is None) == (args.model_name_or_path is None):
+        raise UserError("give one of model_config (a new model) and model_name_or_path (a checkpoint)")
+    if args.model_name_or_path:
+        config = require_causal_lm(args.model_name_or_path)
+        if config.vocab_size < len(tokenizer):
+            raise UserError(
+                f"the tokenizer {args.tokenizer} has {len(tokenizer)} entries, the checkpoint "
+                f"{args.model_name_or_path} only {config.vocab_size}: use the checkpoint's own tokenizer"
+            )
+        return AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, dtype="float32", attn_implementation=args.attn_implementation
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            args.model_config,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the model config {args.model_config}: {error}") from error
+    return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
+
+
+def load_blocks(folder: str, args: PretrainArguments, tokenizer) -> BlockDataset:
+    """Blocks of one shard folder, refused where another tokenizer made them or where they are fewer than one."""
+    TokenShards(folder).check_tokenizer(tokenizer)
+    blocks = BlockDataset(folder, args.block_size, isolate_documents=args.isolate_documents)
+    if not len(blocks):
+        raise UserError(f"{folder} holds less than one block of {args.block_size} tokens: give a smaller block_size")
+    return blocks
+
+
+def main() -> None:
+    args, training_args = parse_arguments(PretrainArguments, TrainingArguments, description=__doc__)
+    set_seed(training_args.seed)
+    tokenizer = load_tokenizer(args.tokenizer)
+    folders = {"train": args.train_data} | ({"eval": args.eval_data} if args.eval_data else {})
+    blocks = {split: load_blocks(folder, args, tokenizer) for split, folder in folders.items()}
+    shards = {split: TokenShards(folder) for split, folder in folders.items()}
+    model = load_model(args, tokenizer)
+    # A base model ends a text with the document separator, a chat model a turn with eos: generation stops at either.
+    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, shards["train"].eos_id})
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    trainer = PretrainTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks.get("eval"),
+        processing_class=tokenizer,
+        tokens_per_byte={split: shard.tokens / shard.text_bytes for split, shard in shards.items()},
+    )
+    run_card = {"recipe": "pretrain", "arguments": vars(args)}
+    run_card["data"] = {split: shard.manifest_sha256 for split, shard in shards.items()}
+    run_training(trainer, args.sample_prompts, run_card)
+
+
+if __name__ == "__main__":
+    run_script(main)

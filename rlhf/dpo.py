@@ -1,0 +1,46 @@
+"""Direct preference optimisation (arXiv:2305.18290) of a chat model, all parameters or LoRA.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml rlhf/dpo.py --config rlhf/configs/quickstart.yaml
+
+Data: rows of `prompt`, `chosen`, `rejected` (make them with data/convert_chat.py). Every option of TRL's `DPOConfig`
+(`--precompute_ref_log_probs true`, `--loss_type ...`) and `ModelConfig` (`--use_peft true ...`) is one here, in the
+YAML or as `--key value`. Runs resume by themselves.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+
+import buddygpt  # noqa: F401  registers the model with AutoModel
+from buddygpt.data.chat_rows import load_preferences
+from buddygpt.launch import parse_arguments, run_script
+from buddygpt.launch.training import prepare_for_trl, run_training
+
+
+@dataclass
+class DPOArguments:
+    train_files: list[str] = field(metadata={"help": "jsonl or parquet files of prompt/chosen/rejected rows."})
+    eval_files: list[str] = field(default_factory=list, metadata={"help": "Held-out rows of the same form."})
+    sample_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Questions to answer at each evaluation."}
+    )
+
+
+def main() -> None:
+    args, training_args, model_args = parse_arguments(DPOArguments, DPOConfig, ModelConfig, description=__doc__)
+    tokenizer = prepare_for_trl(model_args, training_args)
+    trainer = DPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=load_preferences(args.train_files),
+        eval_dataset=load_preferences(args.eval_files) if args.eval_files else None,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    prompts = [[{"role": "user", "content": prompt}] for prompt in args.sample_prompts]
+    run_training(trainer, prompts, {"recipe": "dpo", "arguments": vars(args), "base": model_args.model_name_or_path})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,45 @@
+"""Supervised fine-tuning on chat data: loss on the assistant's words of every turn, all parameters or LoRA.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml sft/sft.py --config sft/configs/quickstart.yaml
+
+Data: rows of `messages` (make them with data/convert_chat.py). Every option of TRL's `SFTConfig` and `ModelConfig`
+(`--use_peft true --lora_r 16 ...`) is one here, in the YAML or as `--key value`. Runs resume by themselves.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+import buddygpt  # noqa: F401  registers the model with AutoModel
+from buddygpt.data.chat_rows import load_messages
+from buddygpt.launch import parse_arguments, run_script
+from buddygpt.launch.training import prepare_for_trl, run_training
+
+
+@dataclass
+class SFTArguments:
+    train_files: list[str] = field(metadata={"help": "jsonl or parquet files of `messages` rows; globs allowed."})
+    eval_files: list[str] = field(default_factory=list, metadata={"help": "Held-out rows of the same form."})
+    sample_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Questions to answer at each evaluation."}
+    )
+
+
+def main() -> None:
+    args, training_args, model_args = parse_arguments(SFTArguments, SFTConfig, ModelConfig, description=__doc__)
+    tokenizer = prepare_for_trl(model_args, training_args)
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=load_messages(args.train_files),
+        eval_dataset=load_messages(args.eval_files) if args.eval_files else None,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    prompts = [[{"role": "user", "content": prompt}] for prompt in args.sample_prompts]
+    run_training(trainer, prompts, {"recipe": "sft", "arguments": vars(args), "base": model_args.model_name_or_path})
+
+
+if __name__ == "__main__":
+    run_script(main)
