@@ -38,7 +38,7 @@ class StrictParser(TrlParser):
             option = word.split("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
                 keys = {action.dest for action in self._actions}
-                raise UserError(f"unknown argument `{option}`{_closest(option.lstrip("-"), keys)}")
+                raise UserError(f"unknown argument `{option}`{_closest(option.lstrip('-'), keys)}")
         return super().parse_known_args(args, namespace)
 
 
