@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import buddygpt  # noqa: F401  registers the model with AutoModel
-from buddygpt.data.token_shards import BlockDataset, TokenShards
+from buddygpt.data.token_shards import MANIFEST, BlockDataset, file_sha256
 from buddygpt.launch import UserError, parse_arguments, require_causal_lm, run_script
 from buddygpt.launch.training import load_tokenizer, run_training
 
@@ -79,12 +79,15 @@ def load_model(args: PretrainArguments, tokenizer):
     return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
 
 
-def load_blocks(folder: str, args: PretrainArguments, tokenizer) -> BlockDataset:
-    """Blocks of one shard folder, refused where another tokenizer made them or where they are fewer than one."""
-    TokenShards(folder).check_tokenizer(tokenizer)
-    blocks = BlockDataset(folder, args.block_size, isolate_documents=args.isolate_documents)
-    if not len(blocks):
-        raise UserError(f"{folder} holds less than one block of {args.block_size} tokens: give a smaller block_size")
+def load_blocks(args: PretrainArguments, tokenizer) -> dict[str, BlockDataset]:
+    """Training blocks and, where there are any, held-out blocks; refused where another tokenizer made them."""
+    folders = {"train": args.train_data} | ({"eval": args.eval_data} if args.eval_data else {})
+    blocks = {
+        split: BlockDataset(folder, args.block_size, isolate_documents=args.isolate_documents)
+        for split, folder in folders.items()
+    }
+    for dataset in blocks.values():
+        dataset.check_tokenizer(tokenizer)
     return blocks
 
 
@@ -92,12 +95,10 @@ def main() -> None:
     args, training_args = parse_arguments(PretrainArguments, TrainingArguments, description=__doc__)
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
-    folders = {"train": args.train_data} | ({"eval": args.eval_data} if args.eval_data else {})
-    blocks = {split: load_blocks(folder, args, tokenizer) for split, folder in folders.items()}
-    shards = {split: TokenShards(folder) for split, folder in folders.items()}
+    blocks = load_blocks(args, tokenizer)
     model = load_model(args, tokenizer)
     # A base model ends a text with the document separator, a chat model a turn with eos: generation stops at either.
-    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, shards["train"].eos_id})
+    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, blocks["train"].eos_id})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
     trainer = PretrainTrainer(
@@ -106,10 +107,10 @@ def main() -> None:
         train_dataset=blocks["train"],
         eval_dataset=blocks.get("eval"),
         processing_class=tokenizer,
-        tokens_per_byte={split: shard.tokens / shard.text_bytes for split, shard in shards.items()},
+        tokens_per_byte={split: dataset.tokens / dataset.text_bytes for split, dataset in blocks.items()},
     )
-    run_card = {"recipe": "pretrain", "arguments": vars(args)}
-    run_card["data"] = {split: shard.manifest_sha256 for split, shard in shards.items()}
+    manifests = {split: file_sha256(dataset.folder / MANIFEST) for split, dataset in blocks.items()}
+    run_card = {"recipe": "pretrain", "arguments": vars(args), "manifest_sha256": manifests}
     run_training(trainer, args.sample_prompts, run_card)
 
 
