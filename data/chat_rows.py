@@ -53,7 +53,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise UserError(f"{path}:{number}: the row is not an object but {type(row).__name__}")
             yield number, row
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number + 1}: not valid UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        line = number + 1 + error.object[: error.start].count(b"\n")
+        raise UserError(f"{path}:{line}: not valid UTF-8 ({error.reason}); convert the file to UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{number + error.lineno}: not valid JSON: {error.msg}, column {error.colno}"

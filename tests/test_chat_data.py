@@ -222,6 +222,8 @@ def test_the_held_out_split_is_stable_and_keeps_one_question_on_one_side(tmp_pat
         (b'{"instruction": "q", "output": "a"}\n\n', r"a.jsonl:2: not valid JSON"),
         (b'{"instruction": "q", "output": "a"}\n"text"\n', r"a.jsonl:2: the row is not an object but str"),
         (b'{"instruction": "\xff", "output": "a"}\n', r"a.jsonl:1: not valid UTF-8"),
+        (b'[{"instruction": "q"},\n{"instruction": "\xff"}]', r"a.jsonl:2: not valid UTF-8"),
+        (b'[{"instruction": "q"},\n{"instruction": ]', r"a.jsonl:2: not valid JSON"),
         (b'{"text": "q"}\n', r"a.jsonl:1: fits no schema; its keys: text. Give --schema, one of: alpaca"),
         (b'{"prompt": "q", "response": "a", "messages": []}\n', r"fits several schemas \(messages, prompt_response\)"),
         (
