@@ -2,17 +2,17 @@
 
     python data/sample/make_sample.py --output outputs/sample
 
-writes pretraining text, conversations, preference pairs, free-form questions and a multiple-choice exam; README.md
-beside this file lists them. The same seed gives the same bytes on every machine. Questions from `heldout` templates go
-only into the evaluation files (`sft_eval`, `preference_eval`, `qa_test`, `exam/`), all others only into training files.
+README.md lists the files it writes. The same seed gives the same bytes on every machine. Questions from `heldout`
+templates go only into the evaluation files, questions from all other templates only into the training files.
 """
 
 import csv
 import io
+import itertools
 import json
 import random
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -22,19 +22,10 @@ import yaml
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 HERE = Path(__file__).resolve().parent
-ANSWERED_QUESTIONS = 5  # per fact, in pretraining text; the conversations ask with every training template
-DEV_QUESTIONS, VAL_QUESTIONS, TEST_QUESTIONS = 5, 4, 22  # per subject, at most
-QA_QUESTIONS, SFT_EVAL_QUESTIONS, PREFERENCE_EVAL_PAIRS = 20, 12, 15  # per subject, at most
-EVASIONS = {
-    "zh": ("我不知道。", "这个问题很有意思，值得大家一起想一想。", "对不起，我没有办法回答。"),
-    "en": ("I do not know.", "That is an interesting question to think about.", "Sorry, I cannot answer that."),
-}
-HELDOUT_EVASIONS = {
-    "zh": ("我不太清楚。", "这很难说，要看具体的情况。"),
-    "en": ("I am not sure.", "That is hard to say, it depends."),
-}
-
-Record = dict[str, object]
+EXAM_COLUMNS = ("id", "question", "A", "B", "C", "D", "answer")
+EXAM_SPLITS = {"dev": 5, "val": 4, "test": 22}  # questions per subject, at most
+SFT_EVAL_ROWS, PREFERENCE_EVAL_ROWS, QA_TEST_ROWS = 12, 15, 20  # per subject, at most
+ANSWERED_QUESTIONS = 5  # per fact, in the pretraining text; the conversations use every training template
 
 
 @dataclass
@@ -45,279 +36,217 @@ class SampleArguments:
 
 @dataclass(frozen=True)
 class Relation:
-    """One direction of one kind of fact: how it is told, how it is asked, and how it is asked only in evaluation."""
+    """How one column of a table is told and asked; the other columns its templates name are the key."""
 
-    subject: str
-    language: str
     answer: str
     statements: tuple[str, ...]
     questions: tuple[str, ...]
     heldout: tuple[str, ...]
     follow_up: str
-    rows: tuple[dict[str, str], ...]
-
-    def facts(self) -> list["Fact"]:
-        columns = {self.answer, *_columns(self.questions[0])}
-        return [Fact(self, row) for row in self.rows if columns <= row.keys()]
-
-
-@dataclass(frozen=True, eq=False)
-class Fact:
-    relation: Relation
-    row: dict[str, str]
-
-    @property
-    def answer(self) -> str:
-        return self.row[self.relation.answer]
-
-    def ask(self, template: str) -> str:
-        return template.format(**self.row)
-
-    def wrong_answers(self) -> list[str]:
-        """Other values of the same column, in the table's order."""
-        column = [row[self.relation.answer] for row in self.relation.rows if self.relation.answer in row]
-        return [value for value in dict.fromkeys(column) if value != self.answer]
 
 
 @dataclass(frozen=True)
 class Table:
+    """One subject. A row lacks the columns whose cell is `~`, and templates that name them pass over it."""
+
     subject: str
     language: str
     rows: tuple[dict[str, str], ...]
     passages: tuple[str, ...]
     relations: tuple[Relation, ...]
 
-    def facts(self) -> list[Fact]:
-        return [fact for relation in self.relations for fact in relation.facts()]
+    def facts(self) -> list["Fact"]:
+        pairs = itertools.product(self.relations, self.rows)
+        return [Fact(self, r, row) for r, row in pairs if {r.answer, *columns_of(r.follow_up)} <= row.keys()]
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    table: Table
+    relation: Relation
+    row: dict[str, str]
+
+    def ask(self, template: str) -> tuple[str, str]:
+        """The question and its answer."""
+        return template.format(**self.row), self.row[self.relation.answer]
+
+    def wrong_answers(self) -> list[str]:
+        """The other values of the answer's column, in the table's order."""
+        column = [row[self.relation.answer] for row in self.table.rows if self.relation.answer in row]
+        return [value for value in dict.fromkeys(column) if value != self.row[self.relation.answer]]
 
 
 def load_table(path: Path) -> Table:
-    """Read one subject. A cell `~` is unknown: templates that need it pass over its row.
+    """Read one subject.
 
     Raises:
         UserError: A missing or unknown key, a row of another length than `columns`, or a template naming no column.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        rows = tuple(
-            {column: str(cell) for column, cell in zip(raw["columns"], row, strict=True) if cell is not None}
-            for row in raw["rows"]
-        )
-        common = {"subject": path.stem, "language": raw["language"], "rows": rows}
-        relations = tuple(
-            Relation(**common, **{key: _lines(value) if "\n" in value else value for key, value in relation.items()})
-            for relation in raw["relations"]
-        )
-        table = Table(**common, passages=_lines(raw["passages"]), relations=relations)
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a table of facts: {error}. Compare it with the tables beside it.") from error
-    templates = [
-        *table.passages,
-        *(t for r in relations for t in (*r.statements, *r.questions, *r.heldout, r.follow_up)),
-    ]
-    for template in templates:
-        if unknown := _columns(template) - set(raw["columns"]):
-            raise UserError(f"{path}: template `{template}` names {sorted(unknown)}; columns are {raw['columns']}.")
+        columns = raw.pop("columns")
+        rows, entries = raw.pop("rows"), raw.pop("relations")
+        rows = tuple({c: str(cell) for c, cell in zip(columns, row, strict=True) if cell is not None} for row in rows)
+        relations = tuple(Relation(**{k: lines(v) if "\n" in v else v for k, v in e.items()}) for e in entries)
+        passages = lines(raw.pop("passages"))
+        table = Table(subject=path.stem, rows=rows, relations=relations, passages=passages, **raw)
+    except (KeyError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not a table of facts: {error!r}. Compare it with the tables beside it.") from error
+    told = [t for r in relations for t in (*r.statements, *r.questions, *r.heldout, r.follow_up)]
+    for template in (*passages, *told):
+        if unknown := columns_of(template) - set(columns):
+            raise UserError(f"{path}: template `{template}` names {sorted(unknown)}; the columns are {columns}.")
     return table
 
 
-def load_tables() -> list[Table]:
-    return [load_table(path) for path in sorted((HERE / "tables").glob("*.yaml"))]
+def lines(block: str) -> tuple[str, ...]:
+    return tuple(block.strip().split("\n"))
 
 
-def pretraining_text(tables: list[Table], seed: int) -> list[Record]:
+def columns_of(template: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+
+
+def pretraining_text(tables: list[Table], seed: int) -> list[dict]:
     """Documents of one subject each: a few sentences, or a few answered questions."""
     documents = []
     for table in tables:
         rng = random.Random(f"{seed}/pretrain/{table.subject}")
         told = [(table.passages, row) for row in table.rows]
         told += [(fact.relation.statements, fact.row) for fact in table.facts()]
-        sentences = [t.format(**row) for templates, row in told for t in templates if _columns(t) <= row.keys()]
-        form = "问：{}\n答：{}" if table.language == "zh" else "Q: {}\nA: {}"
-        answered = [
-            form.format(fact.ask(template), fact.answer)
-            for fact in table.facts()
-            for template in rng.sample(fact.relation.questions, ANSWERED_QUESTIONS)
-        ]
-        documents += _documents(sentences, "" if table.language == "zh" else " ", rng)
-        documents += _documents(answered, "\n", rng)
-    random.Random(f"{seed}/pretrain").shuffle(documents)
-    return [{"text": text} for text in documents]
+        sentences = [t.format(**row) for templates, row in told for t in templates if columns_of(t) <= row.keys()]
+        asked = [(fact, t) for fact in table.facts() for t in rng.sample(fact.relation.questions, ANSWERED_QUESTIONS)]
+        form, space = ("问：{}\n答：{}", "") if table.language == "zh" else ("Q: {}\nA: {}", " ")
+        documents += join_some(sentences, space, rng)
+        documents += join_some([form.format(*fact.ask(template)) for fact, template in asked], "\n", rng)
+    return [{"text": text} for text in random.Random(f"{seed}/pretrain").sample(documents, len(documents))]
 
 
-def training_conversations(tables: list[Table], conversations: dict, seed: int) -> list[Record]:
-    """Every fact under every training template, dialogues of two or three facts, system prompts, and identity."""
+def join_some(pieces: list[str], separator: str, rng: random.Random) -> Iterator[str]:
+    """Shuffle, then join two to six at a time."""
+    remaining = iter(rng.sample(pieces, len(pieces)))
+    while some := list(itertools.islice(remaining, rng.randint(2, 6))):
+        yield separator.join(some)
+
+
+def training_conversations(tables: list[Table], conversations: dict, seed: int) -> list[dict]:
+    """Every fact under every training template, dialogues of two or three facts, system prompts, and small talk."""
     rng = random.Random(f"{seed}/sft_train")
-    turns = []
+    rows = []
     for table in tables:
-        system = _lines(conversations[table.language]["system"])
-        for relation in table.relations:
-            facts = relation.facts()
-            asked = [(fact, template) for fact in facts for template in relation.questions]
-            turns += [_chat((fact.ask(template), fact.answer)) for fact, template in asked]
+        systems = lines(conversations[table.language]["system"])
+        for relation, group in itertools.groupby(table.facts(), key=lambda fact: fact.relation):
+            facts = list(group)
+            rows += [chat(fact.ask(template)) for fact in facts for template in relation.questions]
             for fact in facts:
                 others = rng.sample([other for other in facts if other is not fact], rng.randint(1, 2))
-                turns.append(
-                    _chat(
-                        (fact.ask(rng.choice(relation.questions)), fact.answer),
-                        *((other.ask(relation.follow_up), other.answer) for other in others),
-                    )
-                )
-            fact = rng.choice(facts)
-            turns += [_chat((fact.ask(rng.choice(relation.questions)), fact.answer), system=text) for text in system]
-    facts = [fact for table in tables for fact in table.facts()]
+                follow_ups = [other.ask(relation.follow_up) for other in others]
+                first = fact.ask(rng.choice(relation.questions))
+                rows.append(chat(first, *follow_ups, system=rng.choice((None, *systems))))
     for language, block in conversations.items():
-        own = [fact for fact in facts if fact.relation.language == language]
-        for question, answer in _talk(block, "questions"):
-            fact = rng.choice(own)
-            after = (fact.ask(rng.choice(fact.relation.questions)), fact.answer)
-            turns += [_chat((question, answer)), _chat((question, answer), after), _chat(after, (question, answer))]
-            turns += [_chat((question, answer), system=text) for text in _lines(block["system"])]
-    rng.shuffle(turns)
-    return turns
+        facts = [fact for table in tables if table.language == language for fact in table.facts()]
+        for talk in small_talk(block, "questions"):
+            fact = rng.choice(facts)
+            asked = fact.ask(rng.choice(fact.relation.questions))
+            rows += [chat(talk, asked), chat(asked, talk)]
+            rows += [chat(talk, system=system) for system in (None, *lines(block["system"]))]
+    return rng.sample(rows, len(rows))
 
 
-def evaluation_conversations(tables: list[Table], conversations: dict, seed: int) -> list[Record]:
-    talk = [_chat(turn) for block in conversations.values() for turn in _talk(block, "heldout")]
-    rows = _heldout_questions(tables, SFT_EVAL_QUESTIONS, f"{seed}/sft_eval")
-    return talk + [_chat((question, fact.answer)) for fact, question in rows]
+def evaluation_conversations(tables: list[Table], conversations: dict, seed: int) -> list[dict]:
+    asked = heldout_questions(tables, SFT_EVAL_ROWS, random.Random(f"{seed}/sft_eval"))
+    talk = [turn for block in conversations.values() for turn in small_talk(block, "heldout")]
+    return [chat(turn) for turn in talk + [fact.ask(template) for fact, template in asked]]
 
 
-def training_preferences(tables: list[Table], seed: int) -> list[Record]:
-    """Two pairs a fact: the right answer against a wrong, a repetitive or an evasive one, in equal shares."""
-    rng = random.Random(f"{seed}/preference_train")
-    asked = [
-        (fact, fact.ask(template))
-        for table in tables
-        for fact in table.facts()
-        for template in rng.sample(fact.relation.questions, 2)
-    ]
-    return _preferences(asked, EVASIONS, slice(1, None), rng)
+def small_talk(block: dict, templates: str) -> list[tuple[str, str]]:
+    return [(question, entry["answer"]) for entry in block["talk"] for question in lines(entry[templates])]
 
 
-def evaluation_preferences(tables: list[Table], seed: int) -> list[Record]:
-    """Held-out questions, evasions and wrong values; a fact's wrong value here is never its wrong value in training."""
-    rng = random.Random(f"{seed}/preference_eval")
-    asked = _heldout_questions(tables, PREFERENCE_EVAL_PAIRS, f"{seed}/preference_eval")
-    return _preferences(asked, HELDOUT_EVASIONS, slice(0, 1), rng)
-
-
-def free_form_questions(tables: list[Table], seed: int) -> list[Record]:
-    return [
-        {
-            "question": question,
-            "answer": fact.answer,
-            "subject": fact.relation.subject,
-            "language": fact.relation.language,
-        }
-        for fact, question in _heldout_questions(tables, QA_QUESTIONS, f"{seed}/qa_test")
-    ]
-
-
-def exam(table: Table, seed: int) -> dict[str, list[Record]]:
-    """Multiple choice on one subject; a fact is asked in one split only. Columns as in C-Eval."""
-    rng = random.Random(f"{seed}/exam/{table.subject}")
-    facts = iter(rng.sample(table.facts(), len(table.facts())))
-    splits = {}
-    for split, size in (("dev", DEV_QUESTIONS), ("val", VAL_QUESTIONS), ("test", TEST_QUESTIONS)):
-        chosen = [fact for _, fact in zip(range(size), facts, strict=False)]
-        letters = list("ABCD" * (len(chosen) // 4 + 1))
-        letters = rng.sample(letters[: len(chosen)], len(chosen))
-        splits[split] = [
-            _exam_row(i, fact, letter, rng) for i, (fact, letter) in enumerate(zip(chosen, letters, strict=True))
-        ]
-    return splits
-
-
-def build_files(tables: list[Table], conversations: dict, seed: int) -> dict[str, str]:
-    """The whole sample as relative path -> text."""
-    files = {
-        "pretrain.jsonl": _jsonl(pretraining_text(tables, seed)),
-        "sft_train.jsonl": _jsonl(training_conversations(tables, conversations, seed)),
-        "sft_eval.jsonl": _jsonl(evaluation_conversations(tables, conversations, seed)),
-        "preference_train.jsonl": _jsonl(training_preferences(tables, seed)),
-        "preference_eval.jsonl": _jsonl(evaluation_preferences(tables, seed)),
-        "qa_test.jsonl": _jsonl(free_form_questions(tables, seed)),
-    }
-    for table in tables:
-        for split, rows in exam(table, seed).items():
-            files[f"exam/{split}/{table.subject}.csv"] = _csv(rows)
-    return files
-
-
-def _lines(block: str) -> tuple[str, ...]:
-    return tuple(block.strip().split("\n"))
-
-
-def _columns(template: str) -> set[str]:
-    return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-
-
-def _documents(pieces: list[str], separator: str, rng: random.Random) -> Iterator[str]:
-    pieces = rng.sample(pieces, len(pieces))
-    while pieces:
-        size = rng.randint(2, 6)
-        yield separator.join(pieces[:size])
-        pieces = pieces[size:]
-
-
-def _chat(*turns: tuple[str, str], system: str | None = None) -> Record:
+def chat(*turns: tuple[str, str], system: str | None = None) -> dict:
     messages = [{"role": "system", "content": system}] if system else []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
-def _talk(block: dict, templates: str) -> list[tuple[str, str]]:
-    return [(question, entry["answer"]) for entry in block["talk"] for question in _lines(entry[templates])]
+def heldout_questions(tables: list[Table], limit: int, rng: random.Random) -> list[tuple[Fact, str]]:
+    """Up to `limit` facts a subject, each with one of its held-out templates."""
+    pools = [table.facts() for table in tables]
+    chosen = [fact for facts in pools for fact in rng.sample(facts, min(limit, len(facts)))]
+    return [(fact, rng.choice(fact.relation.heldout)) for fact in chosen]
 
 
-def _heldout_questions(tables: list[Table], limit: int, seed: str) -> list[tuple[Fact, str]]:
-    rows = []
-    for table in tables:
-        rng = random.Random(f"{seed}/{table.subject}")
-        facts = rng.sample(table.facts(), len(table.facts()))[:limit]
-        rows += [(fact, fact.ask(rng.choice(fact.relation.heldout))) for fact in facts]
-    return rows
+def preference_pairs(tables: list[Table], conversations: dict, seed: int, heldout: bool) -> list[dict]:
+    """The right answer against, in turn, a wrong, a repetitive and an evasive one; for training, two pairs a fact.
 
-
-def _preferences(asked: list[tuple[Fact, str]], evasions: dict, wrong: slice, rng: random.Random) -> list[Record]:
-    """Pairs whose rejected answer is in turn wrong (one of `values[wrong]`), repetitive, evasive."""
+    Held-out pairs have questions, evasions, and for each fact wrong values, that no training pair has.
+    """
+    rng = random.Random(f"{seed}/preference_{'eval' if heldout else 'train'}")
+    asked = heldout_questions(tables, PREFERENCE_EVAL_ROWS, rng)
+    if not heldout:
+        facts = [fact for table in tables for fact in table.facts()]
+        asked = [(fact, template) for fact in facts for template in rng.sample(fact.relation.questions, 2)]
     pairs = []
-    for i, (fact, question) in enumerate(rng.sample(asked, len(asked))):
-        values = fact.wrong_answers()
-        start = fact.relation.rows.index(fact.row)  # so that the value kept for evaluation differs from fact to fact
-        values = values[start % len(values) :] + values[: start % len(values)]
-        space = "" if fact.relation.language == "zh" else " "
-        rejected = (
-            rng.choice(values[wrong]),
-            space.join([fact.answer] * rng.randint(4, 7)),
-            rng.choice(evasions[fact.relation.language]),
-        )[i % 3]
-        messages = [
-            [{"role": role, "content": text}]
-            for role, text in (("user", question), ("assistant", fact.answer), ("assistant", rejected))
-        ]
-        pairs.append(dict(zip(("prompt", "chosen", "rejected"), messages, strict=True)))
+    for i, (fact, template) in enumerate(rng.sample(asked, len(asked))):
+        question, answer = fact.ask(template)
+        block = conversations[fact.table.language]
+        wrong = rng.choice(fact.wrong_answers()[int(heldout) :: 2])
+        repetitive = ("" if fact.table.language == "zh" else " ").join([answer] * rng.randint(4, 7))
+        evasive = rng.choice(lines(block["heldout_evasions" if heldout else "evasions"]))
+        user, chosen = chat((question, answer))["messages"]
+        rejected = {"role": "assistant", "content": (wrong, repetitive, evasive)[i % 3]}
+        pairs.append({"prompt": [user], "chosen": [chosen], "rejected": [rejected]})
     return pairs
 
 
-def _exam_row(index: int, fact: Fact, letter: str, rng: random.Random) -> Record:
-    options = rng.sample(fact.wrong_answers(), 3)
-    options.insert("ABCD".index(letter), fact.answer)
-    question = fact.ask(rng.choice(fact.relation.heldout))
-    return {"id": index, "question": question, **dict(zip("ABCD", options, strict=True)), "answer": letter}
+def free_form_questions(tables: list[Table], seed: int) -> list[dict]:
+    asked = heldout_questions(tables, QA_TEST_ROWS, random.Random(f"{seed}/qa_test"))
+    rows = [(*fact.ask(template), fact.table.subject, fact.table.language) for fact, template in asked]
+    return [dict(zip(("question", "answer", "subject", "language"), row, strict=True)) for row in rows]
 
 
-def _jsonl(records: Iterable[Record]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def exam(table: Table, seed: int) -> dict[str, list[dict]]:
+    """Multiple choice on one subject, split by split, in C-Eval's columns; a fact is asked in one split only."""
+    rng = random.Random(f"{seed}/exam/{table.subject}")
+    facts = iter(rng.sample(table.facts(), len(table.facts())))
+    splits = {split: [] for split in EXAM_SPLITS}
+    for split, rows in splits.items():
+        chosen = list(itertools.islice(facts, EXAM_SPLITS[split]))
+        first = rng.randrange(4)
+        places = rng.sample([(first + i) % 4 for i in range(len(chosen))], len(chosen))
+        for fact, place in zip(chosen, places, strict=True):
+            question, answer = fact.ask(rng.choice(fact.relation.heldout))
+            options = rng.sample(fact.wrong_answers(), 3)
+            options.insert(place, answer)
+            rows.append(dict(zip(EXAM_COLUMNS, (len(rows), question, *options, "ABCD"[place]), strict=True)))
+    return splits
 
 
-def _csv(rows: list[Record]) -> str:
+def build_files(tables: list[Table], conversations: dict, seed: int) -> dict[str, str]:
+    """The whole sample, as relative path -> text."""
+    jsonl = {
+        "pretrain": pretraining_text(tables, seed),
+        "sft_train": training_conversations(tables, conversations, seed),
+        "sft_eval": evaluation_conversations(tables, conversations, seed),
+        "preference_train": preference_pairs(tables, conversations, seed, heldout=False),
+        "preference_eval": preference_pairs(tables, conversations, seed, heldout=True),
+        "qa_test": free_form_questions(tables, seed),
+    }
+    files = {}
+    for name, rows in jsonl.items():
+        files[f"{name}.jsonl"] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    exams = [exam(table, seed) for table in tables]
+    for split in EXAM_SPLITS:
+        files |= {f"exam/{split}/{t.subject}.csv": csv_text(e[split]) for t, e in zip(tables, exams, strict=True)}
+    return files
+
+
+def csv_text(records: list[dict]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["id", "question", *"ABCD", "answer"], lineterminator="\n")
+    writer = csv.DictWriter(text, EXAM_COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(records)
     return text.getvalue()
 
 
@@ -327,12 +256,12 @@ def write_files(files: dict[str, str], output: Path) -> bool:
     Raises:
         UserError: `output` is a file, or a folder that holds anything but a sample.
     """
-    if output.exists() and not output.is_dir():
+    if output.is_file():
         raise UserError(f"--output {output} is a file; name a folder.")
-    present = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
+    present = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
     if foreign := sorted(present.keys() - files.keys()):
         raise UserError(f"--output {output} holds {foreign[0]}, no part of the sample; name another folder.")
-    if present.keys() == files.keys() and all(present[n].read_bytes() == t.encode() for n, t in files.items()):
+    if present == {name: text.encode() for name, text in files.items()}:
         return False
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -346,28 +275,24 @@ def write_files(files: dict[str, str], output: Path) -> bool:
 
 
 def summary(files: dict[str, str]) -> str:
-    """Rows, bytes and the Chinese share of the bytes for each file; the exam's files are added up by split."""
-    groups: dict[str, list[str]] = {}
-    for name, text in files.items():
-        rows = text.split("\n")[1 if name.endswith(".csv") else 0 : -1]
-        groups.setdefault(name.rsplit("/", 1)[0] if "/" in name else name, []).extend(rows)
-    lines = [f"{'file':<24}{'rows':>8}{'bytes':>10}{'Chinese':>9}"]
-    for name, rows in groups.items():
-        sizes = [(len(row.encode()) + 1, not row.isascii()) for row in rows]
-        total = sum(size for size, _ in sizes)
-        lines.append(f"{name:<24}{len(rows):>8}{total:>10}{sum(s for s, zh in sizes if zh) / total:>9.0%}")
-    return "\n".join(lines)
+    """Rows, bytes and the Chinese share of the bytes, file by file; the exam's files are added up by split."""
+    table = [f"{'file':<24}{'rows':>8}{'bytes':>10}{'Chinese':>9}"]
+    for name, group in itertools.groupby(files, key=lambda name: name.rpartition("/")[0] or name):
+        rows = [row + "\n" for file in group for row in files[file].split("\n")[file.endswith(".csv") : -1]]
+        size = len("".join(rows).encode())
+        chinese = len("".join(row for row in rows if not row.isascii()).encode())
+        table.append(f"{name:<24}{len(rows):>8}{size:>10}{chinese / size:>9.0%}")
+    return "\n".join(table)
 
 
 def main() -> None:
     (args,) = parse_arguments(SampleArguments, description=__doc__)
-    tables = load_tables()
+    tables = [load_table(path) for path in sorted((HERE / "tables").glob("*.yaml"))]
     conversations = yaml.safe_load((HERE / "conversations.yaml").read_text(encoding="utf-8"))
     files = build_files(tables, conversations, args.seed)
-    written = write_files(files, Path(args.output))
-    print(summary(files))
+    place = "written to" if write_files(files, Path(args.output)) else "already in"
     facts = sum(len(table.facts()) for table in tables)
-    print(f"{facts} facts of {len(tables)} subjects, {'written to' if written else 'already in'} {args.output}")
+    print(f"{summary(files)}\n{facts} facts of {len(tables)} subjects, {place} {args.output}")
 
 
 if __name__ == "__main__":
