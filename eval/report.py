@@ -159,15 +159,16 @@ def report(scores: Scores, runs: dict[str, list[Run]]) -> str:
     for task in overall:
         subjects = [name for name in tasks if name.startswith(f"{task}/")]
         if subjects:
-            lines += ["", f"## {task} by subject", "", *_table("subject", subjects, scores)]
+            lines += ["", f"## {task} by subject", "", *_table("subject", subjects, scores, first_metric_only=True)]
     lines += ["", "## Checkpoints", "", *_checkpoints(runs)]
     return "\n".join(lines) + "\n"
 
 
-def _table(head: str, tasks: list[str], scores: Scores) -> list[str]:
+def _table(head: str, tasks: list[str], scores: Scores, first_metric_only: bool = False) -> list[str]:
     lines = [f"| {head} | metric | n | chance | {' | '.join(scores)} |", "|---|---|--:|--:|" + "--:|" * len(scores)]
     for task in tasks:
-        for metric in dict.fromkeys(metric for tasks in scores.values() for metric in tasks.get(task, {})):
+        metrics = list(dict.fromkeys(metric for measured in scores.values() for metric in measured.get(task, {})))
+        for metric in metrics[:1] if first_metric_only else metrics:
             row = [of_checkpoint.get(task, {}).get(metric) for of_checkpoint in scores.values()]
             n = "/".join(dict.fromkeys(str(score["n"]) for score in row if score))
             chance = next((f"{score['chance']:.1%}" for score in row if score and score["chance"]), "")
@@ -194,7 +195,7 @@ def _checkpoints(runs: dict[str, list[Run]]) -> list[str]:
             limit = "none" if config["limit"] is None else f"first {config['limit']:g}"
             folder = config["model_args"]["pretrained"]
             lines.append(f"| {name} | {folder} | {prompts} | {limit} | {results['lm_eval_version']} |")
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def plot(scores: Scores, path: Path) -> None:

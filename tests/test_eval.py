@@ -170,7 +170,12 @@ def test_pairs_are_compared_to_their_end_and_after_every_turn(evaluated, model, 
         expected = [loglikelihood(model, tokenizer, prompt, choice + "<|im_end|>") for choice in row["doc"]["choices"]]
         assert [float(response[0][0]) for response in row["resps"]] == pytest.approx(expected, abs=1e-3)
     assert [row["acc"] for row in rows[:7]] == [1, 1, 1, 1, 1, 1, 0]
-    assert scores(evaluated)["chat"]["sample_pairs"]["acc"]["chance"] == 0.5
+    measured = scores(evaluated)["chat"]
+    assert measured["sample_pairs"]["acc"]["chance"] == 0.5
+    longer, not_longer = (
+        measured[f"sample_pairs/{kind}"]["acc"]["n"] for kind in ("rejected_longer", "rejected_not_longer")
+    )
+    assert (longer, not_longer) == (7, 1)  # "10" against "狗" is longer too
 
 
 def test_bits_per_byte_equal_a_hand_computation_over_windows_that_begin_after_the_separator(

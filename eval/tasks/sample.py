@@ -64,17 +64,22 @@ def questions(sample_dir: str | None = None, **_) -> dict[str, Dataset]:
 
 
 def pairs(sample_dir: str | None = None, **_) -> dict[str, Dataset]:
-    """Held-out preference pairs; rows: prompt (messages), choices (chosen, rejected), label (always 0)."""
-    path = _named("sample_dir", sample_dir) / "preference_eval.jsonl"
-    rows = _rows(path, "prompt", "chosen", "rejected")
-    kept = [
-        {
-            "prompt": [{key: message[key] for key in ("role", "content")} for message in row["prompt"]],
-            "choices": [row[side][-1]["content"] for side in ("chosen", "rejected")],
-            "label": 0,
-        }
-        for row in rows
-    ]
+    """Held-out preference pairs; rows: prompt (messages), choices (chosen, rejected), label (always 0), subject.
+
+    A longer answer is less likely even to a model that knows nothing, so whether the rejected one is longer is kept as
+    the subject: only where it is not, a coin gets half of them.
+    """
+    kept = []
+    for row in _rows(_named("sample_dir", sample_dir) / "preference_eval.jsonl", "prompt", "chosen", "rejected"):
+        chosen, rejected = (row[side][-1]["content"] for side in ("chosen", "rejected"))
+        kept.append(
+            {
+                "prompt": [{key: message[key] for key in ("role", "content")} for message in row["prompt"]],
+                "choices": [chosen, rejected],
+                "label": 0,
+                "subject": "rejected_longer" if len(rejected) > len(chosen) else "rejected_not_longer",
+            }
+        )
     return {"test": Dataset.from_list(kept)}
 
 
