@@ -26,6 +26,7 @@ EXAM_COLUMNS = ("id", "question", "A", "B", "C", "D", "answer")
 EXAM_SPLITS = {"dev": 5, "val": 4, "test": 22}  # questions per subject, at most
 SFT_EVAL_ROWS, PREFERENCE_EVAL_ROWS, QA_TEST_ROWS = 12, 15, 20  # per subject, at most
 ANSWERED_QUESTIONS = 5  # per fact, in the pretraining text; the conversations use every training template
+ARRANGEMENTS = 4  # with one, a model learns the order of the documents by heart instead of the facts
 
 
 @dataclass
@@ -108,10 +109,10 @@ def columns_of(template: str) -> set[str]:
 
 
 def pretraining_text(tables: list[Table], seed: int) -> list[dict]:
-    """Documents of one subject each: a few sentences, or a few answered questions."""
+    """Documents of one subject each: a few sentences, or a few answered questions; all told in several arrangements."""
     documents = []
-    for table in tables:
-        rng = random.Random(f"{seed}/pretrain/{table.subject}")
+    for table, arrangement in itertools.product(tables, range(ARRANGEMENTS)):
+        rng = random.Random(f"{seed}/pretrain/{table.subject}/{arrangement}")
         told = [(table.passages, row) for row in table.rows]
         told += [(fact.relation.statements, fact.row) for fact in table.facts()]
         sentences = [t.format(**row) for templates, row in told for t in templates if columns_of(t) <= row.keys()]
