@@ -1,0 +1,502 @@
+"""Text to token shards: read, clean, hold out, tokenise, with a manifest of everything that was done.
+
+    python data/prepare_pretrain.py --config data/configs/quickstart.yaml
+
+Reads `.jsonl`, `.json` (an array, or lines), `.parquet`, `.csv` and `.txt` files, each also as `.gz`, and writes
+
+    OUT/train/       token files for pretraining (see buddygpt.data.token_shards)
+    OUT/eval/        the same for the held-out documents
+    OUT/eval.jsonl   the held-out documents as text, for bits per byte
+
+The work is done in OUT.partial and renamed at its end: a killed run goes on where it stopped, by input file.
+"""
+
+import codecs
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datatrove.data import Document
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.tokens import DocumentTokenizer
+from datatrove.pipeline.writers import JsonlWriter
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, file_sha256, tokenizer_fingerprint
+from buddygpt.launch import UserError, parse_arguments, run_script
+
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+MANY_BLANK_LINES = re.compile("\n(?:[ \t\u3000]*\n){3,}")
+csv.field_size_limit(sys.maxsize)  # the default refuses documents above 128 kB
+logger.disable("datatrove")  # it would print a traceback above every one-line error
+
+
+class Row(NamedTuple):
+    """One row of an input file: its text, or what is wrong with it."""
+
+    number: int  # the line, or the row where a file has no lines, from 1
+    text: str
+    error: str = ""
+
+
+def find_files(patterns: list[str]) -> list[Path]:
+    """Return the files that names and globs stand for, each once, sorted within a pattern.
+
+    Raises:
+        UserError: A pattern that no file matches.
+    """
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+        if not found:
+            raise UserError(f"no file matches `{pattern}`")
+        files.update(dict.fromkeys(found))
+    return list(files)
+
+
+def progress_bar(files: list[Path], **options: Any) -> tqdm:
+    """Return a bar over the bytes of the files, for [`read_rows`] to move."""
+    return tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, **options)
+
+
+def read_rows(path: Path, text_key: list[str], bar: tqdm, txt_sample_by: str = "document") -> Iterator[Row]:
+    """Yield every row of a file, bad ones too, holding one row (parquet: one batch) in memory.
+
+    Args:
+        path: A .jsonl, .json (an array, or lines), .parquet, .csv or .txt file; all but parquet also as .gz.
+        text_key: The first of these columns that a row has is its text.
+        bar: A [`progress_bar`].
+        txt_sample_by: Whether a .txt file is one `document` or has one document a `line`.
+
+    Raises:
+        UserError: The file is of another type, has no such column, or cannot be read on.
+    """
+    read_txt = {"document": read_document, "line": read_lines}[txt_sample_by]
+    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv, ".txt": read_txt}
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in readers:
+        raise UserError(f"{path}: unknown type `{suffix}`; use one of {', '.join(readers)}")
+    start, number = bar.n, 0
+    try:
+        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
+            if stream.peek(3)[:3] == codecs.BOM_UTF8:
+                stream.read(3)
+            for number, text, error in readers[suffix](stream, text_key):
+                bar.update(start + raw.tell() - bar.n)
+                yield Row(number, text, error)
+    except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, csv.Error) as error:
+        raise UserError(f"{path}{f':{number}' if number else ''}: cannot be read: {error}") from error
+
+
+def read_jsonl(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            yield Row(number, "")
+            continue
+        try:
+            yield text_of(number, orjson.loads(line), text_key)
+        except orjson.JSONDecodeError as error:
+            yield Row(number, "", f"not valid JSON: {error.msg}, column {error.colno}")
+
+
+def read_json(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
+    if not stream.peek(1).lstrip().startswith(b"["):
+        yield from read_jsonl(stream, text_key)
+        return
+    for number, row in enumerate(orjson.loads(stream.read()), start=1):
+        yield text_of(number, row, text_key)
+
+
+def read_parquet(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
+    with pq.ParquetFile(stream) as file:
+        column = find_column(file.schema_arrow.names, text_key)
+        values = (value for batch in file.iter_batches(batch_size=256, columns=[column]) for value in batch.column(0))
+        for number, value in enumerate(values, start=1):
+            try:
+                yield text_of(number, {column: value.as_py()}, text_key)
+            except UnicodeDecodeError:
+                yield Row(number, "", "not valid UTF-8")
+
+
+def read_csv(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
+    rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline=""), strict=True)
+    column = find_column(rows.fieldnames or [], text_key)
+    for row in rows:
+        if row[column] is None:
+            yield Row(rows.line_num, "", f"the row ends before column `{column}`")
+        else:
+            yield decode(rows.line_num, row[column].encode("utf-8", "surrogateescape"))
+
+
+def read_lines(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
+    for number, line in enumerate(stream, start=1):
+        yield decode(number, line)
+
+
+def read_document(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
+    yield decode(1, stream.read())
+
+
+def decode(number: int, data: bytes) -> Row:
+    try:
+        return Row(number, data.decode())
+    except UnicodeDecodeError as error:
+        return Row(number + data.count(b"\n", 0, error.start), "", f"not valid UTF-8 ({error.reason})")
+
+
+def find_column(names: list[str], text_key: list[str]) -> str:
+    found = [key for key in text_key if key in names]
+    if not found:
+        raise ValueError(f"no column `{'` or `'.join(text_key)}`; there are: {', '.join(names)}")
+    return found[0]
+
+
+def text_of(number: int, row: Any, text_key: list[str]) -> Row:
+    if not isinstance(row, dict):
+        return Row(number, "", f"the row is no object but {type(row).__name__}")
+    try:
+        column = find_column(list(row), text_key)
+    except ValueError as error:
+        return Row(number, "", str(error))
+    if isinstance(row[column], str | None):
+        return Row(number, row[column] or "")
+    return Row(number, "", f"column `{column}` holds {type(row[column]).__name__}, not text")
+
+
+def clean(text: str) -> str:
+    """Return the text with \\n line ends, no control characters, at most two blank lines on end, and bare ends.
+
+    Full-width punctuation and everything else that can be seen stays as it is (no NFC, no NFKC).
+    """
+    text = CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return MANY_BLANK_LINES.sub("\n\n\n", text).strip()
+
+
+@dataclass
+class PretrainDataArguments:
+    """What to read, how to clean it, and where the shards go."""
+
+    sources: list[str] = field(metadata={"help": "Files or globs of text."})
+    tokenizer: str = field(metadata={"help": "A tokenizer folder."})
+    output: str = field(metadata={"help": "The folder to make."})
+    text_key: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "Columns; the first that a row has is its text."}
+    )
+    txt_sample_by: Literal["document", "line"] = field(
+        default="document", metadata={"help": "A .txt file is one document, or has one on every line."}
+    )
+    document_separator: str = field(
+        default="<|endoftext|>", metadata={"help": "The token written after every document."}
+    )
+    min_chars: int = field(default=1, metadata={"help": "Shorter documents are dropped and counted."})
+    eval_fraction: float = field(
+        default=0.0, metadata={"help": "Share of documents held out, chosen by a hash of their text."}
+    )
+    shuffle_seed: int | None = field(
+        default=42, metadata={"help": "Shuffles the documents inside each shard; null keeps their order."}
+    )
+    on_bad_row: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "A row that cannot be read stops the run, or is named and counted."}
+    )
+    tasks: int | None = field(
+        default=None, metadata={"help": "Shards to make, each of whole input files; null: one an input file."}
+    )
+    workers: int = field(default=1, metadata={"help": "Processes, each busy with one shard at a time."})
+    batch_size: int = field(default=64, metadata={"help": "Documents tokenised at once, which bounds the memory."})
+
+    def __post_init__(self) -> None:
+        for key in ("sources", "text_key"):
+            if isinstance(getattr(self, key), str):
+                setattr(self, key, [getattr(self, key)])
+        for key, allowed in {"txt_sample_by": ("document", "line"), "on_bad_row": ("stop", "skip")}.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} is `{getattr(self, key)}`; use {' or '.join(allowed)}")
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction is {self.eval_fraction}; use a number from 0 to below 1")
+        for key in ("tasks", "workers", "batch_size"):
+            if getattr(self, key) is not None and getattr(self, key) < 1:
+                raise ValueError(f"{key} is {getattr(self, key)}; use at least 1")
+
+
+class TextReader(PipelineStep):
+    """Reads every n-th file. datatrove's own readers log rows that they cannot read and go on without them."""
+
+    type, name = "READER", "text"
+
+    def __init__(self, files: list[Path], args: PretrainDataArguments) -> None:
+        super().__init__()
+        self.files, self.args = files, args
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        files = self.files[rank::world_size]
+        position = rank % self.args.workers
+        with progress_bar(files, desc=f"shard {rank + 1}/{world_size}", position=position, leave=False) as bar:
+            for file in files:
+                for row in read_rows(file, self.args.text_key, bar, self.args.txt_sample_by):
+                    self.stat_update("read")
+                    if not row.error:
+                        yield Document(row.text, id=f"{file}:{row.number}", metadata={"source": str(file)})
+                    elif self.args.on_bad_row == "skip":
+                        self.stat_update("dropped_bad_row")
+                        tqdm.write(f"skipped {file}:{row.number}: {row.error}", file=sys.stderr)
+                    else:
+                        raise UserError(f"{file}:{row.number}: {row.error}. Mend it, or set `on_bad_row: skip`.")
+
+
+class Cleaner(BaseFilter):
+    """Cleans the text and drops what is empty or too short then."""
+
+    name = "clean"
+
+    def __init__(self, min_chars: int) -> None:
+        super().__init__()
+        self.min_chars = min_chars
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        doc.text = clean(doc.text)
+        if len(doc.text) < self.min_chars or not doc.text:
+            return False, "too_short" if doc.text else "empty"
+        return True
+
+
+class HoldOut(BaseFilter):
+    """Sets documents aside by a hash of their text: the same ones in any order, and copies all on one side."""
+
+    name = "hold out"
+
+    def __init__(self, fraction: float, folder: Path) -> None:
+        super().__init__(exclusion_writer=JsonlWriter(str(folder), compression=None, adapter=held_out_row))
+        self.fraction = fraction
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        digest = hashlib.sha256(doc.text.encode()).digest()
+        return int.from_bytes(digest[:8], "big") >= self.fraction * 2**64 or (False, "held_out")
+
+
+def held_out_row(writer: JsonlWriter, document: Document) -> dict[str, str]:
+    return {"text": document.text, "source": document.metadata["source"]}
+
+
+class ShardWriter(DocumentTokenizer):
+    """Writes ids and counts bytes of text. Nothing that stands in a text becomes a special token."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        tokenizer = super().tokenizer
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    @cached_property
+    def token_size(self) -> int:
+        return token_dtype(self.tokenizer.get_vocab()).itemsize
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
+        super().run(self._counted(data), rank, world_size)
+
+    def _counted(self, data: Iterator[Document]) -> Iterator[Document]:
+        for document in data:
+            self.stat_update("written")
+            self.stat_update("text_bytes", value=len(document.text.encode()))
+            yield document
+
+
+def token_dtype(vocabulary: dict[str, int]) -> np.dtype:
+    """Return the smallest type that holds every id; datatrove goes by their number, which gaps make too small."""
+    return np.dtype("<u2" if max(vocabulary.values()) <= np.iinfo(np.uint16).max else "<u4")
+
+
+def load_tokenizer(folder: str, separator: str) -> PreTrainedTokenizerBase:
+    if not Path(folder).is_dir():
+        raise UserError(f"tokenizer: no such folder: {folder}. Make one with tokenizer/train_tokenizer.py")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: {folder} cannot be read: {error}") from error
+    if separator not in tokenizer.get_vocab():
+        raise UserError(f"document_separator: `{separator}` is no token of {folder}. Name one that is")
+    return tokenizer
+
+
+def raw_text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the tokenizer's JSON with every token that its chat template writes marked as special.
+
+    Text never encodes to special tokens here; Qwen's `<tool_call>` is one in all but name.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] |= token["content"] in str(tokenizer.chat_template)
+    return json.dumps(state, ensure_ascii=False)
+
+
+def make_plan(args: PretrainDataArguments, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return everything that the shards depend on: two equal plans make equal shards."""
+    config = {key: value for key, value in asdict(args).items() if key not in ("output", "workers", "batch_size")}
+    hashes = tqdm(files, desc="hashing the input", leave=False)
+    inputs = [{"file": str(file), "bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in hashes]
+    return {"config": config, "inputs": inputs, "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
+
+
+def is_made_already(output: Path, plan: dict[str, Any]) -> bool:
+    """Whether `output` exists, made from this plan; UserError where it is anything else."""
+    if not output.exists():
+        return False
+    try:
+        manifest = json.loads((output / "train" / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{output} exists and is no folder of shards; choose another `output`") from error
+    changed = [key for key in plan["config"] if manifest["config"].get(key) != plan["config"][key]]
+    changed += [key for key in ("inputs", "tokenizer_sha256") if manifest[key] != plan[key]]
+    if changed:
+        raise UserError(f"{output} was made with other {', '.join(changed)}. Delete it, or choose another `output`.")
+    return True
+
+
+def open_work_folder(work: Path, plan: dict[str, Any]) -> None:
+    """Make the folder, or keep it where a run of the same plan was stopped: its finished shards are not made again."""
+    text = json.dumps(plan, indent=2, ensure_ascii=False)
+    if (work / "plan.json").is_file() and (work / "plan.json").read_text(encoding="utf-8") == text:
+        print(f"going on in {work}")
+        return
+    if work.exists():
+        print(f"{work} was left by a run of another config: starting afresh")
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    (work / "plan.json").write_text(text, encoding="utf-8")
+
+
+def write_shards(split: str, files: list[Path], filters: list[BaseFilter], tasks: int, args: Any, work: Path) -> None:
+    """Run the files through the filters and into `work/split`, one token file a task."""
+    writer = ShardWriter(
+        output_folder=str(work / split),
+        tokenizer_name_or_path=str(work / "tokenizer.json"),
+        eos_token=args.document_separator,
+        save_final_metadata=False,
+        batch_size=args.batch_size,
+        seed=args.shuffle_seed,
+        shuffle_documents=args.shuffle_seed is not None,
+    )
+    steps = [TextReader(files, args), *filters, writer]
+    # Its log folder also says which tasks are done. It is safe to keep because the work folder belongs to one plan.
+    LocalPipelineExecutor(steps, tasks, min(args.workers, tasks), logging_dir=str(work / "logs" / split)).run()
+
+
+def read_counts(stats: Path) -> Counter:
+    """Return the sums of one task's counters over its steps."""
+    counts: Counter = Counter()
+    for step in json.loads(stats.read_text(encoding="utf-8")):
+        for label, value in step["stats"].items():
+            counts[label] += value["total"] if isinstance(value, dict) else value
+    return counts
+
+
+def write_manifest(
+    split: str, files: list[Path], plan: dict[str, Any], tokenizer: PreTrainedTokenizerBase, work: Path
+) -> dict[str, Any]:
+    """Describe the token files of `work/split` and remove those that stayed empty; return the manifest."""
+    folder, counts = work / split, [read_counts(path) for path in sorted((work / "logs" / split).glob("stats/*.json"))]
+    shards = []
+    for rank, count in enumerate(counts):
+        (file,) = folder.glob(f"{rank:05d}_*.ds")
+        if count["written"]:
+            sizes = {"tokens": count["tokens"], "documents": count["written"], "text_bytes": count["text_bytes"]}
+            sources = [str(path) for path in files[rank :: len(counts)]]
+            shards.append({"file": file.name, **sizes, "sha256": file_sha256(file), "sources": sources})
+        else:
+            file.unlink()
+            file.with_name(f"{file.name}.index").unlink()
+    total = sum(counts, Counter())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": plan["config"]["tokenizer"],
+        "tokenizer_sha256": plan["tokenizer_sha256"],
+        "vocab_size": len(tokenizer),
+        "dtype": token_dtype(tokenizer.get_vocab()).name,
+        "separator": plan["config"]["document_separator"],
+        "eos_id": tokenizer.convert_tokens_to_ids(plan["config"]["document_separator"]),
+        **{key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")},
+        "cleaning": {key: n for key, n in total.items() if key in ("read", "written") or key.startswith("dropped_")},
+        "shards": shards,
+        "inputs": plan["inputs"],
+        "config": plan["config"],
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+    return manifest
+
+
+def make_shards(
+    args: PretrainDataArguments, files: list[Path], plan: dict, tokenizer: PreTrainedTokenizerBase, work: Path
+) -> None:
+    """Fill the work folder: train/, and eval/ with eval.jsonl where documents are held out."""
+    (work / "tokenizer.json").write_text(raw_text_tokenizer(tokenizer), encoding="utf-8")
+    filters = [Cleaner(args.min_chars), HoldOut(args.eval_fraction, work / "held_out")]
+    write_shards("train", files, filters, min(args.tasks or len(files), len(files)), args, work)
+    train = write_manifest("train", files, plan, tokenizer, work)
+    if not train["shards"]:
+        raise UserError(f"no document is left to train on ({train['cleaning']}); see min_chars and eval_fraction")
+    if not args.eval_fraction:
+        return
+    with open(work / "eval.jsonl", "wb") as merged:
+        for part in sorted((work / "held_out").glob("*.jsonl")):
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, merged)
+    if not (work / "eval.jsonl").stat().st_size:
+        raise UserError(
+            f"eval_fraction {args.eval_fraction} holds out none of {train['documents']} documents; raise it"
+        )
+    held_out = replace(args, text_key=["text"])
+    write_shards("eval", [work / "eval.jsonl"], [], 1, held_out, work)
+    write_manifest("eval", files, plan, tokenizer, work)
+
+
+def main() -> None:
+    (args,) = parse_arguments(PretrainDataArguments, description=__doc__)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", str(args.workers == 1).lower())
+    files = find_files(args.sources)
+    tokenizer = load_tokenizer(args.tokenizer, args.document_separator)
+    plan = make_plan(args, files, tokenizer)
+    output = Path(args.output)
+    if is_made_already(output, plan):
+        print(f"{output} was already made from this config and these files")
+        return
+    work = output.with_name(f"{output.name}.partial")
+    open_work_folder(work, plan)
+    make_shards(args, files, plan, tokenizer, work)
+    for leftover in ("logs", "held_out"):
+        shutil.rmtree(work / leftover, ignore_errors=True)
+    for leftover in ("tokenizer.json", "plan.json"):
+        (work / leftover).unlink()
+    work.rename(output)
+    for manifest in sorted(output.glob(f"*/{MANIFEST}")):
+        made = json.loads(manifest.read_text(encoding="utf-8"))
+        print(f"{manifest.parent}: {made['documents']:,} documents, {made['tokens']:,} tokens; {made['cleaning']}")
+
+
+if __name__ == "__main__":
+    # Classes of __main__ would be pickled by value, locks and all, and the worker processes would hang.
+    from buddygpt.data import prepare_pretrain
+
+    run_script(prepare_pretrain.main)

@@ -1,0 +1,181 @@
+"""Pretraining data on disk: a folder of token files with a manifest, and the blocks a model is trained on.
+
+A shard is a datatrove token file: `NAME.ds` holds token ids one after another (little-endian uint16 or uint32), a
+separator after every document, and `NAME.ds.index` the end of every document in tokens (uint64). `manifest.json`
+says what is in the folder and what it was made from; data/prepare_pretrain.py writes it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from buddygpt.launch import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+REMEDY = "Make the shards again with data/prepare_pretrain.py."
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what two tokenizers share exactly when text means the same ids to both.
+
+    It is the sha256 of the vocabulary, the merges and the added tokens with their ids, whatever file or format they
+    were read from.
+
+    Raises:
+        UserError: The tokenizer has no `tokenizers` backend.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: only tokenizers with a `tokenizers` backend are supported")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    added = [[token["id"], token["content"]] for token in state["added_tokens"]]
+    content = [model["vocab"], model.get("merges"), added]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class TokenShards:
+    """A folder of token files, checked against its manifest.
+
+    Args:
+        folder: What data/prepare_pretrain.py wrote: `OUT/train` or `OUT/eval`.
+
+    Raises:
+        UserError: The manifest is missing, unreadable or of another version, or a shard is missing or cut short.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest()
+        self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        for shard in self.shards:
+            self._check_size(shard["file"], shard["tokens"] * self.dtype.itemsize)
+            self._check_size(shard["file"] + ".index", shard["documents"] * 8)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.folder} is no folder of token shards: it has no {MANIFEST}. {REMEDY}") from error
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}. {REMEDY}") from error
+        if manifest.get("format_version") != FORMAT_VERSION:
+            found = manifest.get("format_version")
+            raise UserError(f"{path}: format_version is {found}, this code reads {FORMAT_VERSION}. {REMEDY}")
+        return manifest
+
+    def _check_size(self, name: str, expected: int) -> None:
+        path = self.folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing, though {MANIFEST} names it. {REMEDY}")
+        if path.stat().st_size != expected:
+            size = path.stat().st_size
+            raise UserError(f"{path} holds {size} bytes where {MANIFEST} promises {expected}. {REMEDY}")
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the separator that ends every document."""
+        return self.manifest["eos_id"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards, separators included."""
+        return self.manifest["tokens"]
+
+    @property
+    def documents(self) -> int:
+        """Documents in all shards."""
+        return self.manifest["documents"]
+
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the documents' text: what bits per byte are counted over."""
+        return self.manifest["text_bytes"]
+
+    def verify(self) -> None:
+        """Read every shard again; UserError where its sha256 is not the manifest's."""
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            if file_sha256(path) != shard["sha256"]:
+                raise UserError(f"{path} was changed: its sha256 is not the one in {MANIFEST}. {REMEDY}")
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise UserError where the shards were not made with this tokenizer."""
+        given, made = tokenizer_fingerprint(tokenizer), self.manifest["tokenizer_sha256"]
+        if given != made:
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path} ({given[:12]}) is not the one that {self.folder} was made with, "
+                f"{self.manifest['tokenizer']} ({made[:12]}). Use that one, or make the shards again with this one."
+            )
+
+
+class BlockDataset(TokenShards, Dataset):
+    """Blocks of `block_size` tokens, cut from the shards as if they were one file; what is left at the end is dropped.
+
+    A block is read from disk when it is asked for, and nothing but that block: opening costs the same for any size of
+    data, workers share no state, and block `i` is the same in every run.
+
+    Args:
+        folder: A folder of token shards.
+        block_size: Tokens in a block.
+        isolate_documents: Add `position_ids` that begin again at 0 after every separator, from which attention is
+            kept inside documents.
+
+    Raises:
+        UserError: As [`TokenShards`], or the shards hold less than one block.
+    """
+
+    def __init__(self, folder: str | Path, block_size: int, isolate_documents: bool = False) -> None:
+        super().__init__(folder)
+        self.block_size = block_size
+        self.isolate_documents = isolate_documents
+        self._ends = np.cumsum([shard["tokens"] for shard in self.shards])
+        if len(self) == 0:
+            raise UserError(f"{folder} holds {self.tokens} tokens, less than one block of {block_size}; add text")
+
+    def __len__(self) -> int:
+        return self.tokens // self.block_size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `labels` (the same), and `position_ids` if asked for: int64, (block_size,)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        tokens = self._read(index * self.block_size, self.block_size)
+        input_ids = torch.from_numpy(tokens.astype(np.int64))
+        block = {"input_ids": input_ids, "labels": input_ids.clone()}
+        if self.isolate_documents:
+            block["position_ids"] = self._positions(input_ids)
+        return block
+
+    def _read(self, start: int, count: int) -> np.ndarray:
+        pieces = []
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while count:
+            begin = start - (self._ends[shard] - self.shards[shard]["tokens"])
+            size = min(count, int(self._ends[shard]) - start)
+            path = self.folder / self.shards[shard]["file"]
+            pieces.append(np.fromfile(path, self.dtype, size, offset=int(begin) * self.dtype.itemsize))
+            start, count, shard = start + size, count - size, shard + 1
+        return np.concatenate(pieces)
+
+    def _positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        index = torch.arange(self.block_size)
+        is_first = torch.cat([torch.tensor([True]), input_ids[:-1] == self.eos_id])
+        return index - torch.where(is_first, index, 0).cummax(0).values
