@@ -3,22 +3,10 @@
 # Every stage is the script and the launch line of a real run; only the YAML is small.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
 OUT=outputs/quickstart
-# One thread per core up to four: a model this small gains nothing from more.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) < 4 ? $(nproc) : 4))}
-export TOKENIZERS_PARALLELISM=false
-mkdir -p $OUT
-: > $OUT/seconds.tsv
-
-stage() { # stage NAME COMMAND...: run it and note how long it took
-    local name=$1 start=$SECONDS
-    shift
-    echo "=== $name: $*"
-    "$@"
-    printf '%s\t%s\n' "$name" $((SECONDS - start)) >> $OUT/seconds.tsv
-}
-recipe() { accelerate launch --config_file accelerate_configs/cpu.yaml "$@"; }
+# One thread a core, up to four: a model this small gains nothing from more.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) < 4 ? $(nproc) : 4))} TOKENIZERS_PARALLELISM=false
+. runs/stages.sh
 
 stage sample    python data/sample/make_sample.py --output $OUT/sample
 stage tokenizer python tokenizer/train_tokenizer.py --config tokenizer/configs/quickstart.yaml
@@ -27,7 +15,8 @@ stage pretrain  recipe pretrain/pretrain.py --config pretrain/configs/quickstart
 stage sft       recipe sft/sft.py --config sft/configs/quickstart.yaml
 stage dpo       recipe rlhf/dpo.py --config rlhf/configs/quickstart.yaml
 stage exam      python eval/run_eval.py --config eval/configs/quickstart.yaml
-stage report    python eval/report.py --results $OUT/eval --output $OUT/eval/report.md
+stage exam_report python eval/report.py --results $OUT/eval --output $OUT/eval/report.md
+rm -rf $OUT/native # a second run exports anew
 stage export    python export/to_native.py --checkpoint $OUT/dpo --output $OUT/native
 stage chat      python runs/ask.py --model $OUT/native --output $OUT/chat.json \
     --questions "哪座城市是广东省的省会？" "Which city is the capital of France?" "你叫什么名字？"

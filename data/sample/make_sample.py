@@ -109,7 +109,7 @@ def columns_of(template: str) -> set[str]:
 
 
 def pretraining_text(tables: list[Table], seed: int) -> list[dict]:
-    """Documents of one subject each: a few sentences, or a few answered questions; all told in several arrangements."""
+    """Documents of one subject each: a few sentences, or a few answered questions, in several arrangements."""
     documents = []
     for table, arrangement in itertools.product(tables, range(ARRANGEMENTS)):
         rng = random.Random(f"{seed}/pretrain/{table.subject}/{arrangement}")

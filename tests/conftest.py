@@ -1,0 +1,74 @@
+"""The project's scripts, called in this process because imports cost ten seconds, and one tiny chain of models."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *arguments: object) -> None:
+    """Call `main()` of a script of this project with command-line arguments, from the project's folder."""
+    path = ROOT / script
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    argv, folder = sys.argv, os.getcwd()
+    sys.argv = [script, *map(str, arguments)]
+    os.chdir(ROOT)
+    try:
+        module.main()
+    finally:
+        sys.argv = argv
+        os.chdir(folder)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Path:
+    """The bundled sample, a tokenizer of 512 entries trained on it, and shards of it."""
+    folder = tmp_path_factory.mktemp("workspace")
+    run("data/sample/make_sample.py", "--output", folder / "sample")
+    text = folder / "sample" / "pretrain.jsonl"
+    run("tokenizer/train_tokenizer.py", "--files", text, "--vocab_size", 512, "--output", folder / "tokenizer")
+    prepare = ["--sources", text, "--tokenizer", folder / "tokenizer", "--output", folder / "shards"]
+    run("data/prepare_pretrain.py", *prepare, "--eval_fraction", 0.02)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base(workspace) -> Path:
+    """A pretrained checkpoint."""
+    run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", workspace / "base")
+    return workspace / "base"
+
+
+@pytest.fixture(scope="session")
+def chat_model(workspace, base) -> Path:
+    """A chat checkpoint."""
+    run("sft/sft.py", *sft_arguments(workspace, base), "--output_dir", workspace / "sft")
+    return workspace / "sft"
+
+
+def pretrain_arguments(workspace: Path) -> list[object]:
+    shards = workspace / "shards"
+    data = ["--train_data", shards / "train", "--eval_data", shards / "eval", "--tokenizer", workspace / "tokenizer"]
+    return ["--config", "pretrain/configs/debug.yaml", *data]
+
+
+def sft_arguments(workspace: Path, model: Path) -> list[object]:
+    rows = workspace / "sample" / "sft_eval.jsonl"
+    data = ["--train_files", rows, "--eval_files", rows, "--model_name_or_path", model]
+    return ["--config", "sft/configs/debug.yaml", *data]
+
+
+def dpo_arguments(workspace: Path, model: Path) -> list[object]:
+    rows = workspace / "sample" / "preference_eval.jsonl"
+    data = ["--train_files", rows, "--eval_files", rows, "--model_name_or_path", model]
+    return ["--config", "rlhf/configs/debug.yaml", *data]
