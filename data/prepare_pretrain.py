@@ -147,7 +147,8 @@ def read_csv(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
         if row[column] is None:
             yield Row(rows.line_num, "", f"the row ends before column `{column}`")
         else:
-            yield decode(rows.line_num, row[column].encode("utf-8", "surrogateescape"))
+            first_line = rows.line_num - row[column].count("\n")
+            yield decode(first_line, row[column].encode("utf-8", "surrogateescape"))
 
 
 def read_lines(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
@@ -336,19 +337,20 @@ def load_tokenizer(folder: str, separator: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: {folder} cannot be read: {error}") from error
-    if separator not in tokenizer.get_vocab():
-        raise UserError(f"document_separator: `{separator}` is no token of {folder}. Name one that is")
+    if separator not in tokenizer.get_added_vocab():
+        raise UserError(f"document_separator: `{separator}` is no special token of {folder}. Name one that is")
     return tokenizer
 
 
-def raw_text_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the tokenizer's JSON with every token that its chat template writes marked as special.
+def raw_text_tokenizer(tokenizer: PreTrainedTokenizerBase, separator: str) -> str:
+    """Return the tokenizer's JSON with the separator and all that its chat template writes marked as special.
 
-    Text never encodes to special tokens here; Qwen's `<tool_call>` is one in all but name.
+    Text never encodes to special tokens here, and Qwen's `<tool_call>` is one in all but name.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
+    template = f"{separator} {tokenizer.chat_template}"
     for token in state["added_tokens"]:
-        token["special"] |= token["content"] in str(tokenizer.chat_template)
+        token["special"] |= bool(token["content"].strip()) and token["content"] in template
     return json.dumps(state, ensure_ascii=False)
 
 
@@ -451,7 +453,7 @@ def make_shards(
     args: PretrainDataArguments, files: list[Path], plan: dict, tokenizer: PreTrainedTokenizerBase, work: Path
 ) -> None:
     """Fill the work folder: train/, and eval/ with eval.jsonl where documents are held out."""
-    (work / "tokenizer.json").write_text(raw_text_tokenizer(tokenizer), encoding="utf-8")
+    (work / "tokenizer.json").write_text(raw_text_tokenizer(tokenizer, args.document_separator), encoding="utf-8")
     filters = [Cleaner(args.min_chars), HoldOut(args.eval_fraction, work / "held_out")]
     write_shards("train", files, filters, min(args.tasks or len(files), len(files)), args, work)
     train = write_manifest("train", files, plan, tokenizer, work)

@@ -10,7 +10,7 @@ Unicode comes back as it was. The same input gives the same tokenizer.json, byte
     <|pad|>         fills batches and nothing else: `tokenizer.pad_token`
 
 Memory is bounded by `max_bytes`: the trainer keeps every distinct run of characters between punctuation, spaces and
-digits. In Chinese most of them are distinct, which takes about 50 bytes of memory a byte of text.
+digits. In Chinese most of them are distinct, which takes about 70 bytes of memory a byte of text.
 """
 
 import json
@@ -58,8 +58,8 @@ class TokenizerArguments:
     vocab_size: int = field(default=16384, metadata={"help": "Entries, with 256 bytes and 8 special tokens."})
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
     max_bytes: int = field(
-        default=1_000_000_000,
-        metadata={"help": "Text read at most, from each file by its share of the bytes on disk."},
+        default=100_000_000,
+        metadata={"help": "Text read at most; each file gives its share of the bytes on disk."},
     )
     min_frequency: int = field(default=2, metadata={"help": "A pair seen less often is not merged."})
     max_token_length: int = field(default=32, metadata={"help": "Bytes in a token; keeps boilerplate out."})
@@ -69,7 +69,7 @@ class TokenizerArguments:
 def read_texts(files: list[Path], column: str, max_bytes: int) -> Iterator[str]:
     """Yield the files' text in pieces, at most `max_bytes` of it; UserError at a row that cannot be read."""
     total = sum(file.stat().st_size for file in files)
-    with progress_bar(files, desc="reading") as bar:
+    with progress_bar(files, desc="reading", position=1, leave=False) as bar:  # below the trainer's own
         for file in files:
             left = max_bytes * file.stat().st_size // max(total, 1)
             for row in read_rows(file, [column], bar, txt_sample_by="line"):
