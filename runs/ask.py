@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from openai import APIConnectionError, OpenAI
+from openai import OpenAI
 
 from buddygpt.launch import UserError, parse_arguments, run_script
 
@@ -26,13 +27,13 @@ class AskArguments:
     timeout: int = field(default=180, metadata={"help": "Seconds the server may take to start."})
 
 
-def wait_until_healthy(client: OpenAI, server: subprocess.Popen, timeout: int) -> None:
+def wait_until_healthy(url: str, server: subprocess.Popen, timeout: int) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            client.models.list()
+            urllib.request.urlopen(f"{url}/health").close()
             return
-        except APIConnectionError:
+        except OSError:
             time.sleep(0.5)
     raise UserError(f"transformers serve did not answer within {timeout} s (exit status {server.poll()})")
 
@@ -58,8 +59,9 @@ def main() -> None:
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--log-level", "warning"]
     server = subprocess.Popen(command, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-        wait_until_healthy(client, server, args.timeout)
+        url = f"http://127.0.0.1:{port}"
+        wait_until_healthy(url, server, args.timeout)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
         answers = [{"question": question, "answer": ask(client, args, question)} for question in args.questions]
     finally:
         server.terminate()

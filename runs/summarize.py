@@ -110,11 +110,12 @@ def main() -> None:
     run = Path(args.run)
     try:
         summary = summarize(run)
+        told = report(run, summary)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: {run} is not a finished run") from error
-    (run / "report.md").write_text(report(run, summary), encoding="utf-8")
+    (run / "report.md").write_text(told, encoding="utf-8")
     (run / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print((run / "report.md").read_text(encoding="utf-8"))
+    print(told)
 
 
 if __name__ == "__main__":
