@@ -1,22 +1,17 @@
 """Instruction and preference rows in their standard forms (see chat_schemas.py) as memory-mapped data sets."""
 
-import csv
-import glob
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, Features, Json, List, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
+from tqdm import tqdm
 
 from buddygpt.launch import UserError
 
 from .chat_schemas import BadRow, check_row
+from .text_files import find_files, read_rows
 
 # One JSON text a message: an Arrow struct would give every message the keys of all others, filled with None.
 FEATURES = {
@@ -25,79 +20,19 @@ FEATURES = {
 }
 
 
-def find_files(patterns: list[str]) -> list[Path]:
-    """Return the files that the names or globs stand for, sorted within each; UserError where there is none."""
-    files = []
-    for pattern in patterns:
-        found = sorted(glob.glob(str(pattern), recursive=True))
-        if not found:
-            raise UserError(f"no such file: {pattern}")
-        files += [Path(name) for name in found]
-    return files
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row number from 1, row) of a .json (array or JSON lines), .jsonl, .json[l].gz, .parquet or .csv file.
-
-    Raises:
-        UserError: The file is empty, of another type, or malformed; with the line where there is one.
-    """
-    readers = {".parquet": _read_parquet, ".csv": _read_csv, ".json": _read_json, ".jsonl": _read_json}
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix not in readers or (path.suffix == ".gz" and readers[suffix] is not _read_json):
-        raise UserError(f"{path}: unknown type; use .json, .jsonl, .json.gz, .jsonl.gz, .parquet or .csv")
-    number = 0
-    try:
-        for number, row in enumerate(readers[suffix](path), start=1):
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: the row is not an object but {type(row).__name__}")
-            yield number, row
-    except UnicodeDecodeError as error:
-        line = number + 1 + error.object[: error.start].count(b"\n")
-        raise UserError(f"{path}:{line}: not valid UTF-8 ({error.reason}); convert the file to UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{number + error.lineno}: not valid JSON: {error.msg}, column {error.colno}"
-        ) from error
-    except (OSError, EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read after row {number}: {error}") from error
-    if not number:
+def read_objects(path: Path, bar: tqdm | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line or row number, columns) of a file; UserError where it is empty or a row of it cannot be read."""
+    row = None
+    for row in read_rows(path, bar=bar):
+        if row.error:
+            raise UserError(f"{path}:{row.number}: {row.error}")
+        yield row.number, row.content
+    if row is None:
         raise UserError(f"{path} is empty")
 
 
-def _read_json(path: Path) -> Iterator[Any]:
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        if file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            file.seek(0)
-            yield from json.loads(file.read().decode("utf-8-sig"))
-            return
-        file.seek(0)
-        for line in file:
-            yield json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
-
-
-def _read_csv(path: Path) -> Iterator[Any]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file, restkey="", strict=True):
-            if "" in row or None in row.values():
-                raise csv.Error("the next row has more or fewer fields than the header")
-            yield row
-
-
-def _read_parquet(path: Path) -> Iterator[Any]:
-    for batch in pq.ParquetFile(path).iter_batches(batch_size=1000):
-        yield from map(_without_none, batch.to_pylist())
-
-
-def _without_none(value: Any) -> Any:
-    """Drop the keys that Arrow filled with None because other rows have them."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
 def _standard_rows(path: Path, kind: str, version: int) -> Iterator[dict[str, Any]]:
-    for number, row in read_rows(path):
+    for number, row in read_objects(path):
         try:
             check_row(row, kind)
         except BadRow as error:

@@ -18,16 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
-from buddygpt.data.chat_rows import find_files, read_rows
+from buddygpt.data.chat_rows import read_objects
 from buddygpt.data.chat_schemas import SCHEMAS, BadRow, Schema, check_row, neutralise, recognise
+from buddygpt.data.text_files import find_files, progress_bar
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 
 @dataclass
 class ConvertArguments:
-    input: list[str] = field(metadata={"help": "Files or globs: .json, .jsonl, .jsonl.gz, .parquet, .csv."})
+    input: list[str] = field(metadata={"help": "Files or globs: .jsonl, .json, .parquet, .csv, also .gz."})
     output: str = field(metadata={"help": "The .jsonl file to write."})
     kind: Literal["sft", "preference"] = field(metadata={"help": "Instructions or preference pairs."})
     schema: str | None = field(default=None, metadata={"help": f"Instead of recognition: {', '.join(SCHEMAS)}."})
@@ -79,20 +78,21 @@ def is_held_out(row: dict[str, Any], fraction: float) -> bool:
 def convert_file(path: Path, args: ConvertArguments, train: Any, held_out: Any) -> Counter:
     """Write every good row of one file, print and return the counts."""
     counts, schema = Counter(), None
-    for number, row in tqdm(read_rows(path), desc=path.name, unit=" rows", mininterval=1):
-        schema = schema or find_schema(path, row, args)
-        counts["read"] += 1
-        try:
-            standard, neutralised = convert(row, schema)
-        except BadRow as error:
-            if args.on_bad_row == "stop":
-                raise UserError(f"{path}:{number}: {error}. Mend the row, or give --on_bad_row skip") from error
-            counts[f"skipped: {error}"] += 1
-            continue
-        split = held_out if held_out and is_held_out(standard, args.eval_fraction) else train
-        split.write(json.dumps(standard, ensure_ascii=False) + "\n")
-        counts["held out" if split is held_out else "written"] += 1
-        counts["special tokens neutralised"] += neutralised
+    with progress_bar([path], desc=path.name) as bar:
+        for number, row in read_objects(path, bar):
+            schema = schema or find_schema(path, row, args)
+            counts["read"] += 1
+            try:
+                standard, neutralised = convert(row, schema)
+            except BadRow as error:
+                if args.on_bad_row == "stop":
+                    raise UserError(f"{path}:{number}: {error}. Mend the row, or give --on_bad_row skip") from error
+                counts[f"skipped: {error}"] += 1
+                continue
+            split = held_out if held_out and is_held_out(standard, args.eval_fraction) else train
+            split.write(json.dumps(standard, ensure_ascii=False) + "\n")
+            counts["held out" if split is held_out else "written"] += 1
+            counts["special tokens neutralised"] += neutralised
     print(f"{path} ({schema.name})")
     for name, count in counts.items():
         print(f"{count:>12,}  {name}")

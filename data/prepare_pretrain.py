@@ -11,29 +11,20 @@ Reads `.jsonl`, `.json` (an array, or lines), `.parquet`, `.csv` and `.txt` file
 The work is done in OUT.partial and renamed at its end: a killed run goes on where it stopped, by input file.
 """
 
-import codecs
-import csv
-import glob
-import gzip
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import orjson
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -44,146 +35,13 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from buddygpt.data.text_files import find_files, progress_bar, read_rows
 from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, file_sha256, tokenizer_fingerprint
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 MANY_BLANK_LINES = re.compile("\n(?:[ \t\u3000]*\n){3,}")
-csv.field_size_limit(sys.maxsize)  # the default refuses documents above 128 kB
 logger.disable("datatrove")  # it would print a traceback above every one-line error
-
-
-class Row(NamedTuple):
-    """One row of an input file: its text, or what is wrong with it."""
-
-    number: int  # the line, or the row where a file has no lines, from 1
-    text: str
-    error: str = ""
-
-
-def find_files(patterns: list[str]) -> list[Path]:
-    """Return the files that names and globs stand for, each once, sorted within a pattern.
-
-    Raises:
-        UserError: A pattern that no file matches.
-    """
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
-        if not found:
-            raise UserError(f"no file matches `{pattern}`")
-        files.update(dict.fromkeys(found))
-    return list(files)
-
-
-def progress_bar(files: list[Path], **options: Any) -> tqdm:
-    """Return a bar over the bytes of the files, for [`read_rows`] to move."""
-    return tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, **options)
-
-
-def read_rows(path: Path, text_key: list[str], bar: tqdm, txt_sample_by: str = "document") -> Iterator[Row]:
-    """Yield every row of a file, bad ones too, holding one row (parquet: one batch) in memory.
-
-    Args:
-        path: A .jsonl, .json (an array, or lines), .parquet, .csv or .txt file; all but parquet also as .gz.
-        text_key: The first of these columns that a row has is its text.
-        bar: A [`progress_bar`].
-        txt_sample_by: Whether a .txt file is one `document` or has one document a `line`.
-
-    Raises:
-        UserError: The file is of another type, has no such column, or cannot be read on.
-    """
-    read_txt = {"document": read_document, "line": read_lines}[txt_sample_by]
-    readers = {".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet, ".csv": read_csv, ".txt": read_txt}
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in readers:
-        raise UserError(f"{path}: unknown type `{suffix}`; use one of {', '.join(readers)}")
-    start, number = bar.n, 0
-    try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
-            if stream.peek(3)[:3] == codecs.BOM_UTF8:
-                stream.read(3)
-            for number, text, error in readers[suffix](stream, text_key):
-                bar.update(start + raw.tell() - bar.n)
-                yield Row(number, text, error)
-    except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, csv.Error) as error:
-        raise UserError(f"{path}{f':{number}' if number else ''}: cannot be read: {error}") from error
-
-
-def read_jsonl(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            yield Row(number, "")
-            continue
-        try:
-            yield text_of(number, orjson.loads(line), text_key)
-        except orjson.JSONDecodeError as error:
-            yield Row(number, "", f"not valid JSON: {error.msg}, column {error.colno}")
-
-
-def read_json(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
-    if not stream.peek(1).lstrip().startswith(b"["):
-        yield from read_jsonl(stream, text_key)
-        return
-    for number, row in enumerate(orjson.loads(stream.read()), start=1):
-        yield text_of(number, row, text_key)
-
-
-def read_parquet(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
-    with pq.ParquetFile(stream) as file:
-        column = find_column(file.schema_arrow.names, text_key)
-        values = (value for batch in file.iter_batches(batch_size=256, columns=[column]) for value in batch.column(0))
-        for number, value in enumerate(values, start=1):
-            try:
-                yield text_of(number, {column: value.as_py()}, text_key)
-            except UnicodeDecodeError:
-                yield Row(number, "", "not valid UTF-8")
-
-
-def read_csv(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
-    rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline=""), strict=True)
-    column = find_column(rows.fieldnames or [], text_key)
-    for row in rows:
-        if row[column] is None:
-            yield Row(rows.line_num, "", f"the row ends before column `{column}`")
-        else:
-            first_line = rows.line_num - row[column].count("\n")
-            yield decode(first_line, row[column].encode("utf-8", "surrogateescape"))
-
-
-def read_lines(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
-    for number, line in enumerate(stream, start=1):
-        yield decode(number, line)
-
-
-def read_document(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
-    yield decode(1, stream.read())
-
-
-def decode(number: int, data: bytes) -> Row:
-    try:
-        return Row(number, data.decode())
-    except UnicodeDecodeError as error:
-        return Row(number + data.count(b"\n", 0, error.start), "", f"not valid UTF-8 ({error.reason})")
-
-
-def find_column(names: list[str], text_key: list[str]) -> str:
-    found = [key for key in text_key if key in names]
-    if not found:
-        raise ValueError(f"no column `{'` or `'.join(text_key)}`; there are: {', '.join(names)}")
-    return found[0]
-
-
-def text_of(number: int, row: Any, text_key: list[str]) -> Row:
-    if not isinstance(row, dict):
-        return Row(number, "", f"the row is no object but {type(row).__name__}")
-    try:
-        column = find_column(list(row), text_key)
-    except ValueError as error:
-        return Row(number, "", str(error))
-    if isinstance(row[column], str | None):
-        return Row(number, row[column] or "")
-    return Row(number, "", f"column `{column}` holds {type(row[column]).__name__}, not text")
 
 
 def clean(text: str) -> str:
@@ -200,7 +58,7 @@ class PretrainDataArguments:
     """What to read, how to clean it, and where the shards go."""
 
     sources: list[str] = field(metadata={"help": "Files or globs of text."})
-    tokenizer: str = field(metadata={"help": "A tokenizer folder."})
+    tokenizer: str = field(metadata={"help": "Folder or Hub name of a tokenizer."})
     output: str = field(metadata={"help": "The folder to make."})
     text_key: list[str] = field(
         default_factory=lambda: ["text"], metadata={"help": "Columns; the first that a row has is its text."}
@@ -258,7 +116,7 @@ class TextReader(PipelineStep):
                 for row in read_rows(file, self.args.text_key, bar, self.args.txt_sample_by):
                     self.stat_update("read")
                     if not row.error:
-                        yield Document(row.text, id=f"{file}:{row.number}", metadata={"source": str(file)})
+                        yield Document(row.content, id=f"{file}:{row.number}", metadata={"source": str(file)})
                     elif self.args.on_bad_row == "skip":
                         self.stat_update("dropped_bad_row")
                         tqdm.write(f"skipped {file}:{row.number}: {row.error}", file=sys.stderr)
@@ -330,15 +188,13 @@ def token_dtype(vocabulary: dict[str, int]) -> np.dtype:
     return np.dtype("<u2" if max(vocabulary.values()) <= np.iinfo(np.uint16).max else "<u4")
 
 
-def load_tokenizer(folder: str, separator: str) -> PreTrainedTokenizerBase:
-    if not Path(folder).is_dir():
-        raise UserError(f"tokenizer: no such folder: {folder}. Make one with tokenizer/train_tokenizer.py")
+def load_tokenizer(name_or_path: str, separator: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: {folder} cannot be read: {error}") from error
+        raise UserError(f"tokenizer: cannot read {name_or_path}: {str(error).splitlines()[0]}") from error
     if separator not in tokenizer.get_added_vocab():
-        raise UserError(f"document_separator: `{separator}` is no special token of {folder}. Name one that is")
+        raise UserError(f"document_separator: `{separator}` is no special token of {name_or_path}. Name one that is")
     return tokenizer
 
 

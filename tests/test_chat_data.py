@@ -219,11 +219,11 @@ def test_the_held_out_split_is_stable_and_keeps_one_question_on_one_side(tmp_pat
         (b"", "is empty"),
         (b"[]", "is empty"),
         (b'{"instruction": "q", "output": "a"}\n{"instruction": \n', r"a.jsonl:2: not valid JSON"),
-        (b'{"instruction": "q", "output": "a"}\n\n', r"a.jsonl:2: not valid JSON"),
-        (b'{"instruction": "q", "output": "a"}\n"text"\n', r"a.jsonl:2: the row is not an object but str"),
+        (b'{"instruction": "q", "output": "a"}\n\n', r"a.jsonl:2: no key instruction and output"),
+        (b'{"instruction": "q", "output": "a"}\n"text"\n', r"a.jsonl:2: the row is no object but str"),
         (b'{"instruction": "\xff", "output": "a"}\n', r"a.jsonl:1: not valid UTF-8"),
-        (b'[{"instruction": "q"},\n{"instruction": "\xff"}]', r"a.jsonl:2: not valid UTF-8"),
-        (b'[{"instruction": "q"},\n{"instruction": ]', r"a.jsonl:2: not valid JSON"),
+        (b'[{"instruction": "q"},\n{"instruction": "\xff"}]', r"a.jsonl: cannot be read: line 2: not valid UTF-8"),
+        (b'[{"instruction": "q"},\n{"instruction": ]', r"a.jsonl: cannot be read: line 2: not valid JSON"),
         (b'{"text": "q"}\n', r"a.jsonl:1: fits no schema; its keys: text. Give --schema, one of: alpaca"),
         (b'{"prompt": "q", "response": "a", "messages": []}\n', r"fits several schemas \(messages, prompt_response\)"),
         (
@@ -249,7 +249,7 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, run, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--input", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["--input", "nowhere.jsonl"], "no file matches `nowhere.jsonl`"),
         (["--input", "FILE", "--schema", "alpacca"], "schema `alpacca` is unknown"),
         (["--input", "FILE", "--schema", "message_pair"], "unknown for kind sft"),
         (["--input", "FILE", "--eval_fraction", "0.1"], "go together"),

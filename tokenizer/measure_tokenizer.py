@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from buddygpt.data.prepare_pretrain import find_files, progress_bar, read_rows
+from buddygpt.data.text_files import find_files, progress_bar, read_rows
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 BUILT_IN = {
@@ -65,7 +65,7 @@ def read_documents(pattern: str, args: MeasureArguments) -> list[str]:
         for row_file, row in ((file, row) for file in files for row in read_rows(file, args.text_key, bar)):
             if row.error:
                 raise UserError(f"{row_file}:{row.number}: {row.error}")
-            data = row.text.encode()[:left]
+            data = row.content.encode()[:left]
             documents.append(data.decode(errors="ignore"))
             left -= len(data)
             if not left:

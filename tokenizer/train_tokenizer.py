@@ -23,7 +23,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from buddygpt.data.prepare_pretrain import find_files, progress_bar, read_rows
+from buddygpt.data.text_files import find_files, progress_bar, read_rows
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
@@ -75,8 +75,8 @@ def read_texts(files: list[Path], column: str, max_bytes: int) -> Iterator[str]:
             for row in read_rows(file, [column], bar, txt_sample_by="line"):
                 if row.error:
                     raise UserError(f"{file}:{row.number}: {row.error}")
-                for start in range(0, len(row.text), PIECE):
-                    piece = row.text[start : start + PIECE]
+                for start in range(0, len(row.content), PIECE):
+                    piece = row.content[start : start + PIECE]
                     left -= len(piece.encode())
                     if left < 0:
                         break
