@@ -35,6 +35,8 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if tokenizer.chat_template is None:
         raise UserError(f"{model_args.model_name_or_path} has no chat template: put a chat_template.jinja into it")
+    if model_args.use_peft and model_args.lora_target_modules is None:
+        model_args.lora_target_modules = "all-linear"  # peft knows other defaults for stock architectures only
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -64,12 +66,18 @@ def run_training(trainer: Trainer, prompts: list[Any], run_card: dict[str, Any])
     if checkpoint:
         trainer.accelerator.print(f"Resuming from {checkpoint}")
     train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    eval_metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    eval_metrics = _final_evaluation(trainer) if trainer.eval_dataset is not None else {}
     _save(trainer)
     if trainer.is_world_process_zero():
         write_run_card(trainer, {**run_card, "metrics": {**train_metrics, **eval_metrics}})
     trainer.accelerator.print(f"Saved to {args.output_dir}")
     trainer.end()
+
+
+def _final_evaluation(trainer: Trainer) -> dict[str, float]:
+    """The evaluation of the last step, if training ended with one; else a new one."""
+    last = next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {})
+    return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
 
 
 def _save(trainer: Trainer) -> None:

@@ -54,7 +54,7 @@ def check_folder(folder: Path, recipe: str) -> dict:
 def test_pretraining_learns_and_leaves_a_checkpoint(workspace, base):
     card = check_folder(base, "pretrain")
     losses = [row["loss"] for row in history(base) if "loss" in row]
-    assert abs(losses[0] - math.log(512)) < 1 and losses[-1] < losses[0] - 1
+    assert abs(losses[0] - math.log(512)) < 1 and losses[-1] < losses[0] - 0.5
     assert card["tokens_seen"] == 12 * 4 * 64
     manifest = json.loads((workspace / "shards" / "eval" / "manifest.json").read_text())
     expected = card["metrics"]["eval_loss"] / math.log(2) * manifest["tokens"] / manifest["text_bytes"]
@@ -149,8 +149,8 @@ def strange(workspace) -> Path:
     text = workspace / "sample" / "qa_test.jsonl"
     run("tokenizer/train_tokenizer.py", "--files", text, "--text_column", "question", "--vocab_size", 400,
         "--output", folder / "tokenizer")  # fmt: skip
-    (folder / "bert").mkdir()
-    (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "t5").mkdir()
+    (folder / "t5" / "config.json").write_text('{"model_type": "t5"}')
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
@@ -164,13 +164,13 @@ MISTAKES = {
     "bad value": ("pretrain", ["--max_steps", "many"], "max_steps.*many"),
     "no shards": ("pretrain", ["--train_data", "nowhere"], "nowhere.*manifest.json"),
     "other tokenizer": ("pretrain", ["--tokenizer", "STRANGE/tokenizer"], "is not the one that .* was made with"),
-    "no tokenizer": ("pretrain", ["--tokenizer", "STRANGE/bert"], "cannot read a tokenizer from"),
+    "no tokenizer": ("pretrain", ["--tokenizer", "STRANGE/adapter"], "cannot read a tokenizer from"),
     "long blocks": ("pretrain", ["--block_size", 10_000_000], "less than one block"),
     "two models": ("pretrain", ["--model_name_or_path", "BASE"], "give one of model_config"),
     "no model config": ("pretrain", ["--model_config", "none.json"], "cannot read the model config none.json"),
     "no checkpoint": ("sft", ["--model_name_or_path", "STRANGE/none"], "no such checkpoint folder"),
     "no model in it": ("sft", ["--model_name_or_path", "STRANGE"], "it has no config.json"),
-    "other kind": ("sft", ["--model_name_or_path", "STRANGE/bert"], "`bert` model, which is not a causal"),
+    "other kind": ("sft", ["--model_name_or_path", "STRANGE/t5"], "`t5` model, which is not a causal"),
     "adapter": ("rlhf", ["--model_name_or_path", "STRANGE/adapter"], "LoRA adapter"),
     "bad row": ("sft", ["--train_files", "STRANGE/rows.jsonl"], r"rows\.jsonl"),
     "cut row": ("sft", ["--train_files", "STRANGE/cut.jsonl"], r"cut\.jsonl"),
