@@ -6,7 +6,6 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, List, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
-from tqdm import tqdm
 
 from buddygpt.launch import UserError
 
@@ -20,20 +19,12 @@ FEATURES = {
 }
 
 
-def read_objects(path: Path, bar: tqdm | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row number, columns) of a file; UserError where it is empty or a row of it cannot be read."""
-    row = None
-    for row in read_rows(path, bar=bar):
-        if row.error:
-            raise UserError(f"{path}:{row.number}: {row.error}")
-        yield row.number, row.content
-    if row is None:
-        raise UserError(f"{path} is empty")
-
-
 def _standard_rows(path: Path, kind: str, version: int) -> Iterator[dict[str, Any]]:
-    for number, row in read_objects(path):
+    number = 0
+    for number, row, fault in read_rows(path):
         try:
+            if fault:
+                raise BadRow(fault)
             check_row(row, kind)
         except BadRow as error:
             raise UserError(
@@ -41,6 +32,8 @@ def _standard_rows(path: Path, kind: str, version: int) -> Iterator[dict[str, An
                 f"python data/convert_chat.py --kind {kind} --input {path} --output NEW.jsonl"
             ) from error
         yield {key: row.get(key) for key in FEATURES[kind]}
+    if not number:
+        raise UserError(f"{path} is empty")
 
 
 def _load(patterns: list[str], kind: str) -> Dataset:

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from buddygpt.data.chat_rows import read_objects
 from buddygpt.data.chat_schemas import SCHEMAS, BadRow, Schema, check_row, neutralise, recognise
-from buddygpt.data.text_files import find_files, progress_bar
+from buddygpt.data.text_files import find_files, progress_bar, read_rows
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 
@@ -76,26 +75,31 @@ def is_held_out(row: dict[str, Any], fraction: float) -> bool:
 
 
 def convert_file(path: Path, args: ConvertArguments, train: Any, held_out: Any) -> Counter:
-    """Write every good row of one file, print and return the counts."""
-    counts, schema = Counter(), None
+    """Write every good row of one file, print and return the counts, with the first place of every fault."""
+    counts, first_line, schema = Counter(), {}, None
     with progress_bar([path], desc=path.name) as bar:
-        for number, row in read_objects(path, bar):
-            schema = schema or find_schema(path, row, args)
+        for number, row, fault in read_rows(path, bar=bar):
             counts["read"] += 1
             try:
+                if fault:
+                    raise BadRow(fault)
+                schema = schema or find_schema(path, row, args)
                 standard, neutralised = convert(row, schema)
             except BadRow as error:
                 if args.on_bad_row == "stop":
                     raise UserError(f"{path}:{number}: {error}. Mend the row, or give --on_bad_row skip") from error
                 counts[f"skipped: {error}"] += 1
+                first_line.setdefault(f"skipped: {error}", number)
                 continue
             split = held_out if held_out and is_held_out(standard, args.eval_fraction) else train
             split.write(json.dumps(standard, ensure_ascii=False) + "\n")
             counts["held out" if split is held_out else "written"] += 1
             counts["special tokens neutralised"] += neutralised
+    if schema is None:
+        raise UserError(f"{path} has no row that can be read: {dict(counts)}" if counts else f"{path} is empty")
     print(f"{path} ({schema.name})")
     for name, count in counts.items():
-        print(f"{count:>12,}  {name}")
+        print(f"{count:>12,}  {name}" + (f" (first at {path}:{first_line[name]})" if name in first_line else ""))
     return counts
 
 

@@ -33,11 +33,11 @@ from datatrove.pipeline.tokens import DocumentTokenizer
 from datatrove.pipeline.writers import JsonlWriter
 from loguru import logger
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from buddygpt.data.text_files import find_files, progress_bar, read_rows
 from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, file_sha256, tokenizer_fingerprint
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.launch import UserError, load_tokenizer, parse_arguments, run_script
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 MANY_BLANK_LINES = re.compile("\n(?:[ \t\u3000]*\n){3,}")
@@ -188,11 +188,8 @@ def token_dtype(vocabulary: dict[str, int]) -> np.dtype:
     return np.dtype("<u2" if max(vocabulary.values()) <= np.iinfo(np.uint16).max else "<u4")
 
 
-def load_tokenizer(name_or_path: str, separator: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer: cannot read {name_or_path}: {str(error).splitlines()[0]}") from error
+def load_text_tokenizer(name_or_path: str, separator: str) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(name_or_path)
     if separator not in tokenizer.get_added_vocab():
         raise UserError(f"document_separator: `{separator}` is no special token of {name_or_path}. Name one that is")
     return tokenizer
@@ -334,7 +331,7 @@ def main() -> None:
     (args,) = parse_arguments(PretrainDataArguments, description=__doc__)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", str(args.workers == 1).lower())
     files = find_files(args.sources)
-    tokenizer = load_tokenizer(args.tokenizer, args.document_separator)
+    tokenizer = load_text_tokenizer(args.tokenizer, args.document_separator)
     plan = make_plan(args, files, tokenizer)
     output = Path(args.output)
     if is_made_already(output, plan):

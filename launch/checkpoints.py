@@ -1,9 +1,9 @@
-"""Checkpoints as the recipes meet them: is this folder one, and where does a run continue?"""
+"""Checkpoints and tokenizers as scripts are given them: can this folder be used, and where does a run continue?"""
 
 import json
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -23,6 +23,14 @@ _SHAPE_KEYS = (
     "use_qk_norm",
     "tie_word_embeddings",
 )
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """`AutoTokenizer.from_pretrained`, whose failure is a [`UserError`]."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read a tokenizer from {name_or_path}: {str(error).splitlines()[0]}") from error
 
 
 def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedConfig:

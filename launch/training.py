@@ -4,21 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from buddygpt.monitor import CurveCallback, SampleCallback, write_run_card
 
 from .arguments import UserError
-from .checkpoints import last_checkpoint, require_causal_lm
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """`AutoTokenizer.from_pretrained`, whose failure is a [`UserError`]."""
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read a tokenizer from {name_or_path}: {str(error).splitlines()[0]}") from error
+from .checkpoints import last_checkpoint, load_tokenizer, require_causal_lm
 
 
 def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfig) -> PreTrainedTokenizerBase:

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 import buddygpt  # noqa: F401  registers the model with AutoModel
 from buddygpt.data.token_shards import MANIFEST, BlockDataset, file_sha256
-from buddygpt.launch import UserError, parse_arguments, require_causal_lm, run_script
-from buddygpt.launch.training import load_tokenizer, run_training
+from buddygpt.launch import UserError, load_tokenizer, parse_arguments, require_causal_lm, run_script
+from buddygpt.launch.training import run_training
 
 
 @dataclass

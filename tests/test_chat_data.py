@@ -184,10 +184,19 @@ def test_skipped_rows_are_counted_by_reason(tmp_path, run):
         {"instruction": "r", "output": ""},
     ]
     text, written = run("--input", write(tmp_path / "a.jsonl", rows), "--on_bad_row", "skip")
-    counts = {line.split("  ")[-1]: int(line.split()[0]) for line in text.split("\n") if line.startswith("   ")}
+    lines = [line.split(maxsplit=1) for line in text.split("\n") if line.startswith("   ")]
+    counts = {reason.split(" (first")[0]: int(count) for count, reason in lines}
     assert counts["read"] == 6 and counts["written"] == 3 == len(written)
     assert counts["skipped: turn 2 (assistant) is empty"] == 2
     assert counts["skipped: no key output, unlike the schema alpaca"] == 1
+    assert f"turn 2 (assistant) is empty (first at {tmp_path / 'a.jsonl'}:4)" in text
+
+
+def test_malformed_rows_are_skipped_when_asked(tmp_path, run):
+    path = write(tmp_path / "a.jsonl", alpaca_rows(2))
+    path.write_bytes(b"{cut\n" + path.read_bytes() + b"\xff\n")
+    text, written = run("--input", path, "--on_bad_row", "skip")
+    assert len(written) == 2 and f"(first at {path}:1)" in text and f"(first at {path}:4)" in text
 
 
 def test_a_row_cannot_open_a_turn_of_its_own(tmp_path, run):

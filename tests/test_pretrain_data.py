@@ -320,7 +320,7 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         ("a.jsonl", b'{"text": "a"}\n', {"on_bad_row": "drop"}, "on_bad_row"),
         ("a.jsonl", b'{"text": "a"}\n', {"min_char": 3}, "unknown argument `--min_char`; did you mean `min_chars`"),
         ("a.jsonl", b'{"text": "a"}\n', {"sources": "nowhere/*"}, r"no file matches `nowhere/\*`"),
-        ("a.jsonl", b'{"text": "a"}\n', {"tokenizer": "nowhere"}, "tokenizer: cannot read nowhere"),
+        ("a.jsonl", b'{"text": "a"}\n', {"tokenizer": "nowhere"}, "cannot read a tokenizer from nowhere"),
         ("a.jsonl", b'{"text": "a"}\n', {"document_separator": "<end>"}, "`<end>` is no special token of"),
         ("a.jsonl", b'{"text": "a"}\n', {"document_separator": "a"}, "`a` is no special token of"),
         ("a.csv", b'text,id\n"a\n\n\xff\n",2\n', {}, r"a\.csv:4: not valid UTF-8"),

@@ -242,7 +242,7 @@ def test_measuring_knows_four_texts_by_itself(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--tokenizers", "nowhere"], "no such folder: nowhere"),
+        (["--tokenizers", "nowhere"], "cannot read a tokenizer from nowhere"),
         (["--tokenizers", "nowhere", "--texts", "corpus.txt"], "is not NAME=GLOB"),
         (["--tokenizers", "nowhere", "--texts", "zh=nowhere/*"], "no file matches"),
     ],

@@ -16,10 +16,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from buddygpt.data.text_files import find_files, progress_bar, read_rows
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.launch import UserError, load_tokenizer, parse_arguments, run_script
 
 BUILT_IN = {
     "zh": "人工智能是研究如何让机器表现出智能的学科。春天到了，院子里的桃花开了，孩子们在树下读书、唱歌、做游戏。"
@@ -84,15 +84,6 @@ def read_texts(args: MeasureArguments) -> dict[str, list[str]]:
         if not any(texts[name]):
             raise UserError(f"texts: there is no text in {pattern}")
     return texts
-
-
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    if not Path(folder).is_dir():
-        raise UserError(f"tokenizers: no such folder: {folder}")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizers: {folder} cannot be read: {error}") from error
 
 
 def measure(tokenizer: PreTrainedTokenizerBase, documents: list[str], seconds: float) -> tuple[float, float, float]:
