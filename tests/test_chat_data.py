@@ -193,7 +193,7 @@ def test_skipped_rows_are_counted_by_reason(tmp_path, run):
 
 
 def test_malformed_rows_are_skipped_when_asked(tmp_path, run):
-    path = write(tmp_path / "a.jsonl", alpaca_rows(2))
+    path = Path(write(tmp_path / "a.jsonl", alpaca_rows(2)))
     path.write_bytes(b"{cut\n" + path.read_bytes() + b"\xff\n")
     text, written = run("--input", path, "--on_bad_row", "skip")
     assert len(written) == 2 and f"(first at {path}:1)" in text and f"(first at {path}:4)" in text
