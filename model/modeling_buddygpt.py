@@ -199,7 +199,8 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
 
     def __init__(self, config: BuddyGPTConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding_idx: where a tokenizer pads with the document separator (Qwen), that token would never learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(BuddyGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = BuddyGPTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = BuddyGPTRotaryEmbedding(config)

@@ -28,6 +28,7 @@ SCRIPT_OF = {
     "eval": "eval/run_eval.py",
 }
 CPU = dict.fromkeys(("pretrain", "sft", "rlhf"), ["--use_cpu", "true", "--bf16", "false"])  # where there is no GPU
+QWEN = ROOT.parent / "shared" / "data" / "tokenizers" / "qwen2.5"
 ACCELERATE = str(Path(sys.executable).with_name("accelerate"))
 
 
@@ -82,6 +83,42 @@ def test_pretraining_continues_from_a_checkpoint_and_isolates_documents(workspac
     run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "continued", "--logging_steps", 1)
     first = history(workspace / "continued")[0]["loss"]
     assert first < math.log(512) - 1  # it did not start anew
+
+
+@pytest.mark.skipif(not QWEN.exists(), reason="needs shared/data/tokenizers/qwen2.5")
+def test_pretraining_with_an_existing_tokenizer(workspace, tmp_path):
+    """Qwen's: 151,665 entries (so uint32 shards and a larger model), and its pad is the document separator."""
+    data = ["--sources", workspace / "sample/qa_test.jsonl", "--text_key", "question", "--eval_fraction", 0.1]
+    run("data/prepare_pretrain.py", *data, "--tokenizer", QWEN, "--output", tmp_path / "shards")
+    shards = ["--train_data", tmp_path / "shards/train", "--eval_data", tmp_path / "shards/eval", "--tokenizer", QWEN]
+    steps = ["--max_steps", 2, "--logging_steps", 1, "--block_size", 32, "--output_dir", tmp_path / "qwen"]
+    run("pretrain/pretrain.py", "--config", "pretrain/configs/debug.yaml", *shards, *steps)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "qwen")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen")
+    assert model.config.vocab_size == len(tokenizer) > 2**16
+    assert abs(history(tmp_path / "qwen")[0]["loss"] - math.log(len(tokenizer))) < 0.5
+    text = [{"role": "user", "content": "你好"}]
+    assert "<|im_start|>user\n你好<|im_end|>" in tokenizer.apply_chat_template(text, tokenize=False)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++")
+def test_zero2_on_two_processes_trains_as_one(workspace, tmp_path):
+    """The config of the real runs, but for the number of processes and the processor in the GPU's place."""
+    config = (ROOT / "accelerate_configs/zero2.yaml").read_text()
+    text = config.replace("num_processes: 8", "num_processes: 2").replace("use_cpu: false", "use_cpu: true")
+    (tmp_path / "zero2.yaml").write_text(text)
+    command = [ACCELERATE, "launch", "--config_file", tmp_path / "zero2.yaml", "pretrain/pretrain.py"]
+    arguments = [*pretrain_arguments(workspace), "--max_steps", 3, "--logging_steps", 1, "--save_steps", 3]
+    zero2 = ["--per_device_train_batch_size", 2, "--bf16", "true", "--output_dir", workspace / "zero2"]
+    # A folder of its own: a build that was killed leaves a lock there, on which every later run would wait.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    subprocess.run([*map(str, [*command, *arguments, *zero2])], cwd=ROOT, check=True, env=environment, timeout=900)
+    run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "one")
+    card = json.loads((workspace / "zero2" / "run.json").read_text())
+    assert card["world_size"] == 2 and list((workspace / "zero2/checkpoint-3").glob("global_step3/*optim_states.pt"))
+    losses = [[row["loss"] for row in history(workspace / name) if "loss" in row] for name in ("zero2", "one")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.03)  # bf16 against float32
+    assert type(AutoModelForCausalLM.from_pretrained(workspace / "zero2")) is BuddyGPTForCausalLM
 
 
 def test_sft_answers_are_what_is_learned(workspace, base, chat_model):
