@@ -36,8 +36,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from buddygpt.data.text_files import find_files, progress_bar, read_rows
-from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, file_sha256, tokenizer_fingerprint
-from buddygpt.launch import UserError, load_tokenizer, parse_arguments, run_script
+from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, tokenizer_fingerprint
+from buddygpt.launch import UserError, file_sha256, load_tokenizer, parse_arguments, run_script
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 MANY_BLANK_LINES = re.compile("\n(?:[ \t\u3000]*\n){3,}")

@@ -15,20 +15,11 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from buddygpt.launch import UserError
+from buddygpt.launch import UserError, file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 REMEDY = "Make the shards again with data/prepare_pretrain.py."
-
-
-def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

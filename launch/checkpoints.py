@@ -1,5 +1,6 @@
 """Checkpoints and tokenizers as scripts are given them: can this folder be used, and where does a run continue?"""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,21 @@ _SHAPE_KEYS = (
     "use_qk_norm",
     "tie_word_embeddings",
 )
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checkpoint_sha256(name_or_path: str) -> str:
+    """Return the sha256 of a local checkpoint's weights; a Hub name stands for itself."""
+    weights = sorted(Path(name_or_path).glob("*.safetensors"))
+    return hashlib.sha256("".join(map(file_sha256, weights)).encode()).hexdigest() if weights else name_or_path
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

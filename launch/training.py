@@ -1,8 +1,10 @@
 """The part all recipes share once their `Trainer` stands: resume, train, evaluate, save, leave a run card."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, ModelConfig, SFTConfig
@@ -49,14 +51,22 @@ def run_training(trainer: Trainer, prompts: list[Any], run_card: dict[str, Any])
         trainer: Ready to train. `args.resume_from_checkpoint` names a checkpoint; by default the newest complete one
             in `args.output_dir` is taken.
         prompts: What to sample from at each evaluation: strings, or lists of chat messages.
-        run_card: What the recipe adds to `run.json`: its own arguments and the hash of its data.
+        run_card: What the recipe adds to `run.json`: its own arguments, and as `origin` the hashes of what it starts
+            from. A run is not resumed from another origin.
+
+    Raises:
+        UserError: `output_dir` holds a checkpoint of another model or of a run with another origin.
     """
     args = trainer.args
     trainer.add_callback(SampleCallback(trainer, prompts))
     trainer.add_callback(CurveCallback())
     checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir, trainer.model.config)
     if checkpoint:
-        trainer.accelerator.print(f"Resuming from {checkpoint}")
+        _require_same_origin(Path(args.output_dir), run_card["origin"])
+        trainer.accelerator.print(f"Resuming from {checkpoint}{_changes(Path(checkpoint), trainer)}")
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        write_run_card(trainer, run_card)
     train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     eval_metrics = _final_evaluation(trainer) if trainer.eval_dataset is not None else {}
     _save(trainer)
@@ -64,6 +74,28 @@ def run_training(trainer: Trainer, prompts: list[Any], run_card: dict[str, Any])
         write_run_card(trainer, {**run_card, "metrics": {**train_metrics, **eval_metrics}})
     trainer.accelerator.print(f"Saved to {args.output_dir}")
     trainer.end()
+
+
+def _require_same_origin(output_dir: Path, origin: dict[str, Any]) -> None:
+    if not (output_dir / "run.json").exists():
+        return
+    before = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))["origin"]
+    for key, now in origin.items():
+        if before.get(key) != now:
+            raise UserError(
+                f"cannot resume the run in {output_dir}: its {key} was {before.get(key)}, this run's is {now}. "
+                "Give another --output_dir, or delete that one"
+            )
+
+
+def _changes(checkpoint: Path, trainer: Trainer) -> str:
+    """What is to be done otherwise than when the checkpoint was made, in words."""
+    if not (checkpoint / "training_args.bin").exists():
+        return ""
+    before = torch.load(checkpoint / "training_args.bin", weights_only=False).to_dict()
+    now = trainer.args.to_dict()
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+    return f" with {', '.join(changed)}" if changed else ""
 
 
 def _final_evaluation(trainer: Trainer) -> dict[str, float]:

@@ -14,8 +14,16 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 import buddygpt  # noqa: F401  registers the model with AutoModel
-from buddygpt.data.token_shards import MANIFEST, BlockDataset, file_sha256
-from buddygpt.launch import UserError, load_tokenizer, parse_arguments, require_causal_lm, run_script
+from buddygpt.data.token_shards import MANIFEST, BlockDataset
+from buddygpt.launch import (
+    UserError,
+    checkpoint_sha256,
+    file_sha256,
+    load_tokenizer,
+    parse_arguments,
+    require_causal_lm,
+    run_script,
+)
 from buddygpt.launch.training import run_training
 
 
@@ -109,9 +117,10 @@ def main() -> None:
         processing_class=tokenizer,
         tokens_per_byte={split: dataset.tokens / dataset.text_bytes for split, dataset in blocks.items()},
     )
-    manifests = {split: file_sha256(dataset.folder / MANIFEST) for split, dataset in blocks.items()}
-    run_card = {"recipe": "pretrain", "arguments": vars(args), "manifest_sha256": manifests}
-    run_training(trainer, args.sample_prompts, run_card)
+    origin = {f"{split}_manifest_sha256": file_sha256(data.folder / MANIFEST) for split, data in blocks.items()}
+    origin |= {"block_size": args.block_size, "isolate_documents": args.isolate_documents}
+    origin["base_sha256"] = checkpoint_sha256(args.model_name_or_path) if args.model_name_or_path else None
+    run_training(trainer, args.sample_prompts, {"recipe": "pretrain", "arguments": vars(args), "origin": origin})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 
 import buddygpt  # noqa: F401  registers the model with AutoModel
 from buddygpt.data.chat_rows import load_preferences
-from buddygpt.launch import parse_arguments, run_script
+from buddygpt.data.text_files import find_files
+from buddygpt.launch import checkpoint_sha256, file_sha256, parse_arguments, run_script
 from buddygpt.launch.training import prepare_for_trl, run_training
 
 
@@ -39,7 +40,9 @@ def main() -> None:
         quantization_config=get_quantization_config(model_args),
     )
     prompts = [[{"role": "user", "content": prompt}] for prompt in args.sample_prompts]
-    run_training(trainer, prompts, {"recipe": "dpo", "arguments": vars(args), "base": model_args.model_name_or_path})
+    data_sha256 = [file_sha256(path) for path in find_files(args.train_files)]
+    origin = {"base_sha256": checkpoint_sha256(model_args.model_name_or_path), "data_sha256": data_sha256}
+    run_training(trainer, prompts, {"recipe": "dpo", "arguments": vars(args), "origin": origin})
 
 
 if __name__ == "__main__":

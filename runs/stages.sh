@@ -1,6 +1,6 @@
 # Sourced by the stories in this folder, which set OUT: run a stage and note its seconds in $OUT/seconds.tsv.
 mkdir -p "$OUT"
-: > "$OUT/seconds.tsv"
+touch "$OUT/seconds.tsv"
 
 stage() { # stage NAME COMMAND...
     local name=$1 start=$SECONDS

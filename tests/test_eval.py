@@ -81,7 +81,7 @@ def model(tokenizer):
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(100):
+    for _ in range(250):
         optimizer.zero_grad()
         model(**batch, labels=labels).loss.backward()
         optimizer.step()

@@ -237,6 +237,19 @@ def test_another_models_checkpoints_are_not_resumed(workspace, base):
         run("pretrain/pretrain.py", *arguments, "--output_dir", base)
 
 
+def test_a_run_is_not_resumed_from_another_base_or_other_data(workspace, base, chat_model, strange):
+    arguments = sft_arguments(workspace, chat_model)  # was trained from `base`
+    with pytest.raises(UserError, match="its base_sha256 was .*Give another --output_dir"):
+        run("sft/sft.py", *arguments, "--output_dir", chat_model)
+    with pytest.raises(UserError, match="its block_size was 64, this run's is 32"):
+        run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--block_size", 32, "--output_dir", base)
+
+
+def test_changed_arguments_are_told_on_resuming(workspace, base, capsys):
+    run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", base, "--logging_steps", 3)
+    assert "checkpoint-12 with logging_steps 2 -> 3" in capsys.readouterr().out
+
+
 def test_exit_status_and_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "sft/sft.py"), "--config", "none.yaml"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
