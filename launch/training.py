@@ -67,11 +67,11 @@ def run_training(trainer: Trainer, prompts: list[Any], run_card: dict[str, Any])
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         write_run_card(trainer, run_card)
-    train_metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    eval_metrics = _final_evaluation(trainer) if trainer.eval_dataset is not None else {}
+    trainer.train(resume_from_checkpoint=checkpoint)
+    evaluation = _final_evaluation(trainer) if trainer.eval_dataset is not None else {}
     _save(trainer)
     if trainer.is_world_process_zero():
-        write_run_card(trainer, {**run_card, "metrics": {**train_metrics, **eval_metrics}})
+        write_run_card(trainer, {**run_card, "metrics": {**_last_logged(trainer, "loss"), **evaluation}})
     trainer.accelerator.print(f"Saved to {args.output_dir}")
     trainer.end()
 
@@ -100,8 +100,12 @@ def _changes(checkpoint: Path, trainer: Trainer) -> str:
 
 def _final_evaluation(trainer: Trainer) -> dict[str, float]:
     """The evaluation of the last step, if training ended with one; else a new one."""
-    last = next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {})
+    last = _last_logged(trainer, "eval_loss")
     return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
+
+
+def _last_logged(trainer: Trainer, key: str) -> dict[str, float]:
+    return next((row for row in reversed(trainer.state.log_history) if key in row), {})
 
 
 def _save(trainer: Trainer) -> None:

@@ -19,7 +19,7 @@ def write_run_card(trainer: Trainer, facts: dict[str, Any]) -> None:
     """Write `output_dir/run.json` from the trainer's own state and what the recipe adds.
 
     Args:
-        trainer: After training. Its resolved arguments, world size, step and tokens seen are recorded.
+        trainer: Its resolved arguments, world size, step and tokens seen are recorded.
         facts: Further entries; values that are not JSON are written as text.
     """
     args, state = trainer.args, trainer.state
@@ -34,7 +34,7 @@ def write_run_card(trainer: Trainer, facts: dict[str, Any]) -> None:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "versions": {name: _version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     path = Path(args.output_dir) / "run.json"
     partial = path.with_name("run.json.partial")
