@@ -12,6 +12,10 @@ import yaml
 from trl import TrlParser
 
 
+# How OSError and safetensors say so, and torch.save, which only says that its file has not the length it should have.
+DISK_IS_FULL = (os.strerror(errno.ENOSPC), "inline_container.cc", "PytorchStreamWriter failed writing")
+
+
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: what is wrong, where, what to do."""
 
@@ -87,12 +91,10 @@ def run_script(main: Callable[[], None]) -> None:
         _exit_with(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not any(sign in str(error) for sign in DISK_IS_FULL):
             raise
-        _exit_with(
-            f"the disk is full: {error.filename or 'could not write'}. Free some space and run the same command again."
-        )
+        _exit_with(f"the disk is full ({error}). Free some space and run the same command again")
 
 
 def _exit_with(message: object) -> NoReturn:
