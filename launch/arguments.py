@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-
 # How OSError and safetensors say so, and torch.save, which only says that its file has not the length it should have.
 DISK_IS_FULL = (os.strerror(errno.ENOSPC), "inline_container.cc", "PytorchStreamWriter failed writing")
 
