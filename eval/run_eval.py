@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
@@ -116,6 +117,11 @@ def _task_manager(args: EvalArguments) -> TaskManager:
     return manager
 
 
+def _any_device() -> str:
+    # lm-eval's own default is cuda, with or without one.
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
 def _evaluate(
     model_args: dict[str, Any], output: Path, chat: bool, task_manager: TaskManager, args: EvalArguments
 ) -> None:
@@ -128,7 +134,7 @@ def _evaluate(
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         batch_size=args.batch_size,
-        device=args.device,
+        device=args.device or _any_device(),
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
         evaluation_tracker=tracker,

@@ -319,7 +319,7 @@ def run_eval(patch, *arguments):
     """run_eval.py over our own tasks only: the index of lm-eval's 14,000 takes seconds."""
     module = importlib.import_module("run_eval")
     patch.setattr(module, "TaskManager", functools.partial(TaskManager, include_defaults=False))
-    run(patch, "run_eval", *arguments, "--device", "cpu")
+    run(patch, "run_eval", *arguments)
 
 
 def exam_csv(path, facts, question="question", answer="answer"):
