@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, field
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT
 
 from buddygpt.launch import UserError, parse_arguments, run_script
 
@@ -80,6 +82,19 @@ def test_only_the_first_process_speaks(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_script(main)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_hardware_config(config):
+    loaded = load_config_from_file(str(config))  # refuses keys that it does not know
+    expected = {
+        "zero2": "DEEPSPEED",
+        "zero3": "DEEPSPEED",
+        "fsdp2": "FSDP",
+        "ddp": "MULTI_GPU",
+        "cpu_ddp": "MULTI_GPU",
+    }
+    assert loaded.distributed_type == expected.get(config.stem, "NO")
 
 
 def test_programming_errors_are_not_hidden():
