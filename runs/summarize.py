@@ -85,8 +85,8 @@ def report(run: Path, summary: dict[str, Any]) -> str:
         ),
         "| bits per byte, held-out text | | " + " | ".join(f"{bits[name]:.3f}" for name in STAGES) + " |",
         "",
-        "A model this small knows the words of the answer, not which letter stands before them. Preference pairs: is "
-        "the chosen answer likelier than the rejected one? DPO's own measure, whether it gained more than the rejected "
+        "A model this small knows the words of the answer, not which letter stands before them. Preference pairs: "
+        "is the chosen answer likelier? DPO's own measure, whether it gained more than the rejected "
         f"one, holds for {summary['dpo_reward_accuracy']:.1%} of them.",
         "By subject: [eval/report.md](eval/report.md).",
         "",

@@ -94,7 +94,7 @@ def test_accelerate_reads_every_hardware_config(config):
         "ddp": "MULTI_GPU",
         "cpu_ddp": "MULTI_GPU",
     }
-    assert loaded.distributed_type == expected.get(config.stem, "NO")
+    assert loaded.distributed_type == several.get(config.stem, "NO")
 
 
 def test_programming_errors_are_not_hidden():
