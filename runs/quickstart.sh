@@ -20,5 +20,5 @@ stage exam_report python eval/report.py --results $OUT/eval --output $OUT/eval/r
 rm -rf $OUT/native # of an interrupted run
 stage export    python export/to_native.py --checkpoint $OUT/dpo --output $OUT/native
 stage chat      python runs/ask.py --model $OUT/native --output $OUT/chat.json \
-    --questions "哪座城市是广东省的省会？" "Which city is the capital of France?" "你叫什么名字？"
+    --questions "广东的省会叫什么？" "Which city is the capital of France?" "你叫什么名字？"
 python runs/summarize.py --run $OUT
