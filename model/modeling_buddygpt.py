@@ -1,29 +1,36 @@
-"""BuddyGPT: a pre-norm decoder with RMSNorm, RoPE, grouped-query attention and SwiGLU.
+"""BuddyGPT: a pre-norm decoder with RMSNorm and RoPE, its attention and feed-forward layers chosen by the config.
+
+Attention is grouped-query (GQA) or multi-head latent (MLA); the feed-forward layer is SwiGLU, a mixture of SwiGLU
+experts (MoE), or a soft mixture. Each is one class, chosen in `BuddyGPTDecoderLayer.__init__`. With the same weights
+the model equals a stock transformers architecture: Qwen2 (GQA, `attention_bias`), Qwen3 (GQA, `use_qk_norm`), Llama
+(GQA), DeepSeek-V3 (MLA, with or without MoE), GLM-4-MoE (GQA, sigmoid MoE) or Qwen3-MoE (GQA, softmax MoE).
 
 This file and `configuration_buddygpt.py` are copied into every checkpoint, so they import torch and transformers only.
-With the same weights the model equals a stock transformers architecture: Qwen2 (`attention_bias`), Qwen3
-(`use_qk_norm`) or Llama (neither). Another kind of attention or feed-forward layer is one more class, chosen in
-`BuddyGPTDecoderLayer.__init__`.
 
 Shapes: B batch, T new tokens, S tokens seen (cached + new), C hidden_size, H query heads, K key/value heads,
-D head_dim, V vocab_size.
+D head_dim, R kv_lora_rank, V vocab_size, N tokens of the batch (B x T), E experts, I width of an expert, k experts
+per token.
 """
+
+import math
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_buddygpt import BuddyGPTConfig
 
@@ -75,6 +82,18 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate the pairs (i, i + D/2) of `x` (B, heads, T, D) by the angles of `cos` and `sin` (B, T, D)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (2i, 2i + 1) of `x`, as DeepSeek does. The result has all first elements, then all second ones:
+    the same order for queries and keys, so that their products stay."""
+    return rotate(torch.cat((x[..., ::2], x[..., 1::2]), dim=-1), cos, sin)
+
+
+def yarn_softmax_factor(rope_parameters: dict) -> float:
+    """DeepSeek's factor on the attention scores of a model stretched by YaRN (`mscale_all_dim`); 1 for all others."""
+    mscale, factor = rope_parameters.get("mscale_all_dim", 0), rope_parameters.get("factor", 1)
+    return (0.1 * mscale * math.log(factor) + 1.0) ** 2 if mscale and factor > 1 else 1.0
 
 
 def eager_attention_forward(
@@ -149,18 +168,223 @@ class BuddyGPTAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
+class BuddyGPTLatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 section 2.1, as in transformers' DeepSeek-V3).
+
+    The cache holds, for each token, the latent (R) that all heads' keys and values are made of, and one rotated key
+    (qk_rope_head_dim): R + qk_rope_head_dim numbers where grouped-query attention keeps 2 K D.
+    """
+
+    def __init__(self, config: BuddyGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.is_causal = True
+        self.query_dims = [config.qk_nope_head_dim, config.qk_rope_head_dim]
+        self.latent_dims = [config.kv_lora_rank, config.qk_rope_head_dim]
+        self.expanded_dims = [config.qk_nope_head_dim, config.v_head_dim]
+        self.scaling = sum(self.query_dims) ** -0.5 * yarn_softmax_factor(config.rope_parameters)
+
+        q_size, bias = self.num_heads * sum(self.query_dims), config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = BuddyGPTRMSNorm(config.q_lora_rank, eps=1e-6)  # DeepSeek's, whatever rms_norm_eps
+            self.q_b_proj = nn.Linear(config.q_lora_rank, q_size, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, sum(self.latent_dims), bias=bias)
+        self.kv_a_layernorm = BuddyGPTRMSNorm(config.kv_lora_rank, eps=1e-6)
+        self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.num_heads * sum(self.expanded_dims), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, C) -> (B, T, C), and the attention weights where the backend returns them."""
+        batch, length = hidden_states.shape[:2]
+        query = self.project_query(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        q_nope, q_rot = query.split(self.query_dims, dim=-1)
+        # One head for all: (B, 1, T, ...)
+        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split(self.latent_dims, dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        q_rot, k_rot = (rotate_interleaved(x, *position_embeddings) for x in (q_rot, k_rot))
+        if past_key_values is not None:
+            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+
+        attend = self.attend_in_latent_space if self.can_absorb(length, past_key_values) else self.attend
+        output, weights = attend(q_nope, q_rot, latent, k_rot, attention_mask, **kwargs)
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, H x query head width), through the queries' latent where there is one."""
+        if self.config.q_lora_rank is None:
+            return self.q_proj(hidden_states)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+
+    def can_absorb(self, length: int, past_key_values: Cache | None) -> bool:
+        """Whether this is a decoding step of one token that may read `kv_b_proj`'s weight itself: not where an adapter
+        or a quantised layer stands in its place, nor where the backend wants values as wide as keys."""
+        plain = type(self.kv_b_proj) is nn.Linear and "flash" not in self.config._attn_implementation
+        return length == 1 and past_key_values is not None and plain
+
+    def attend(self, q_nope, q_rot, latent, k_rot, attention_mask, **kwargs):
+        """Expand the latents (B, 1, S, R) into each head's keys and values -> (B, T, H, v_head_dim) and weights."""
+        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, value = expanded.split(self.expanded_dims, dim=-1)
+        key = torch.cat((k_nope, k_rot.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        return self.call_backend(torch.cat((q_nope, q_rot), dim=-1), key, value, attention_mask, **kwargs)
+
+    def attend_in_latent_space(self, q_nope, q_rot, latent, k_rot, attention_mask, **kwargs):
+        """The same without expanding S tokens: `kv_b_proj` is absorbed into the query and the output instead."""
+        k_up, v_up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(self.expanded_dims, dim=1)
+        query = torch.cat((q_nope @ k_up, q_rot), dim=-1)
+        key = torch.cat((latent, k_rot), dim=-1).expand(-1, self.num_heads, -1, -1)
+        value = latent.expand(-1, self.num_heads, -1, -1)
+        output, weights = self.call_backend(query, key, value, attention_mask, **kwargs)
+        return (output.transpose(1, 2) @ v_up.mT).transpose(1, 2), weights
+
+    def call_backend(self, query, key, value, attention_mask, **kwargs):
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return attention(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+
 class BuddyGPTMLP(nn.Module):
     """SwiGLU feed-forward layer (arXiv:2002.05202): (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config: BuddyGPTConfig):
+    def __init__(self, config: BuddyGPTConfig, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class BuddyGPTTopkRouter(nn.Module):
+    """Choose k of E experts for each token, in float32 (DeepSeek-V3, arXiv:2412.19437 section 2.1.2).
+
+    `e_score_correction_bias` takes part in the choice, not in the weights, and has no gradient: a callback moves it
+    towards balance.
+    """
+
+    def __init__(self, config: BuddyGPTConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(N, C) -> logits (N, E), weights (N, k) and indices (N, k) of the chosen experts."""
+        config = self.config
+        logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        scores = expert_scores(logits, config.scoring_func)
+        choice = (scores + self.e_score_correction_bias).unflatten(-1, (config.n_group, -1))
+        group_scores = choice.topk(2, dim=-1).values.sum(-1)
+        best_groups = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
+        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best_groups, True)
+        choice = choice.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
+        indices = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+        weights = scores.gather(1, indices)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, weights * config.routed_scaling_factor, indices
+
+
+def expert_scores(logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
+    """(..., E) router logits -> scores in (0, 1)."""
+    return logits.softmax(-1) if scoring_func == "softmax" else logits.sigmoid()
+
+
+@use_experts_implementation
+class BuddyGPTExperts(nn.Module):
+    """The weights of E SwiGLU experts in two tensors. `experts_implementation` of the model chooses how they run:
+    "grouped_mm" (default) and "batched_mm" without leaving the device, "eager" as written here."""
+
+    def __init__(self, config: BuddyGPTConfig):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        width, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
+        """Tokens (N, C), indices (N, k) and weights (N, k) of their experts -> weighted sum (N, C)."""
+        output = torch.zeros_like(hidden_states)
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            token, place = torch.where(top_k_index == expert)
+            gate, up = nn.functional.linear(hidden_states[token], gate_up).chunk(2, dim=-1)
+            expert_output = nn.functional.linear(self.act_fn(gate) * up, down) * top_k_weights[token, place, None]
+            output = output.index_add(0, token, expert_output.to(output.dtype))
+        return output
+
+
+class BuddyGPTMoE(nn.Module):
+    """Mixture of routed experts: (B, T, C) -> (B, T, C). No token is dropped."""
+
+    def __init__(self, config: BuddyGPTConfig):
+        super().__init__()
+        self.gate = BuddyGPTTopkRouter(config)
+        self.experts = BuddyGPTExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.flatten(0, 1)
+        _, weights, indices = self.gate(tokens)
+        return self.experts(tokens, indices, weights).view_as(hidden_states)
+
+
+class BuddyGPTSharedMoE(BuddyGPTMoE):
+    """The same beside shared experts, which every token goes through (DeepSeekMoE, arXiv:2401.06066)."""
+
+    def __init__(self, config: BuddyGPTConfig):
+        super().__init__(config)
+        self.shared_experts = BuddyGPTMLP(config, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) + self.shared_experts(hidden_states)
+
+
+class BuddyGPTSoftMoE(nn.Module):
+    """Every expert for every token, weighted by a softmax over the experts: (B, T, C) -> (B, T, C).
+
+    The intent of Steel-LLM's feed-forward layer (arXiv:2502.06635 section 2.2) in causal form. As published, a softmax
+    over the *sequence* mixes tokens before the experts (Soft MoE, arXiv:2308.00951), so each token reads later ones;
+    here a token is weighted and transformed alone. The expert is Steel-LLM's: two SwiGLU steps, four matrices.
+    """
+
+    def __init__(self, config: BuddyGPTConfig):
+        super().__init__()
+        experts, width, hidden = config.n_soft_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate = nn.Linear(hidden, experts, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.gate_down_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        tokens = hidden_states.flatten(0, 1)
+        weights = self.gate(tokens).softmax(-1, dtype=torch.float32).to(tokens.dtype)
+        gate, up = (tokens @ self.gate_up_proj.mT).chunk(2, dim=-1)  # (E, N, I) each
+        gate, down = ((self.act_fn(gate) * up) @ self.gate_down_proj.mT).chunk(2, dim=-1)  # (E, N, C) each
+        return torch.einsum("ne,enc->nc", weights, self.act_fn(gate) * down).view_as(hidden_states)
+
+
+def feed_forward(config: BuddyGPTConfig, layer_idx: int) -> nn.Module:
+    """The feed-forward layer that `config` gives layer `layer_idx` (from 0)."""
+    if config.n_soft_experts is not None:
+        return BuddyGPTSoftMoE(config)
+    if config.n_routed_experts is None or layer_idx < config.first_k_dense_replace:
+        return BuddyGPTMLP(config, config.intermediate_size)
+    return BuddyGPTSharedMoE(config) if config.n_shared_experts else BuddyGPTMoE(config)
 
 
 class BuddyGPTDecoderLayer(GradientCheckpointingLayer):
@@ -168,8 +392,9 @@ class BuddyGPTDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: BuddyGPTConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = BuddyGPTAttention(config, layer_idx)
-        self.mlp = BuddyGPTMLP(config)
+        attention = BuddyGPTAttention if config.kv_lora_rank is None else BuddyGPTLatentAttention
+        self.self_attn = attention(config, layer_idx)
+        self.mlp = feed_forward(config, layer_idx)
         self.input_layernorm = BuddyGPTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = BuddyGPTRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -191,7 +416,22 @@ class BuddyGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": BuddyGPTDecoderLayer, "attentions": BuddyGPTAttention}
+    _can_record_outputs = {
+        "hidden_states": BuddyGPTDecoderLayer,
+        "attentions": [BuddyGPTAttention, BuddyGPTLatentAttention],
+        "router_logits": OutputRecorder(BuddyGPTTopkRouter, index=0),
+        "router_indices": OutputRecorder(BuddyGPTTopkRouter, index=2),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BuddyGPTTopkRouter):
+            init.zeros_(module.e_score_correction_bias)
+        if isinstance(module, BuddyGPTTopkRouter | BuddyGPTExperts | BuddyGPTSoftMoE):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
 class BuddyGPTModel(BuddyGPTPreTrainedModel):
@@ -218,7 +458,7 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """Run the decoder.
 
         Args:
@@ -227,7 +467,8 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
             position_ids: (B, T). Where they restart at 0 inside a row, the row holds several packed documents, and
                 none sees another, provided that neither `attention_mask` nor a cache is given (`use_cache=False`).
             past_key_values: Cache of the tokens seen before. None with `use_cache`: a new `DynamicCache`.
-            kwargs: Handed down to the attention backend.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, and arguments of the attention
+                backend.
 
         Raises:
             ValueError: Neither or both of `input_ids` and `inputs_embeds` are given.
@@ -260,7 +501,7 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
+        return MoeModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
@@ -288,15 +529,18 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """See [`BuddyGPTModel.forward`], and:
 
         Args:
             labels: (B, T), the input ids with -100 where no loss is wanted; shifted inside.
             logits_to_keep: Compute the logits of the last N positions only (0: all), or of these positions.
             kwargs: `num_items_in_batch` (the loss is a sum divided by it, so that accumulated steps weigh every token
-                alike), `shift_labels`, and arguments of the attention backend.
+                alike), `shift_labels`, and see [`BuddyGPTModel.forward`].
         """
+        balance = labels is not None and self.config.aux_loss_alpha > 0
+        if balance:
+            kwargs |= {"output_router_logits": True, "output_router_indices": True}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -310,10 +554,58 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        aux_loss = None
+        if balance:
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, outputs.router_indices, labels, attention_mask, self.config, **kwargs
+            )
+            # A gradient without a value: the loss that is shown stays the language model's own.
+            loss = loss + self.config.aux_loss_alpha * (aux_loss - aux_loss.detach())
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
         )
+
+
+def load_balancing_loss(
+    router_logits: tuple[torch.Tensor, ...],
+    router_indices: tuple[torch.Tensor, ...],
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    config: BuddyGPTConfig,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Sequence-wise balance loss (DeepSeek-V3, arXiv:2412.19437 eq. 17-20) of the routing that took place.
+
+    For each row and layer, E / k x the sum over the experts of (share of the row's tokens that chose the expert) x
+    (mean score of the expert, where a token's scores sum to 1): 1 if all experts are used alike. Summed over layers.
+    Rows weigh as in the language model's loss, by their labels, so that accumulated steps add up to the whole batch.
+
+    Args:
+        router_logits, router_indices: For each MoE layer (B x T, E) and (B x T, k).
+        labels: (B, T).
+        attention_mask: (B, T), 0 on padding, which is not counted; or None.
+        num_items_in_batch, shift_labels: As in [`BuddyGPTForCausalLM.forward`].
+    """
+    targets = labels[:, 1:] if shift_labels is None else shift_labels
+    items = (targets != -100).sum(1)
+    row_weights = items / (items.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    real = torch.ones_like(labels) if attention_mask is None else attention_mask
+    token_weights = (real / real.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)  # (B, T, 1)
+    total = row_weights.new_zeros(())
+    for logits, indices in zip(router_logits, router_indices, strict=True):
+        scores = expert_scores(logits, config.scoring_func)
+        probabilities = scores / scores.sum(-1, keepdim=True)
+        chosen = torch.zeros_like(probabilities).scatter(1, indices, config.n_routed_experts / indices.shape[1])
+        share, mean_score = (
+            (each.unflatten(0, labels.shape) * token_weights).sum(1) for each in (chosen, probabilities)
+        )
+        total = total + (row_weights * (share * mean_score).sum(-1)).sum()
+    return total
