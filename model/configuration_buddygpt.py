@@ -132,7 +132,7 @@ class BuddyGPTConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
-        if self.head_dim is not None and (self.head_dim < 2 or self.head_dim % 2):
+        if self.kv_lora_rank is None and (self.head_dim < 2 or self.head_dim % 2):
             raise ValueError(f"head_dim ({self.head_dim}) must be even and at least 2: RoPE rotates pairs")
 
     def validate_latent_attention(self):
