@@ -11,9 +11,8 @@ themselves.
 import math
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-import buddygpt  # noqa: F401  registers the model with AutoModel
 from buddygpt.data.token_shards import MANIFEST, BlockDataset
 from buddygpt.launch import (
     UserError,
@@ -25,6 +24,7 @@ from buddygpt.launch import (
     run_script,
 )
 from buddygpt.launch.training import run_training
+from buddygpt.presets import load_config
 
 
 @dataclass
@@ -32,7 +32,10 @@ class PretrainArguments:
     train_data: str = field(metadata={"help": "Folder of token shards (see data/README.md)."})
     tokenizer: str = field(metadata={"help": "Folder or Hub name of the tokenizer that made the shards."})
     eval_data: str | None = field(default=None, metadata={"help": "Folder of held-out token shards."})
-    model_config: str | None = field(default=None, metadata={"help": "Config JSON of a new model."})
+    model_config: str | None = field(default=None, metadata={"help": "Preset name or config JSON of a new model."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Rows of a new model's embedding. Default: the tokenizer's size."}
+    )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to continue from instead."})
     block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
     isolate_documents: bool = field(
@@ -65,6 +68,8 @@ def load_model(args: PretrainArguments, tokenizer):
     if (args.model_config is None) == (args.model_name_or_path is None):
         raise UserError("give one of model_config (a new model) and model_name_or_path (a checkpoint)")
     if args.model_name_or_path:
+        if args.vocab_size is not None:
+            raise UserError("vocab_size belongs to a new model (model_config); a checkpoint keeps its embedding")
         config = require_causal_lm(args.model_name_or_path)
         if config.vocab_size < len(tokenizer):
             raise UserError(
@@ -74,10 +79,13 @@ def load_model(args: PretrainArguments, tokenizer):
         return AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path, dtype="float32", attn_implementation=args.attn_implementation
         )
+    vocab_size = len(tokenizer) if args.vocab_size is None else args.vocab_size
+    if vocab_size < len(tokenizer):
+        raise UserError(f"vocab_size ({vocab_size}) is less than the {len(tokenizer)} entries of {args.tokenizer}")
     try:
-        config = AutoConfig.from_pretrained(
+        config = load_config(
             args.model_config,
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
