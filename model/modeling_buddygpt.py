@@ -16,6 +16,7 @@ import math
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -29,7 +30,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_buddygpt import BuddyGPTConfig
@@ -286,7 +287,8 @@ class BuddyGPTTopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(N, C) -> logits (N, E), weights (N, k) and indices (N, k) of the chosen experts."""
         config = self.config
-        logits = nn.functional.linear(hidden_states.float(), self.weight.float())
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            logits = nn.functional.linear(hidden_states.float(), self.weight.float())
         scores = expert_scores(logits, config.scoring_func)
         choice = (scores + self.e_score_correction_bias).unflatten(-1, (config.n_group, -1))
         group_scores = choice.topk(2, dim=-1).values.sum(-1)
@@ -340,7 +342,17 @@ class BuddyGPTMoE(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         tokens = hidden_states.flatten(0, 1)
         _, weights, indices = self.gate(tokens)
-        return self.experts(tokens, indices, weights).view_as(hidden_states)
+        return self.run_experts(tokens, indices, weights).view_as(hidden_states)
+
+    def run_experts(self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Call the experts; under autocast in its dtype, which grouped products do not take on by themselves
+        (pytorch#174763): float32 weights would be multiplied in float32."""
+        device = tokens.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.experts(tokens, indices, weights)
+        dtype = torch.get_autocast_dtype(device)
+        parameters = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
+        return functional_call(self.experts, parameters, (tokens.to(dtype), indices, weights))
 
 
 class BuddyGPTSharedMoE(BuddyGPTMoE):
