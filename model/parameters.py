@@ -1,0 +1,147 @@
+"""How large is each shape, and what does its cache cost? Counted on the meta device, where no weights are made.
+
+python -m buddygpt.parameters                                    # every preset
+python -m buddygpt.parameters buddygpt-0.1b --vocab_size 16384   # the same body with a smaller vocabulary
+python -m buddygpt.parameters path/to/config.json path/to/checkpoint
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from .configuration_buddygpt import BuddyGPTConfig
+from .presets import PRESETS, load_config
+
+HEADER = (
+    "name",
+    "attention",
+    "feed-forward",
+    "layers x width",
+    "vocabulary",
+    "total",
+    "non-embedding",
+    "active",
+    "embedding share",
+    "cache bytes per token",
+)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters.
+
+    Attributes:
+        total: All, a tied embedding once. Buffers, such as the experts' selection bias, are not parameters.
+        non_embedding: `total` less the embedding and the output head.
+        active: `total` less the routed experts that a token does not go through.
+    """
+
+    total: int
+    non_embedding: int
+    active: int
+
+
+def count_parameters(config: PreTrainedConfig) -> ParameterCount:
+    """Count the parameters of the causal language model of `config`, BuddyGPT's or of a stock architecture."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = model.num_parameters()
+    ends = {layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    idle = sum(
+        parameter.numel() // experts.num_experts * (experts.num_experts - config.num_experts_per_tok)
+        for name, experts in model.named_modules()
+        if name.endswith(".experts")
+        for parameter in experts.parameters()
+    )
+    return ParameterCount(total, total - sum(weight.numel() for weight in ends), total - idle)
+
+
+def cache_bytes_per_token(config: BuddyGPTConfig, element_size: int = 2) -> int:
+    """Bytes that the key/value cache grows by with each token of a sequence.
+
+    Args:
+        config: Its `kv_lora_rank` says whether a layer keeps a latent and one rotated key, or keys and values.
+        element_size: Bytes of one number; 2 in bfloat16.
+    """
+    if config.kv_lora_rank is None:
+        numbers = 2 * config.num_key_value_heads * config.head_dim
+    else:
+        numbers = config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_hidden_layers * numbers * element_size
+
+
+def describe_attention(config: BuddyGPTConfig) -> str:
+    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
+    if config.kv_lora_rank is not None:
+        return f"MLA {heads}, rank {config.kv_lora_rank}"
+    return f"MHA {heads}" if heads == key_value_heads else f"GQA {heads}/{key_value_heads}"
+
+
+def describe_feed_forward(config: BuddyGPTConfig) -> str:
+    if config.n_soft_experts is not None:
+        return f"{config.n_soft_experts} soft experts of {config.moe_intermediate_size}"
+    if config.n_routed_experts is None:
+        return f"dense {config.intermediate_size}"
+    text = f"{config.n_routed_experts} experts of {config.moe_intermediate_size}, top-{config.num_experts_per_tok}"
+    if config.n_shared_experts:
+        text += f" + {config.n_shared_experts} shared"
+    if config.first_k_dense_replace:
+        text += f"; first {config.first_k_dense_replace} dense {config.intermediate_size}"
+    return text
+
+
+def describe(name: str, config: BuddyGPTConfig) -> tuple[str, ...]:
+    """Return one row of the table, in the order of `HEADER`."""
+    count = count_parameters(config)
+    return (
+        name,
+        describe_attention(config),
+        describe_feed_forward(config),
+        f"{config.num_hidden_layers} x {config.hidden_size}",
+        f"{config.vocab_size:,}",
+        *(f"{number / 1e6:.2f}M" for number in (count.total, count.non_embedding, count.active)),
+        f"{1 - count.non_embedding / count.total:.1%}",
+        f"{cache_bytes_per_token(config):,}",
+    )
+
+
+def load_buddygpt_config(name_or_path: str, **overrides) -> BuddyGPTConfig:
+    """Return the config of a preset, a config JSON or a checkpoint folder.
+
+    Raises:
+        ValueError: There is none, or it is no BuddyGPT model.
+        StrictDataclassError: Its numbers do not fit together.
+    """
+    if name_or_path not in PRESETS and not Path(name_or_path).exists():
+        raise ValueError(f"no preset or file {name_or_path}; the presets are {', '.join(sorted(PRESETS))}")
+    config = load_config(name_or_path, **overrides)
+    if not isinstance(config, BuddyGPTConfig):
+        raise ValueError(f"{name_or_path} is a {config.model_type} model, not a BuddyGPT model")
+    config.validate()  # overrides are set after the config has looked at itself
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m buddygpt.parameters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("models", nargs="*", default=sorted(PRESETS), metavar="NAME_OR_PATH", help="default: presets")
+    parser.add_argument("--vocab_size", type=int, help="rows of the embedding; default: as in the config")
+    args = parser.parse_args()
+    overrides = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+    try:
+        rows = [describe(name, load_buddygpt_config(name, **overrides)) for name in args.models]
+    except (OSError, ValueError, StrictDataclassError) as error:
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+    for row in (HEADER, ["---"] * len(HEADER), *rows):
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
