@@ -11,6 +11,7 @@ themselves.
 import math
 from dataclasses import dataclass, field
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from buddygpt.data.token_shards import MANIFEST, BlockDataset
@@ -90,7 +91,7 @@ def load_model(args: PretrainArguments, tokenizer):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot read the model config {args.model_config}: {error}") from error
     return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
 
