@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(script: str, *arguments: object) -> None:
     """Call `main()` of a script of this project with command-line arguments, from the project's folder."""
     path = ROOT / script
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # as Python does: a script may import its neighbours
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look their module up there

@@ -170,9 +170,8 @@ def test_a_process_without_our_code_generates_the_same_tokens(tmp_path, export):
 
 def test_a_model_that_would_differ_is_refused_and_nothing_is_left(tmp_path, export, monkeypatch):
     source = make_checkpoint(tmp_path / "source", False, True)
-    without = tuple(name for name in to_native.SHARED_FIELDS if name != "rope_parameters")
-    monkeypatch.setattr(to_native, "SHARED_FIELDS", without)
-    with pytest.raises(UserError, match="is not exported: as Qwen3ForCausalLM .* its logits differ by"):
+    monkeypatch.delitem(BuddyGPTConfig.__annotations__, "rope_parameters")
+    with pytest.raises(UserError, match="is not converted: as Qwen3ForCausalLM .* its logits differ by"):
         export(source, tmp_path / "native")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -207,10 +206,10 @@ def break_checkpoint(folder: Path, how: str) -> Path:
         ("missing", "no such checkpoint folder"),
         ("adapter", "holds a LoRA adapter"),
         ("llama", "is a `llama` model, not a BuddyGPT one"),
-        ("heads", "(?s)cannot be exported: .*48.* is not a multiple of the number of attention heads"),
-        ("tokenizer", "cannot be exported"),
-        ("weights", "cannot be exported: .*no file named"),
-        ("truncated", "cannot be exported"),
+        ("heads", "(?s)cannot be converted: .*48.* is not a multiple of the number of attention heads"),
+        ("tokenizer", "cannot be converted"),
+        ("weights", "cannot be converted: .*no file named"),
+        ("truncated", "cannot be converted"),
         ("incomplete", "lacks weights: model.norm.weight"),
     ],
 )
