@@ -86,10 +86,7 @@ def _twins(config: BuddyGPTConfig) -> tuple[type[PreTrainedConfig], ...]:
     if config.scoring_func == "sigmoid":
         return (Glm4MoeConfig,) if config.kv_lora_rank is None else (DeepseekV3Config,)
     obstacles = (
-        (
-            config.kv_lora_rank is not None,
-            "no latent attention; DeepSeek-V3 has sigmoid scores, V2 never normalises its",
-        ),
+        (config.kv_lora_rank is not None, "no latent attention; DeepSeek-V3 has sigmoid scores, V2 unnormalised ones"),
         (config.n_shared_experts > 0, "no shared experts; Qwen2-MoE gates its, GLM-4-MoE has sigmoid scores"),
         (not config.use_qk_norm, "normalised queries and keys (use_qk_norm) always"),
         (config.topk_group < config.n_group, "no expert groups (n_group)"),
@@ -160,6 +157,8 @@ def convert(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
     state = model.state_dict()
     if not getattr(model.config, "rope_interleave", True):
         state = {name: _interleaved(name, weight, config) for name, weight in state.items()}
+    if model.config.tie_word_embeddings and not config.tie_word_embeddings:
+        state["lm_head.weight"] = state["lm_head.weight"].clone()  # a shared tensor would be saved once
     places = twin.state_dict()
     for name in filter(ZERO_IF_ABSENT.search, state.keys() ^ places.keys()):
         if name in places:

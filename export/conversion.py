@@ -59,9 +59,9 @@ def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrain
         print(f"not {name}: transformers would read the tokenizer in another way")
     else:
         raise UserError(f"{checkpoint} is not converted: no architecture leaves its tokenizer as it is")
-    added = sorted(twin.state_dict().keys() - model.state_dict().keys())
+    added = {name.split(".", 3)[-1] for name in twin.state_dict().keys() - model.state_dict().keys()}
     if added:
-        print(f"{name} has weights besides, written as zeros, which change nothing: {added[0]}, ... ({len(added)})")
+        print(f"zeros, which change nothing, where only {name} has weights: {', '.join(sorted(added))}")
     difference = logit_difference(model, twin)
     if not difference <= TOLERANCE:
         limits = f"{difference:.1e} of the largest, above {TOLERANCE:.0e}"

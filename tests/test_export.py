@@ -40,6 +40,21 @@ TARGETS = [
     (True, True, True, "Qwen3ForCausalLM"),
     (False, False, False, "LlamaForCausalLM"),
 ]
+MLA = dict(num_key_value_heads=None, head_dim=None, kv_lora_rank=12, q_lora_rank=20)
+MLA |= dict(qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10)
+MOE = dict(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, first_k_dense_replace=1)
+SIGMOID = MOE | dict(scoring_func="sigmoid", n_shared_experts=2, n_group=2, topk_group=1, routed_scaling_factor=1.5)
+# name -> attention_bias, use_qk_norm, further fields, the class expected
+VARIANTS = {
+    "mla": (False, False, MLA, "DeepseekV3ForCausalLM"),
+    "mla-bias": (True, False, MLA | dict(tie_word_embeddings=True), "DeepseekV3ForCausalLM"),
+    "mla-moe": (False, False, MLA | SIGMOID | dict(q_lora_rank=None), "DeepseekV3ForCausalLM"),
+    "mla-moe-unshared": (True, False, MLA | SIGMOID | dict(n_shared_experts=0), "DeepseekV3ForCausalLM"),
+    "moe": (True, False, SIGMOID, "Glm4MoeForCausalLM"),
+    "moe-norm-unshared": (False, True, SIGMOID | dict(n_shared_experts=0, n_group=1), "Glm4MoeForCausalLM"),
+    "moe-softmax": (True, True, MOE, "Qwen3MoeForCausalLM"),
+    "moe-softmax-top-1": (False, True, MOE | dict(num_experts_per_tok=1, norm_topk_prob=False), "Qwen3MoeForCausalLM"),
+}
 
 
 def make_tokenizer(like_qwen: bool) -> PreTrainedTokenizerFast:
@@ -83,10 +98,16 @@ def make_checkpoint(
     model = BuddyGPTForCausalLM(BuddyGPTConfig(**(fields | sizes)))
     for name, weight in model.named_parameters():
         torch.nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    if model.config.scoring_func == "sigmoid":
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.normal_(bias, std=0.3)
     model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, 0], pad_token_id=tokenizer.pad_token_id, max_new_tokens=24
     )
-    model.to(dtype).save_pretrained(folder)
+    model.save_pretrained(folder)
+    model = BuddyGPTForCausalLM.from_pretrained(folder, dtype=dtype)  # unlike .to(), keeps the selection bias as it is
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -129,6 +150,33 @@ def test_the_export_equals_the_checkpoint_bit_for_bit(tmp_path, export, bias, qk
     assert theirs.chat_template == TEMPLATE and (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|pad|>")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_latent_attention_and_experts_are_exported_bit_for_bit(tmp_path, export, variant, dtype):
+    bias, qk_norm, sizes, name = VARIANTS[variant]
+    source = make_checkpoint(tmp_path / "source", bias, qk_norm, dtype=dtype, **sizes)
+    text = export(source, tmp_path / "native")
+    assert f"{name} in {dtype}: the logits differ by 0.0 of the largest" in text
+    assert ("shared_experts" in text) == ("unshared" in variant)
+    assert ("o_proj.bias" in text) == (bias and name != "Glm4MoeForCausalLM")
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype="auto")
+    assert (type(native).__name__, native.dtype) == (name, dtype)
+    if dtype == torch.float32 or not name.startswith("Qwen3Moe"):  # whose router computes in the model's dtype
+        assert torch.equal(logits(source), logits(tmp_path / "native"))
+
+
+def test_engines_find_an_output_head_and_no_unknown_layers(tmp_path, export):
+    tied = dict(tie_word_embeddings=True)
+    for number, (bias, qk_norm, sizes, name) in enumerate(VARIANTS.values()):
+        source = make_checkpoint(tmp_path / f"source{number}", bias, qk_norm, **sizes | tied)
+        export(source, tmp_path / f"native{number}")
+        config = json.loads((tmp_path / f"native{number}" / "config.json").read_text())
+        weights = load_file(tmp_path / f"native{number}" / "model.safetensors")
+        assert ("lm_head.weight" in weights) == (name != "Qwen3MoeForCausalLM")
+        assert config.get("num_nextn_predict_layers", 0) == 0 and config.get("n_shared_experts", 1) > 0
+        assert not any("gate_up_proj" in weight for weight in weights)  # one tensor per expert, as upstream
+
+
 def test_a_scaled_rope_and_an_uneven_head_survive(tmp_path, export):
     rope = {
         "rope_type": "yarn",
@@ -144,34 +192,70 @@ def test_a_scaled_rope_and_an_uneven_head_survive(tmp_path, export):
 
 
 GENERATE = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for folder in sys.argv[1:]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer("床前明月 Paris", return_tensors="pt")
-    print(AutoModelForCausalLM.from_pretrained(folder).generate(**inputs, do_sample=False)[0].tolist())
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Paris"}], tokenize=False)
+    tokens = model.generate(**tokenizer("床前明月 Paris", return_tensors="pt"), do_sample=False)
+    print(json.dumps([tokens[0].tolist(), text, model.generation_config.eos_token_id]))
 assert "buddygpt" not in sys.modules
 """
 
 
 def test_a_process_without_our_code_generates_the_same_tokens(tmp_path, export):
+    models = [(bias, qk_norm, dict(like_qwen=like_qwen)) for bias, qk_norm, like_qwen, _ in TARGETS]
     expected = []
-    for number, (bias, qk_norm, like_qwen, _) in enumerate(TARGETS):
-        source = make_checkpoint(tmp_path / f"source{number}", bias, qk_norm, like_qwen)
-        export(source, tmp_path / f"native{number}")
+    for number, (bias, qk_norm, sizes) in enumerate([*models, *(variant[:3] for variant in VARIANTS.values())]):
+        source = make_checkpoint(tmp_path / f"source{number}", bias, qk_norm, **sizes)
+        export(source, tmp_path / f"native{number:02}")
         tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
         tokens = model.generate(**tokenizer("床前明月 Paris", return_tensors="pt"), do_sample=False)
-        expected.append(tokens[0].tolist())
+        expected.append([tokens[0].tolist(), "<|im_start|>user\nParis<|im_end|>\n", [2, 0]])
     folders = [str(path) for path in sorted(tmp_path.glob("native*"))]
     command = [sys.executable, "-c", GENERATE, *folders]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
-    assert [json.loads(line) for line in done.stdout.split("\n") if line.startswith("[")] == expected
+    assert [json.loads(line) for line in done.stdout.split("\n") if line.startswith("[[")] == expected
+    assert len({str(tokens) for tokens, *_ in expected}) > 10  # they do not all end at once
 
 
 def test_a_model_that_would_differ_is_refused_and_nothing_is_left(tmp_path, export, monkeypatch):
     source = make_checkpoint(tmp_path / "source", False, True)
     monkeypatch.delitem(BuddyGPTConfig.__annotations__, "rope_parameters")
     with pytest.raises(UserError, match="is not converted: as Qwen3ForCausalLM .* its logits differ by"):
+        export(source, tmp_path / "native")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("bias", "qk_norm", "sizes", "message"),
+    [
+        (
+            False,
+            True,
+            MOE | dict(n_shared_experts=1),
+            "only, which has no shared experts; Qwen2-MoE gates its",
+        ),
+        (False, False, MOE, "Qwen3-MoE only, which has normalised queries and keys"),
+        (False, True, MOE | dict(n_group=4, topk_group=2), "Qwen3-MoE only, which has no expert groups"),
+        (False, True, MOE | dict(routed_scaling_factor=2.0), "Qwen3-MoE only, which has no routed_scaling_factor"),
+        (False, False, MLA | MOE, "Qwen3-MoE only, which has no latent attention; DeepSeek-V3 has sigmoid scores"),
+        (False, False, dict(n_soft_experts=3, moe_intermediate_size=16), "no architecture .* has a soft mixture"),
+    ],
+)
+def test_what_has_no_twin_is_refused_with_the_reason(tmp_path, export, bias, qk_norm, sizes, message):
+    source = make_checkpoint(tmp_path / "source", bias, qk_norm, **sizes)
+    with pytest.raises(UserError, match=f"cannot be converted: .*{message}"):
+        export(source, tmp_path / "native")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_selection_bias_that_the_twin_lacks_is_refused(tmp_path, export):
+    source = make_checkpoint(tmp_path / "source", False, True, **MOE)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.gate.e_score_correction_bias"][3] = 0.5
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="e_score_correction_bias is not zero, and Qwen3MoeForCausalLM has no such"):
         export(source, tmp_path / "native")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
