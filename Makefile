@@ -1,5 +1,6 @@
 # Two commands take a fresh machine to a chatting model and to a tested one: `make quickstart`, `make test`.
 PYTHON ?= python3
+MODEL ?= quickstart
 BIN := .venv/bin
 
 .PHONY: setup quickstart test lint
@@ -14,7 +15,7 @@ setup: .venv/installed
 	&& echo $$(( $$(date +%s) - start )) > $@
 
 quickstart: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/quickstart.sh
+	MODEL=$(MODEL) PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/quickstart.sh
 
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,6 +24,16 @@ _SHAPE_KEYS = (
     "attention_bias",
     "use_qk_norm",
     "tie_word_embeddings",
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_rope_head_dim",
+    "qk_nope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "n_soft_experts",
 )
 
 
@@ -64,7 +75,7 @@ def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> Pre
         raise UserError(f"no such checkpoint folder: {name_or_path}")
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot read a model config from {name_or_path}: {str(error).splitlines()[0]}") from error
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if not remote and type(config) not in AutoModelForCausalLM._model_mapping:

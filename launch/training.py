@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from buddygpt.monitor import CurveCallback, SampleCallback, write_run_card
+from buddygpt.monitor import CurveCallback, ExpertLoadCallback, SampleCallback, find_routers, write_run_card
 
 from .arguments import UserError
 from .checkpoints import last_checkpoint, load_tokenizer, require_causal_lm
@@ -40,12 +40,14 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     return tokenizer
 
 
-def run_training(trainer: Trainer, prompts: list[Any], run_card: dict[str, Any]) -> None:
+def run_training(
+    trainer: Trainer, prompts: list[Any], run_card: dict[str, Any], bias_update_speed: float = 0.0
+) -> None:
     """Train to the end, from where an earlier call was stopped, and leave a folder the next stage takes.
 
     `output_dir` receives the weights, config, model code, tokenizer and template, generation config, `loss_curve.png`,
-    `samples.md` and `run.json`. A LoRA run leaves the adapter in `output_dir/adapter` and the merged model in
-    `output_dir`.
+    `samples.md`, `run.json` and, of a mixture of experts, `expert_load.png`. A LoRA run leaves the adapter in
+    `output_dir/adapter` and the merged model in `output_dir`.
 
     Args:
         trainer: Ready to train. `args.resume_from_checkpoint` names a checkpoint; by default the newest complete one
@@ -53,6 +55,7 @@ def run_training(trainer: Trainer, prompts: list[Any], run_card: dict[str, Any])
         prompts: What to sample from at each evaluation: strings, or lists of chat messages.
         run_card: What the recipe adds to `run.json`: its own arguments, and as `origin` the hashes of what it starts
             from. A run is not resumed from another origin.
+        bias_update_speed: See [`ExpertLoadCallback`].
 
     Raises:
         UserError: `output_dir` holds a checkpoint of another model or of a run with another origin.
@@ -60,6 +63,8 @@ def run_training(trainer: Trainer, prompts: list[Any], run_card: dict[str, Any])
     args = trainer.args
     trainer.add_callback(SampleCallback(trainer, prompts))
     trainer.add_callback(CurveCallback())
+    if find_routers(trainer.model):  # first, so that what it adds to the logs reaches the trackers
+        trainer.callback_handler.callbacks.insert(0, ExpertLoadCallback(trainer, bias_update_speed))
     checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir, trainer.model.config)
     if checkpoint:
         _require_same_origin(Path(args.output_dir), run_card["origin"])

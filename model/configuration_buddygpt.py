@@ -57,7 +57,7 @@ class BuddyGPTConfig(PreTrainedConfig):
         n_soft_experts: Soft mixture: experts of a layer, all of which every token goes through, weighted by a softmax.
 
     Raises:
-        ValueError: The numbers do not fit together. Both are in the message.
+        StrictDataclassError: The numbers do not fit together. Both are in the message.
     """
 
     model_type = "buddygpt"

@@ -348,7 +348,7 @@ class BuddyGPTMoE(nn.Module):
         """Call the experts; under autocast in its dtype, which grouped products do not take on by themselves
         (pytorch#174763): float32 weights would be multiplied in float32."""
         device = tokens.device.type
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return self.experts(tokens, indices, weights)
         dtype = torch.get_autocast_dtype(device)
         parameters = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}

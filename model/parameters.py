@@ -7,7 +7,6 @@ python -m buddygpt.parameters path/to/config.json path/to/checkpoint
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -110,18 +109,10 @@ def describe(name: str, config: BuddyGPTConfig) -> tuple[str, ...]:
 
 
 def load_buddygpt_config(name_or_path: str, **overrides) -> BuddyGPTConfig:
-    """Return the config of a preset, a config JSON or a checkpoint folder.
-
-    Raises:
-        ValueError: There is none, or it is no BuddyGPT model.
-        StrictDataclassError: Its numbers do not fit together.
-    """
-    if name_or_path not in PRESETS and not Path(name_or_path).exists():
-        raise ValueError(f"no preset or file {name_or_path}; the presets are {', '.join(sorted(PRESETS))}")
+    """See [`load_config`]; a ValueError where it is no BuddyGPT model."""
     config = load_config(name_or_path, **overrides)
     if not isinstance(config, BuddyGPTConfig):
         raise ValueError(f"{name_or_path} is a {config.model_type} model, not a BuddyGPT model")
-    config.validate()  # overrides are set after the config has looked at itself
     return config
 
 

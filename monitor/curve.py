@@ -13,6 +13,7 @@ PANELS = {
     "loss": ("loss", "eval_loss"),
     "bits per byte": ("bits_per_byte", "eval_bits_per_byte"),
     "preference accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
+    "expert load, 1 = even": ("router/load_max", "router/load_min"),
     "learning rate": ("learning_rate",),
 }
 

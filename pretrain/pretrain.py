@@ -129,7 +129,11 @@ def main() -> None:
     origin = {f"{split}_manifest_sha256": file_sha256(data.folder / MANIFEST) for split, data in blocks.items()}
     origin |= {"block_size": args.block_size, "isolate_documents": args.isolate_documents}
     origin["base_sha256"] = checkpoint_sha256(args.model_name_or_path) if args.model_name_or_path else None
-    run_training(trainer, args.sample_prompts, {"recipe": "pretrain", "arguments": vars(args), "origin": origin})
+    run_card = {"recipe": "pretrain", "arguments": vars(args), "origin": origin}
+    # SFT and DPO leave the balance as it is, like DeepSeek-V3 the end of its pretraining.
+    run_training(
+        trainer, args.sample_prompts, run_card, bias_update_speed=getattr(model.config, "bias_update_speed", 0)
+    )
 
 
 if __name__ == "__main__":

@@ -149,16 +149,45 @@ def test_dpo_prefers_the_chosen_answers(workspace, chat_model, extra):
     assert card["metrics"]["eval_loss"] < math.log(2)  # what a model equal to its reference has
 
 
+def test_a_mixture_of_experts_goes_through_every_recipe(workspace, tmp_path):
+    pretrain = [*pretrain_arguments(workspace), "--model_config", "debug-mla-moe"]
+    run("pretrain/pretrain.py", *pretrain, "--output_dir", tmp_path / "whole")
+    logged = [row for row in history(tmp_path / "whole") if "loss" in row]
+    assert all(row["router/dropped"] == 0 and 0.5 < row["router/entropy"] <= 1 for row in logged)
+    assert all(row["router/load_min"] <= 1 <= row["router/load_max"] for row in logged)
+    assert (tmp_path / "whole" / "expert_load.png").exists()
+
+    shutil.copytree(tmp_path / "whole/checkpoint-6", tmp_path / "resumed/checkpoint-6")
+    run("pretrain/pretrain.py", *pretrain, "--output_dir", tmp_path / "resumed")
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("resumed", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    biases = [name for name in expected if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 1 and 0 < expected[biases[0]].abs().max() <= 12 * 0.001 + 1e-6
+
+    run("sft/sft.py", *sft_arguments(workspace, tmp_path / "whole"), "--output_dir", tmp_path / "sft")
+    run("rlhf/dpo.py", *dpo_arguments(workspace, tmp_path / "sft"), "--output_dir", tmp_path / "dpo")
+    check_folder(tmp_path / "dpo", "dpo")
+    tuned = load_file(tmp_path / "dpo" / "model.safetensors")
+    assert torch.equal(tuned[biases[0]], expected[biases[0]])  # tuning leaves the balance alone
+    assert any("router/entropy" in row for row in history(tmp_path / "sft"))
+
+
 def test_two_processes_train_as_one(workspace):
-    """DDP over gloo: the same losses as one process with the same global batch."""
+    """DDP over gloo: the same losses as one process with the same global batch, and the same balance of experts."""
     command = [ACCELERATE, "launch", "--config_file", "accelerate_configs/cpu_ddp.yaml", "pretrain/pretrain.py"]
     arguments = [*pretrain_arguments(workspace), "--max_steps", 4, "--logging_steps", 1, "--save_steps", 4]
+    arguments += ["--model_config", "debug-mla-moe"]
     ddp = [*arguments, "--per_device_train_batch_size", 2, "--output_dir", workspace / "ddp"]
     subprocess.run([*command, *map(str, ddp)], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "single")
     assert json.loads((workspace / "ddp" / "run.json").read_text())["world_size"] == 2
-    losses = [[row["loss"] for row in history(workspace / name) if "loss" in row] for name in ("ddp", "single")]
-    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    logged = [[row for row in history(workspace / name) if "loss" in row] for name in ("ddp", "single")]
+    assert [row["loss"] for row in logged[0]] == pytest.approx([row["loss"] for row in logged[1]], abs=2e-3)
+    loads = [[row["router/load_max"] for row in rows] for rows in logged]
+    assert loads[0] == pytest.approx(loads[1], abs=0.1)
+    weights = [load_file(workspace / name / "model.safetensors") for name in ("ddp", "single")]
+    (bias,) = (name for name in weights[0] if name.endswith("e_score_correction_bias"))
+    assert (weights[0][bias] == weights[1][bias]).float().mean() > 0.7  # a rounded score may move one token
 
 
 def test_killed_run_continues_by_the_same_command(workspace, base):
