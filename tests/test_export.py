@@ -150,8 +150,11 @@ def test_the_export_equals_the_checkpoint_bit_for_bit(tmp_path, export, bias, qk
     assert theirs.chat_template == TEMPLATE and (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|pad|>")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [(variant, torch.float32) for variant in VARIANTS]
+    + [(variant, torch.bfloat16) for variant in ("mla-moe", "moe", "moe-softmax")],
+)
 def test_latent_attention_and_experts_are_exported_bit_for_bit(tmp_path, export, variant, dtype):
     bias, qk_norm, sizes, name = VARIANTS[variant]
     source = make_checkpoint(tmp_path / "source", bias, qk_norm, dtype=dtype, **sizes)
@@ -167,11 +170,13 @@ def test_latent_attention_and_experts_are_exported_bit_for_bit(tmp_path, export,
 
 def test_engines_find_an_output_head_and_no_unknown_layers(tmp_path, export):
     tied = dict(tie_word_embeddings=True)
-    for number, (bias, qk_norm, sizes, name) in enumerate(VARIANTS.values()):
-        source = make_checkpoint(tmp_path / f"source{number}", bias, qk_norm, **sizes | tied)
-        export(source, tmp_path / f"native{number}")
-        config = json.loads((tmp_path / f"native{number}" / "config.json").read_text())
-        weights = load_file(tmp_path / f"native{number}" / "model.safetensors")
+    for variant in ("mla", "mla-moe-unshared", "moe", "moe-softmax"):
+        bias, qk_norm, sizes, name = VARIANTS[variant]
+        source = make_checkpoint(tmp_path / f"{variant}-source", bias, qk_norm, **sizes | tied)
+        native = tmp_path / variant
+        export(source, native)
+        config = json.loads((native / "config.json").read_text())
+        weights = load_file(native / "model.safetensors")
         assert ("lm_head.weight" in weights) == (name != "Qwen3MoeForCausalLM")
         assert config.get("num_nextn_predict_layers", 0) == 0 and config.get("n_shared_experts", 1) > 0
         assert not any("gate_up_proj" in weight for weight in weights)  # one tensor per expert, as upstream
