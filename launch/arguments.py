@@ -30,10 +30,15 @@ class StrictParser(TrlParser):
         raise UserError(f"{message}. See --help.")
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        keys = {action.dest for action in self._actions}
-        for key in config:
-            if key not in keys:
-                raise UserError(f"unknown key `{key}` in the config file{_closest(key, keys)}")
+        actions = {action.dest: action for action in self._actions}
+        for key, value in config.items():
+            if key not in actions:
+                raise UserError(f"unknown key `{key}` in the config file{_closest(key, set(actions))}")
+            choices = actions[key].choices  # argparse looks at these on the command line only
+            given = value if isinstance(value, list) else [value]
+            if choices and any(each is not None and each not in choices for each in given):
+                allowed = ", ".join(map(str, choices))
+                raise UserError(f"`{key}` in the config file is {value}, must be one of {allowed}")
         return super().set_defaults_with_config(**config)
 
     def parse_known_args(self, args=None, namespace=None):

@@ -3,6 +3,7 @@
 import errno
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -17,6 +18,7 @@ class Arguments:
     size: int = 1
     rate: float = 0.1
     flags: list[str] = field(default_factory=list)
+    kind: Literal["small", "large"] = "small"
 
 
 def parse(monkeypatch, *words: str) -> Arguments:
@@ -38,6 +40,8 @@ def test_command_line_overrides_yaml_overrides_defaults(monkeypatch, tmp_path):
         ("name: a", ["--sise", "2"], "unknown argument `--sise`; did you mean `size`?"),
         ("name: a", ["--siz", "2"], "unknown argument `--siz`"),  # abbreviations are not guessed
         ("name: a", ["--size", "two"], "invalid int value: 'two'"),
+        ("name: a\nkind: huge", [], "`kind` in the config file is huge, must be one of small, large"),
+        ("name: a", ["--kind", "huge"], "'huge'"),
         ("name: a", ["stray"], "stray"),
         ("size: 2", [], "required: --name"),
         ("- name", [], "must contain a YAML mapping"),
