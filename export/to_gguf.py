@@ -249,8 +249,6 @@ def export(checkpoint: str, folder: Path, file_type: str) -> None:
 
 def main() -> None:
     (args,) = parse_arguments(GGUFArguments, description=__doc__)
-    if args.file_type not in FILE_TYPES:  # argparse does not check what comes from a YAML file
-        raise UserError(f"file_type `{args.file_type}` is none of {', '.join(FILE_TYPES)}")
     output, file = Path(args.output), f"model-{args.file_type}.gguf"
     present = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if file in present or output.is_file():

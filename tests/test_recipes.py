@@ -290,7 +290,7 @@ SCRIPTS = [
     *("pretrain/pretrain.py", "sft/sft.py", "rlhf/dpo.py", "tokenizer/train_tokenizer.py"),
     *("tokenizer/measure_tokenizer.py", "data/prepare_pretrain.py", "data/convert_chat.py"),
     *("data/sample/make_sample.py", "eval/run_eval.py", "eval/report.py", "eval/local_exams.py"),
-    *("export/to_native.py", "export/from_native.py", "runs/ask.py", "runs/summarize.py"),
+    *("export/to_native.py", "export/from_native.py", "export/to_gguf.py", "runs/ask.py", "runs/summarize.py"),
 ]
 
 
