@@ -1,0 +1,6 @@
+"""The correctness gate: checks that any causal language model of transformers should pass. See `__main__.py`."""
+
+from .checks import CHECKS, Row, run_check
+from .subject import Subject, open_subject, reduce_config
+
+__all__ = ["CHECKS", "Row", "Subject", "open_subject", "reduce_config", "run_check"]

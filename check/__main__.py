@@ -1,0 +1,75 @@
+"""The correctness gate: is a causal language model what it says it is?
+
+    python -m buddygpt.check buddygpt-0.1b              # a preset: its real size, random weights
+    python -m buddygpt.check buddygpt-0.1b --reduced    # the same structure in a few thousand parameters, seconds
+    python -m buddygpt.check outputs/base               # a checkpoint
+    python -m buddygpt.check Qwen/Qwen3-0.6B            # any causal language model of transformers
+
+Exit status: 0 all checks hold (or do not apply), 1 one fails, 2 there is no such model.
+"""
+
+import argparse
+import sys
+import time
+
+from tqdm import tqdm
+from transformers.utils import logging
+
+from buddygpt.launch import run_script
+
+from .checks import CHECKS, Row, explain, run_check
+from .subject import open_subject
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m buddygpt.check",
+        description=__doc__,
+        epilog="checks:\n" + "\n".join(f"  {name:24}{explain(name)}" for name in CHECKS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="preset, config JSON, checkpoint folder or Hub repository")
+    parser.add_argument("--reduced", action="store_true", help="check a small model of the same structure")
+    parser.add_argument("--vocab_size", type=int, help="another vocabulary, for random weights")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default: 0)")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK", help="run these checks alone")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with MODEL")
+    return parser.parse_args()
+
+
+def print_table(rows: list[Row]) -> None:
+    print(f"{'check':24}{'':6}{'measured':>12}    tolerance")
+    for row in rows:
+        numbers = ""
+        if row.measure is not None:
+            sign = ">=" if row.measure.at_least else "<="
+            numbers = f"{row.measure.value:12.2g}   {sign} {row.measure.tolerance:<8.2g}"
+        print(f"{row.check:24}{row.status:6}{numbers}{row.note}")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    start = time.perf_counter()
+    subject = open_subject(
+        arguments.model, arguments.reduced, arguments.vocab_size, arguments.seed, arguments.trust_remote_code
+    )
+    rows = []
+    with tqdm(arguments.only or CHECKS, unit="check", leave=False) as names:
+        for name in names:
+            names.set_postfix_str(name)
+            rows.append(run_check(name, subject))
+    print_table(rows)
+    counts = {status: sum(row.status == status for row in rows) for status in ("pass", "FAIL", "n/a")}
+    print(
+        f"{arguments.model}{' (reduced)' * arguments.reduced}, {subject.model.num_parameters():,} parameters: "
+        f"{counts['pass']} hold, {counts['FAIL']} fail, {counts['n/a']} do not apply; "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+    sys.exit(1 if counts["FAIL"] else 0)
+
+
+if __name__ == "__main__":
+    run_script(main)
