@@ -98,7 +98,7 @@ class CallDependentMLP(modeling.BuddyGPTMLP):
         return super().forward(hidden_states) * (1 + 0.01 * (self.calls % 2 if self.training else 0))
 
 
-class Bfloat16Positions(modeling.BuddyGPTRotaryEmbedding):
+class Bfloat16RotaryEmbedding(modeling.BuddyGPTRotaryEmbedding):
     """Angles in the model's dtype: in bfloat16, 4095 and 4080 are one position."""
 
     def forward(self, hidden_states, position_ids):

@@ -90,7 +90,7 @@ TWINS = {
         {"gradient_checkpointing", "determinism"},
     ),
     "bfloat16-angles": (
-        with_broken(modeling.BuddyGPTRotaryEmbedding, broken.Bfloat16Positions),
+        with_broken(modeling.BuddyGPTRotaryEmbedding, broken.Bfloat16RotaryEmbedding),
         "buddygpt-0.1b",
         {"bfloat16"},
     ),
