@@ -45,7 +45,7 @@ def print_table(rows: list[Row]) -> None:
         if row.measure is not None:
             sign = ">=" if row.measure.at_least else "<="
             numbers = f"{row.measure.value:12.2g}   {sign} {row.measure.tolerance:<8.2g}"
-        print(f"{row.check:24}{row.status:6}{numbers}{row.note}")
+        print(f"{row.check:24}{row.status:6}{numbers}{row.note}".rstrip())
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ class Measure:
 
     @property
     def holds(self) -> bool:
-        return self.value >= self.tolerance if self.at_least else self.value <= self.tolerance
+        return self.tolerance <= self.value < torch.inf if self.at_least else self.value <= self.tolerance
 
 
 class NotApplicable(Exception):
@@ -75,19 +75,24 @@ def run_check(name: str, subject: Subject) -> Row:
 
 def difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """Greatest difference, in standard deviations of the reference."""
-    return ((logits - reference).abs().max() / reference.std()).item()
+    return number(((logits - reference).abs().max() / reference.std()).item())
 
 
 def gradient_difference(gradients: dict, reference: dict) -> float:
     """Greatest relative difference of a parameter's gradient. One below 1e-3 of the largest counts as that large, so
     that rounding is not judged by gradients that are nearly 0."""
-    norms = {name: 0.0 if g is None else g.norm().item() for name, g in reference.items()}
+    norms = {name: 0.0 if g is None else number(g.norm().item()) for name, g in reference.items()}
     floor = 1e-3 * max(norms.values())
     return max(
-        (0.0 if norms[name] == 0.0 else torch.inf) if gradients[name] is None
-        else ((gradients[name] - reference[name]).norm() / max(norms[name], floor)).item()
+        (0.0 if norms[name] == 0.0 else torch.inf) if gradients[name] is None or reference[name] is None
+        else number((gradients[name] - reference[name]).norm().item() / max(norms[name], floor))
         for name in reference
     )  # fmt: skip
+
+
+def number(value: float) -> float:
+    """NaN as infinity, which no tolerance holds and no `max` overlooks."""
+    return torch.inf if value != value else value
 
 
 def need(condition: bool, reason: str) -> None:
@@ -116,7 +121,7 @@ def causality(subject: Subject) -> Measure:
     for position in (1, LENGTH // 2, LENGTH - 1):
         changed = ids.clone()
         changed[0, position] = (changed[0, position] + 1) % subject.config.get_text_config().vocab_size
-        change = (subject.logits(changed) - before).abs()
+        change = (subject.logits(changed) - before).abs().nan_to_num(nan=torch.inf)
         leak = max(leak, change[0, :position].max().item(), change[1].max().item())
         effect = max(effect, change[0, position:].max().item())
     return Measure(leak / effect if effect else torch.inf, SAME)
@@ -266,7 +271,7 @@ def parameter_gradients(subject: Subject) -> Measure:
     finally:
         hook.remove()
     changes = {
-        name: ((others[name] - g).norm() / g.norm()).item() if g is not None and g.any() else torch.inf
+        name: number(((others[name] - g).norm() / g.norm()).item()) if g is not None and g.any() else torch.inf
         for name, g in gradients.items()
     }
     worst = max(changes, key=changes.get)
@@ -305,9 +310,7 @@ def attention_backends(subject: Subject) -> Measure:
 def experts_backends(subject: Subject) -> Measure:
     """eager, grouped_mm and batched_mm run the experts to the same logits and gradient."""
     model = subject.model
-    need(
-        any(hasattr(module, "is_concatenated") for module in model.modules()), "no experts of transformers' interface"
-    )
+    need(any(hasattr(module, "is_concatenated") for module in model.modules()), "no routed experts")
     used, ids = model.config._experts_implementation, subject.ids(2, LENGTH)
     results = []
     try:
@@ -390,7 +393,7 @@ def router_choice(subject: Subject) -> Measure:
         need(rule is not None, f"the rule of {type(router).__name__} is not known")
         for token, expected in enumerate(expected_weights(logits, rule)):
             given = torch.zeros_like(expected).index_add(0, indices[token], weights[token].float())
-            worst = max(worst, (given - expected).abs().max().item())
+            worst = max(worst, number((given - expected).abs().max().item()))
     return Measure(worst, 1e-5)
 
 

@@ -6,6 +6,7 @@ import sys
 
 import broken_models as broken
 import pytest
+import torch
 from broken_models import with_broken
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen2Config, Qwen3MoeConfig
 
@@ -129,6 +130,13 @@ def test_a_check_that_raises_has_failed():
 
     row = run_check("loss_accumulation", Subject(reduce_config(load_config("debug")), Unable))
     assert row.status == "FAIL" and row.note.startswith("TypeError") and "labels" in row.note
+
+
+def test_nothing_holds_of_a_model_that_gives_no_numbers():
+    subject = Subject(reduce_config(load_config("debug")))
+    subject.model.model.norm.weight.data[0] = torch.nan
+    others = {"fresh_process", "experts_backends", "router_choice", "initial_loss", "determinism"}
+    assert failures(subject).keys() >= CHECKS.keys() - others
 
 
 def test_saved_code_that_is_not_the_models_fails_in_a_fresh_process():
