@@ -55,6 +55,8 @@ class BuddyGPTConfig(PreTrainedConfig):
         bias_update_speed: MoE: how far pretraining moves each expert's selection bias per step towards balance, which
             needs no auxiliary loss (arXiv:2408.15664). 0: not at all.
         n_soft_experts: Soft mixture: experts of a layer, all of which every token goes through, weighted by a softmax.
+        z_loss_coef: Weight of the z-loss, logsumexp(logits)^2 of each token, which keeps logits small (PaLM,
+            arXiv:2204.02311 section 5: 1e-4). It reaches the gradient, not the loss that is shown. 0: none.
 
     Raises:
         StrictDataclassError: The numbers do not fit together. Both are in the message.
@@ -99,6 +101,7 @@ class BuddyGPTConfig(PreTrainedConfig):
     aux_loss_alpha: float | int = 0.0
     bias_update_speed: float | int = 0.0
     n_soft_experts: int | None = None
+    z_loss_coef: float | int = 0.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -127,6 +130,7 @@ class BuddyGPTConfig(PreTrainedConfig):
         """Refuse sizes that do not fit together."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             self._require_at_least(name, 1)
+        self._require_at_least("z_loss_coef", 0)
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "

@@ -16,7 +16,9 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -518,10 +520,73 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
         )
 
 
+def rows_per_chunk(device: torch.device, vocab_size: int) -> int:
+    """Rows of logits that exist at once: 64 MiB of float32, 1 GiB where a small product does not fill the device."""
+    return max(1, (2**24 if device.type == "cpu" else 2**28) // vocab_size)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross entropy of the logits `hidden_states @ weight.T`, summed over rows, some rows at a time.
+
+    The gradient is made with the loss while a chunk's logits exist, so that none are kept and no product is done twice
+    (as in Liger Kernel, arXiv:2410.10989 section 3.2). Unlike `torch.nn.functional.linear_cross_entropy` the sums over
+    chunks are in float32 under autocast, and there is a z-loss (PaLM, arXiv:2204.02311 section 5): z_loss_coef x
+    logsumexp(logits)^2, which reaches the gradient, not the value.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        z_loss_coef: float = 0.0,
+        with_gradient: bool = True,
+    ) -> torch.Tensor:
+        """Hidden states (N, C), weight (V, C) and targets (N,), -100 where no loss is wanted -> float32 scalar."""
+        device = hidden_states.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
+        needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        head = weight.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        rows = rows_per_chunk(device, weight.shape[0])
+        for start in range(0, hidden_states.shape[0], rows):
+            x, target = hidden_states[start : start + rows].to(dtype), targets[start : start + rows]
+            counted, position = target != -100, (torch.arange(len(target), device=device), target.clamp(min=0))
+            logits = (x @ head.T).float()
+            normaliser = logits.logsumexp(-1)
+            total += ((normaliser - logits[position]) * counted).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            # d loss / d logits: softmax - one-hot, and 2 z logsumexp softmax of the z-loss
+            gradient = logits.sub_(normaliser.unsqueeze(-1)).exp_()
+            gradient *= (counted * (1 + 2 * z_loss_coef * normaliser)).unsqueeze(-1)
+            gradient[position] -= counted.float()
+            gradient = gradient.to(dtype)
+            if needs_hidden:
+                grad_hidden[start : start + rows] = gradient @ head
+            if needs_weight and weight.dtype == dtype:
+                grad_weight.addmm_(gradient.T, x)
+            elif needs_weight:
+                grad_weight += gradient.T @ x
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total: torch.Tensor):
+        # In place: a second copy as large as the weight would be the peak of memory. Autograd refuses a second pass.
+        return *(None if each is None else each.mul_(grad_total) for each in ctx.saved_tensors), None, None, None
+
+
 class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
     """The decoder with its output head: token ids (B, T) -> logits (B, T, V), and the loss where labels are given."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    cross_entropy = ChunkedCrossEntropy.apply  # a model may be given a fused kernel instead
 
     def __init__(self, config: BuddyGPTConfig):
         super().__init__(config)
@@ -540,6 +605,7 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """See [`BuddyGPTModel.forward`], and:
@@ -547,6 +613,8 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T), the input ids with -100 where no loss is wanted; shifted inside.
             logits_to_keep: Compute the logits of the last N positions only (0: all), or of these positions.
+            skip_logits: Return the loss without logits, a few of which exist at a time: what is needed of memory does
+                not grow with B x T x V. None: in training where labels are given (as with Liger's kernels).
             kwargs: `num_items_in_batch` (the loss is a sum divided by it, so that accumulated steps weigh every token
                 alike), `shift_labels`, and see [`BuddyGPTModel.forward`].
         """
@@ -562,10 +630,13 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss = logits = None
+        if labels is not None and (self.training if skip_logits is None else skip_logits):
+            loss = self.loss_without_logits(outputs.last_hidden_state, labels, **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         aux_loss = None
         if balance:
             aux_loss = load_balancing_loss(
@@ -582,6 +653,47 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """The loss of `self.loss_function` for hidden states (B, T, C), its arguments the same; and its gradient with
+        that of the z-loss (`z_loss_coef`)."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        hidden_states = hidden_states.flatten(0, -2)
+        targets = shift_labels.flatten().to(hidden_states.device)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != -100).sum()
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(hidden_states.device)
+        # An adapter, a quantised or an offloaded head, or one sharded by ZeRO-3 or FSDP, has to be called.
+        weight = self.lm_head.weight
+        readable = type(self.lm_head) is nn.Linear and weight.device == hidden_states.device
+        if readable and not hasattr(weight, "ds_id"):
+            coef, with_gradient = self.config.z_loss_coef, torch.is_grad_enabled()
+            total = self.cross_entropy(hidden_states, weight, targets, coef, with_gradient)
+        else:
+            rows = rows_per_chunk(hidden_states.device, self.config.vocab_size)
+            total = sum(
+                checkpoint(self.cross_entropy_of_rows, *chunk, use_reentrant=False)
+                for chunk in zip(hidden_states.split(rows), targets.split(rows), strict=True)
+            )
+        return total / num_items_in_batch
+
+    def cross_entropy_of_rows(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The same as [`ChunkedCrossEntropy`] through a call of the head, in one piece."""
+        logits = self.lm_head(hidden_states).float()
+        total = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        if self.config.z_loss_coef:
+            z_loss = self.config.z_loss_coef * (logits.logsumexp(-1).square() * (targets != -100)).sum()
+            total = total + (z_loss - z_loss.detach())
+        return total
 
 
 def load_balancing_loss(
