@@ -1,7 +1,8 @@
 """The order in which blocks are read, by address: which block stands at any position of an endless stream.
 
 Every epoch is a permutation of all blocks, and none is ever stored: a block's place is computed, at the same cost for
-the first block and for the hundred billionth. So a run goes on at any step without reading what came before it.
+the first block and for the hundred billionth. So a run goes on at any step without reading what came before it, and
+data may be added to it on the way.
 """
 
 import math
@@ -9,6 +10,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from buddygpt.launch import UserError, file_sha256
+
+from .token_shards import MANIFEST, BlockDataset
 
 ROUNDS = 6
 
@@ -91,3 +101,75 @@ class BlockOrder:
 @lru_cache(maxsize=64)
 def _key(seed: int, epoch: int) -> bytes:
     return blake2b(f"{seed} {epoch}".encode()).digest()
+
+
+class BlockStream(Dataset):
+    """All that a run reads, in order: item `p` is the block at position `p` of the stream.
+
+    Args:
+        blocks: What is read from.
+        order: Which block stands where.
+        length: Blocks that the run reads: steps x blocks in a step.
+    """
+
+    def __init__(self, blocks: BlockDataset, order: BlockOrder, length: int) -> None:
+        self.blocks, self.order, self.length = blocks, order, length
+        self.block_size = blocks.block_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        """Return the block as [`BlockDataset`] gives it."""
+        return self.blocks[self.order.index(position)]
+
+
+def update_history(
+    history: list[dict[str, Any]], blocks: BlockDataset, step: int, global_batch: int
+) -> list[dict[str, Any]]:
+    """Return which shards a run ranges over, and from which epoch on, with what was added to them since.
+
+    New shards may follow the ones there were. The epoch that has begun is read to its end as it was promised; all
+    later ones range over everything.
+
+    Args:
+        history: As an earlier call returned it, from the run card; empty at the beginning of a run.
+        blocks: The data as it is now.
+        step: Steps taken before.
+        global_batch: Blocks in a step.
+
+    Returns:
+        One entry per state of the data: `step` at which it was found; `epoch`, the first that ranges over it;
+        `blocks`, how many there are; `manifest_sha256`; and of every new shard `file`, `tokens` and `sha256`.
+
+    Raises:
+        UserError: A shard that the run has ranged over is missing, was changed or stands elsewhere in the list.
+    """
+    known = [shard for entry in history for shard in entry["shards"]]
+    found = [{key: shard[key] for key in ("file", "tokens", "sha256")} for shard in blocks.shards]
+    for number, (before, now) in enumerate(zip_longest(known, found[: len(known)])):
+        if before != now:
+            raise UserError(
+                f"cannot resume on {blocks.folder / MANIFEST}: shard {number} of the run was {_shown(before)}, "
+                f"now it is {_shown(now)}. Data can only be added after what was there: bring it back, or give "
+                "another --output_dir"
+            )
+    if history and len(found) == len(known):
+        return history
+    entry = {
+        "step": step,
+        "epoch": math.ceil(make_order(history, 0).epoch(step * global_batch)) if history else 0,
+        "blocks": len(blocks),
+        "manifest_sha256": file_sha256(blocks.folder / MANIFEST),
+        "shards": found[len(known) :],
+    }
+    return [*history, entry]
+
+
+def make_order(history: list[dict[str, Any]], seed: int) -> BlockOrder:
+    """Return the order over the data that [`update_history`] describes."""
+    return BlockOrder(history[0]["blocks"], seed, [(entry["epoch"], entry["blocks"]) for entry in history[1:]])
+
+
+def _shown(shard: dict[str, Any] | None) -> str:
+    return f"{shard['file']} (sha256 {shard['sha256'][:12]})" if shard else "missing"

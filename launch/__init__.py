@@ -1,13 +1,12 @@
 """What every script does around its own work: strict arguments, one-line errors, resume, train, save."""
 
 from .arguments import UserError, parse_arguments, run_script
-from .checkpoints import checkpoint_sha256, file_sha256, last_checkpoint, load_tokenizer, require_causal_lm
+from .checkpoints import checkpoint_sha256, file_sha256, load_tokenizer, require_causal_lm
 
 __all__ = [
     "UserError",
     "checkpoint_sha256",
     "file_sha256",
-    "last_checkpoint",
     "load_tokenizer",
     "parse_arguments",
     "require_causal_lm",

@@ -1,46 +1,21 @@
-"""Checkpoints and tokenizers as scripts are given them: can this folder be used, and where does a run continue?"""
+"""Checkpoints and tokenizers as scripts are given them: can this folder be used?"""
 
 import hashlib
-import json
+import os
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .arguments import UserError
 
-# What the configs of one architecture may differ in without their weights being of another shape.
-_SHAPE_KEYS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "attention_bias",
-    "use_qk_norm",
-    "tie_word_embeddings",
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "n_shared_experts",
-    "moe_intermediate_size",
-    "first_k_dense_replace",
-    "n_soft_experts",
-)
 
-
-def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a file's bytes in hexadecimal."""
+def file_sha256(path: str | Path, flush: bool = False) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal; `flush` sends what is buffered of it to the disk first."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        if flush:
+            os.fsync(file.fileno())
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -81,45 +56,3 @@ def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> Pre
     if not remote and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{name_or_path} is a `{config.model_type}` model, which is not a causal language model")
     return config
-
-
-def last_checkpoint(output_dir: str | Path, config: PreTrainedConfig) -> str | None:
-    """Return the newest `checkpoint-N` folder that was written to its end, or None where there is none.
-
-    `Trainer` writes `trainer_state.json` after the weights, the optimizer and the scheduler, so a checkpoint whose
-    writing was cut off (power, `kill -9`, a full disk) lacks it or holds half of it, and the one before it is taken.
-
-    Args:
-        output_dir: The run's output folder; need not exist.
-        config: Config of the model about to be trained.
-
-    Raises:
-        UserError: The checkpoint is of a model of another shape.
-    """
-    checkpoints = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    for folder in sorted(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True):
-        if _is_complete(folder):
-            _require_same_shape(folder, config)
-            return str(folder)
-        print(f"warning: {folder} is incomplete and is passed over")
-    return None
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        TrainerState.load_from_json(str(folder / "trainer_state.json"))
-    except (OSError, ValueError, TypeError):
-        return False
-    return True
-
-
-def _require_same_shape(folder: Path, config: PreTrainedConfig) -> None:
-    if not (folder / "config.json").exists():  # LoRA: the checkpoint holds the adapter only
-        return
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for key in _SHAPE_KEYS:
-        if key in saved and saved[key] != getattr(config, key, None):
-            raise UserError(
-                f"cannot resume from {folder}: its {key} is {saved[key]}, this run's is {getattr(config, key, None)}. "
-                "Give another --output_dir, or delete that one"
-            )

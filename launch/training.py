@@ -1,6 +1,5 @@
 """The part all recipes share once their `Trainer` stands: resume, train, evaluate, save, leave a run card."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from buddygpt.monitor import CurveCallback, ExpertLoadCallback, SampleCallback, find_routers, write_run_card
 
 from .arguments import UserError
-from .checkpoints import last_checkpoint, load_tokenizer, require_causal_lm
+from .checkpoints import load_tokenizer, require_causal_lm
+from .resume import Start, find_start, write_checkpoints_beside, written_beside
 
 
 def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfig) -> PreTrainedTokenizerBase:
@@ -41,7 +41,11 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
 
 
 def run_training(
-    trainer: Trainer, prompts: list[Any], run_card: dict[str, Any], bias_update_speed: float = 0.0
+    trainer: Trainer,
+    prompts: list[Any],
+    run_card: dict[str, Any],
+    bias_update_speed: float = 0.0,
+    start: Start | None = None,
 ) -> None:
     """Train to the end, from where an earlier call was stopped, and leave a folder the next stage takes.
 
@@ -50,29 +54,30 @@ def run_training(
     `output_dir/adapter` and the merged model in `output_dir`.
 
     Args:
-        trainer: Ready to train. `args.resume_from_checkpoint` names a checkpoint; by default the newest complete one
-            in `args.output_dir` is taken.
+        trainer: Ready to train.
         prompts: What to sample from at each evaluation: strings, or lists of chat messages.
         run_card: What the recipe adds to `run.json`: its own arguments, and as `origin` the hashes of what it starts
             from. A run is not resumed from another origin.
         bias_update_speed: See [`ExpertLoadCallback`].
+        start: Where to begin, if the recipe had to know it before; see [`find_start`].
 
     Raises:
-        UserError: `output_dir` holds a checkpoint of another model or of a run with another origin.
+        UserError: As [`find_start`], or the run there had another origin.
     """
     args = trainer.args
     trainer.add_callback(SampleCallback(trainer, prompts))
     trainer.add_callback(CurveCallback())
     if find_routers(trainer.model):  # first, so that what it adds to the logs reaches the trackers
         trainer.callback_handler.callbacks.insert(0, ExpertLoadCallback(trainer, bias_update_speed))
-    checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir, trainer.model.config)
-    if checkpoint:
-        _require_same_origin(Path(args.output_dir), run_card["origin"])
-        trainer.accelerator.print(f"Resuming from {checkpoint}{_changes(Path(checkpoint), trainer)}")
-    trainer.accelerator.wait_for_everyone()
+    start = start or find_start(args, trainer.model.config)
+    run_card["origin"]["global_batch"] = trainer.get_total_train_batch_size(args)
+    if start.checkpoint:
+        _require_same_origin(start, run_card["origin"])
+        trainer.accelerator.print(f"Resuming from {start.checkpoint}{_changes(Path(start.checkpoint), trainer)}")
     if trainer.is_world_process_zero():
         write_run_card(trainer, run_card)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    write_checkpoints_beside(trainer)
+    trainer.train(resume_from_checkpoint=start.checkpoint)
     evaluation = _final_evaluation(trainer) if trainer.eval_dataset is not None else {}
     _save(trainer)
     if trainer.is_world_process_zero():
@@ -81,16 +86,18 @@ def run_training(
     trainer.end()
 
 
-def _require_same_origin(output_dir: Path, origin: dict[str, Any]) -> None:
-    if not (output_dir / "run.json").exists():
-        return
-    before = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))["origin"]
+def _require_same_origin(start: Start, origin: dict[str, Any]) -> None:
+    before, folder = start.card.get("origin", origin), Path(start.checkpoint).parent
     for key, now in origin.items():
-        if before.get(key) != now:
-            raise UserError(
-                f"cannot resume the run in {output_dir}: its {key} was {before.get(key)}, this run's is {now}. "
-                "Give another --output_dir, or delete that one"
-            )
+        if before.get(key) == now:
+            continue
+        remedy = "Give another --output_dir, or delete that one"
+        if key == "global_batch":
+            product = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+            remedy = f"Choose {product} = {before.get(key)}, or give another --output_dir"
+        raise UserError(
+            f"cannot resume the run in {folder}: its {key} was {before.get(key)}, this run's is {now}. {remedy}"
+        )
 
 
 def _changes(checkpoint: Path, trainer: Trainer) -> str:
@@ -114,13 +121,13 @@ def _last_logged(trainer: Trainer, key: str) -> dict[str, float]:
 
 
 def _save(trainer: Trainer) -> None:
-    output_dir = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if not isinstance(model, PeftModel):
-        trainer.save_model(str(output_dir))
-        return
-    trainer.save_model(str(output_dir / "adapter"))
-    if trainer.is_world_process_zero():
-        merged = model.merge_and_unload()
-        merged.save_pretrained(output_dir)
-        trainer.processing_class.save_pretrained(output_dir)
+    with written_beside(trainer) as folder:
+        if not isinstance(model, PeftModel):
+            trainer.save_model(str(folder))
+            return
+        trainer.save_model(str(folder / "adapter"))
+        if trainer.is_world_process_zero():
+            merged = model.merge_and_unload()
+            merged.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)

@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass, field
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
+from buddygpt.data.block_order import BlockStream, make_order, update_history
 from buddygpt.data.token_shards import MANIFEST, BlockDataset
 from buddygpt.launch import (
     UserError,
@@ -24,6 +25,8 @@ from buddygpt.launch import (
     require_causal_lm,
     run_script,
 )
+from buddygpt.launch.resume import Start, find_start
+from buddygpt.launch.stream_trainer import StreamTrainer
 from buddygpt.launch.training import run_training
 from buddygpt.presets import load_config
 
@@ -39,6 +42,7 @@ class PretrainArguments:
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to continue from instead."})
     block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
+    verify_data: bool = field(default=False, metadata={"help": "Hash every shard before training, not only sizes."})
     isolate_documents: bool = field(
         default=False, metadata={"help": "Keep attention inside documents (position ids restart at each)."}
     )
@@ -49,8 +53,8 @@ class PretrainArguments:
     sample_prompts: list[str] = field(default_factory=list, metadata={"help": "Texts to continue at each evaluation."})
 
 
-class PretrainTrainer(Trainer):
-    """`Trainer` that shows bits per byte beside every loss: nats per token x tokens per byte of text / ln 2."""
+class PretrainTrainer(StreamTrainer):
+    """`StreamTrainer` that shows bits per byte beside every loss: nats per token x tokens per byte of text / ln 2."""
 
     def __init__(self, *args, tokens_per_byte: dict[str, float], **kwargs):
         super().__init__(*args, **kwargs)
@@ -105,7 +109,20 @@ def load_blocks(args: PretrainArguments, tokenizer) -> dict[str, BlockDataset]:
     }
     for dataset in blocks.values():
         dataset.check_tokenizer(tokenizer)
+        if args.verify_data:
+            dataset.verify()
     return blocks
+
+
+def open_stream(blocks: BlockDataset, training_args: TrainingArguments, start: Start) -> tuple[BlockStream, list]:
+    """What the run reads from its first step to its last, and the history of its data for the run card."""
+    args = training_args
+    global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    history = update_history(start.card.get("data_history", []), blocks, start.step, global_batch)
+    order = make_order(history, args.seed if args.data_seed is None else args.data_seed)
+    if args.max_steps < 0:
+        args.max_steps = math.ceil(order.position(args.num_train_epochs) / global_batch)
+    return BlockStream(blocks, order, args.max_steps * global_batch), history
 
 
 def main() -> None:
@@ -118,22 +135,24 @@ def main() -> None:
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, blocks["train"].eos_id})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
+    start = find_start(training_args, model.config)
+    stream, data_history = open_stream(blocks["train"], training_args, start)
     trainer = PretrainTrainer(
         model=model,
         args=training_args,
-        train_dataset=blocks["train"],
+        train_dataset=stream,
         eval_dataset=blocks.get("eval"),
         processing_class=tokenizer,
         tokens_per_byte={split: dataset.tokens / dataset.text_bytes for split, dataset in blocks.items()},
     )
-    origin = {f"{split}_manifest_sha256": file_sha256(data.folder / MANIFEST) for split, data in blocks.items()}
-    origin |= {"block_size": args.block_size, "isolate_documents": args.isolate_documents}
+    origin = {"block_size": args.block_size, "isolate_documents": args.isolate_documents}
+    origin["data_seed"] = stream.order.seed
+    origin["eval_manifest_sha256"] = file_sha256(blocks["eval"].folder / MANIFEST) if args.eval_data else None
     origin["base_sha256"] = checkpoint_sha256(args.model_name_or_path) if args.model_name_or_path else None
-    run_card = {"recipe": "pretrain", "arguments": vars(args), "origin": origin}
+    run_card = {"recipe": "pretrain", "arguments": vars(args), "origin": origin, "data_history": data_history}
     # SFT and DPO leave the balance as it is, like DeepSeek-V3 the end of its pretraining.
-    run_training(
-        trainer, args.sample_prompts, run_card, bias_update_speed=getattr(model.config, "bias_update_speed", 0)
-    )
+    speed = getattr(model.config, "bias_update_speed", 0)
+    run_training(trainer, args.sample_prompts, run_card, bias_update_speed=speed, start=start)
 
 
 if __name__ == "__main__":
