@@ -5,14 +5,19 @@ import difflib
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
+from .extensions import claim_extensions
+
 # How OSError and safetensors say so, and torch.save, which only says that its file has not the length it should have.
 DISK_IS_FULL = (os.strerror(errno.ENOSPC), "inline_container.cc", "PytorchStreamWriter failed writing")
+
+PATIENCE = 10  # seconds
 
 
 class UserError(Exception):
@@ -89,6 +94,8 @@ def parse_arguments(*dataclass_types: type, description: str | None = None) -> t
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`; turn a [`UserError`] or a full disk into one line on stderr and exit status 2."""
+    if "LOCAL_RANK" in os.environ:  # DeepSpeed may be among what was launched
+        claim_extensions()
     try:
         main()
     except UserError as error:
@@ -102,6 +109,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _exit_with(message: object) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
-        print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)  # the first process to end brings down the others: leave it to rank 0, if it can
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)

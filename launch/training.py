@@ -12,6 +12,7 @@ from buddygpt.monitor import CurveCallback, ExpertLoadCallback, SampleCallback, 
 
 from .arguments import UserError
 from .checkpoints import load_tokenizer, require_causal_lm
+from .hardware import HardwareCallback, require_hardware, require_strategy
 from .resume import Start, find_start, write_checkpoints_beside, written_beside
 
 
@@ -25,6 +26,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     """
     if model_args.model_name_or_path is None:
         raise UserError("give model_name_or_path: the checkpoint to start from")
+    require_hardware(training_args, model_args.attn_implementation)
     require_causal_lm(model_args.model_name_or_path, training_args.trust_remote_code)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if tokenizer.chat_template is None:
@@ -65,6 +67,8 @@ def run_training(
         UserError: As [`find_start`], or the run there had another origin.
     """
     args = trainer.args
+    require_strategy(trainer)
+    trainer.callback_handler.callbacks.insert(0, HardwareCallback(trainer, run_card))  # before the progress bar
     trainer.add_callback(SampleCallback(trainer, prompts))
     trainer.add_callback(CurveCallback())
     if find_routers(trainer.model):  # first, so that what it adds to the logs reaches the trackers
@@ -74,8 +78,6 @@ def run_training(
     if start.checkpoint:
         _require_same_origin(start, run_card["origin"])
         trainer.accelerator.print(f"Resuming from {start.checkpoint}{_changes(Path(start.checkpoint), trainer)}")
-    if trainer.is_world_process_zero():
-        write_run_card(trainer, run_card)
     write_checkpoints_beside(trainer)
     trainer.train(resume_from_checkpoint=start.checkpoint)
     evaluation = _final_evaluation(trainer) if trainer.eval_dataset is not None else {}

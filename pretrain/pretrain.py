@@ -25,6 +25,7 @@ from buddygpt.launch import (
     require_causal_lm,
     run_script,
 )
+from buddygpt.launch.hardware import require_hardware
 from buddygpt.launch.resume import Start, find_start
 from buddygpt.launch.stream_trainer import StreamTrainer
 from buddygpt.launch.training import run_training
@@ -127,6 +128,7 @@ def open_stream(blocks: BlockDataset, training_args: TrainingArguments, start: S
 
 def main() -> None:
     args, training_args = parse_arguments(PretrainArguments, TrainingArguments, description=__doc__)
+    require_hardware(training_args, args.attn_implementation)
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
     blocks = load_blocks(args, tokenizer)
