@@ -552,18 +552,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         head = weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=device)
-        rows = rows_per_chunk(device, weight.shape[0])
+        rows = min(rows_per_chunk(device, weight.shape[0]), hidden_states.shape[0])
+        products = torch.empty((rows, weight.shape[0]), dtype=dtype, device=device)
         for start in range(0, hidden_states.shape[0], rows):
             x, target = hidden_states[start : start + rows].to(dtype), targets[start : start + rows]
             counted, position = target != -100, (torch.arange(len(target), device=device), target.clamp(min=0))
-            logits = (x @ head.T).float()
-            normaliser = logits.logsumexp(-1)
-            total += ((normaliser - logits[position]) * counted).sum()
+            logits = torch.mm(x, head.T, out=products[: len(x)]).float()
+            largest = logits.amax(-1, keepdim=True)
+            target_logit = logits[position]
+            exponentials = logits.sub_(largest).exp_()
+            sums = exponentials.sum(-1)
+            normaliser = sums.log() + largest.squeeze(-1)
+            total += ((normaliser - target_logit) * counted).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            # d loss / d logits: softmax - one-hot, and 2 z logsumexp softmax of the z-loss
-            gradient = logits.sub_(normaliser.unsqueeze(-1)).exp_()
-            gradient *= (counted * (1 + 2 * z_loss_coef * normaliser)).unsqueeze(-1)
+            # d loss / d logits: softmax - one-hot, and of the z-loss 2 z logsumexp softmax
+            gradient = exponentials.mul_((counted * (1 + 2 * z_loss_coef * normaliser) / sums).unsqueeze(-1))
             gradient[position] -= counted.float()
             gradient = gradient.to(dtype)
             if needs_hidden:
