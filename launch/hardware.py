@@ -10,7 +10,6 @@ import os
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import import_utils, is_kernels_available
 
@@ -105,16 +104,14 @@ def require_strategy(trainer: Trainer) -> None:
         UserError: What was asked, what is, and what to do.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    asked = {
-        DistributedType.DEEPSPEED: args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
-        DistributedType.FSDP: args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
-    }
-    for strategy, wanted in asked.items():
-        if wanted and accelerator.distributed_type != strategy:
-            raise UserError(
-                f"{strategy.value} was asked for, but this is {accelerator.distributed_type.value}: FSDP needs GPUs, "
-                "and DeepSpeed is started by `accelerate launch` with a config of accelerate_configs"
-            )
+    deepspeed = args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    for asked, name, remedy in (
+        (deepspeed, "DEEPSPEED", "start it with `accelerate launch --config_file accelerate_configs/zero2.yaml`"),
+        (fsdp, "FSDP", "it needs GPUs; on the processor take accelerate_configs/cpu_ddp.yaml"),
+    ):
+        if asked and accelerator.distributed_type.value != name:
+            raise UserError(f"{name} was asked for, but this is {accelerator.distributed_type.value}: {remedy}")
     if accelerator.mixed_precision != args.mixed_precision:
         raise UserError(
             f"mixed precision {args.mixed_precision} was asked for, but this is {accelerator.mixed_precision}"

@@ -1,6 +1,7 @@
 """The project's scripts, called in this process because imports cost ten seconds, and one tiny chain of models."""
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ def run(script: str, *arguments: object) -> None:
     finally:
         sys.argv = argv
         os.chdir(folder)
+
+
+def history(folder: Path) -> list[dict]:
+    """What the last checkpoint of a run has logged."""
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, dpo_arguments, pretrain_arguments, run, sft_arguments
+from conftest import ROOT, dpo_arguments, history, pretrain_arguments, run, sft_arguments
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,12 +28,6 @@ SCRIPT_OF = {
 }
 CPU = dict.fromkeys(("pretrain", "sft", "rlhf"), ["--use_cpu", "true", "--bf16", "false"])  # where there is no GPU
 QWEN = ROOT.parent / "shared" / "data" / "tokenizers" / "qwen2.5"
-ACCELERATE = str(Path(sys.executable).with_name("accelerate"))
-
-
-def history(folder: Path) -> list[dict]:
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
 
 
 def check_folder(folder: Path, recipe: str) -> dict:
@@ -101,26 +94,6 @@ def test_pretraining_with_an_existing_tokenizer(workspace, tmp_path):
     assert "<|im_start|>user\n你好<|im_end|>" in tokenizer.apply_chat_template(text, tokenize=False)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++")
-def test_zero2_on_two_processes_trains_as_one(workspace, tmp_path):
-    """The config of the real runs, but for the number of processes and the processor in the GPU's place."""
-    config = (ROOT / "accelerate_configs/zero2.yaml").read_text()
-    text = config.replace("num_processes: 8", "num_processes: 2").replace("use_cpu: false", "use_cpu: true")
-    (tmp_path / "zero2.yaml").write_text(text)
-    command = [ACCELERATE, "launch", "--config_file", tmp_path / "zero2.yaml", "pretrain/pretrain.py"]
-    arguments = [*pretrain_arguments(workspace), "--max_steps", 3, "--logging_steps", 1, "--save_steps", 3]
-    zero2 = ["--per_device_train_batch_size", 2, "--bf16", "true", "--output_dir", workspace / "zero2"]
-    # A folder of its own: a build that was killed leaves a lock there, on which every later run would wait.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    subprocess.run([*map(str, [*command, *arguments, *zero2])], cwd=ROOT, check=True, env=environment, timeout=900)
-    run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "one")
-    card = json.loads((workspace / "zero2" / "run.json").read_text())
-    assert card["world_size"] == 2 and list((workspace / "zero2/checkpoint-3").glob("global_step3/*optim_states.pt"))
-    losses = [[row["loss"] for row in history(workspace / name) if "loss" in row] for name in ("zero2", "one")]
-    assert losses[0] == pytest.approx(losses[1], abs=0.03)  # bf16 against float32
-    assert type(AutoModelForCausalLM.from_pretrained(workspace / "zero2")) is BuddyGPTForCausalLM
-
-
 def test_sft_answers_are_what_is_learned(workspace, base, chat_model):
     check_folder(chat_model, "sft")
     losses = [row["loss"] for row in history(chat_model) if "loss" in row]
@@ -170,24 +143,6 @@ def test_a_mixture_of_experts_goes_through_every_recipe(workspace, tmp_path):
     tuned = load_file(tmp_path / "dpo" / "model.safetensors")
     assert torch.equal(tuned[biases[0]], expected[biases[0]])  # tuning leaves the balance alone
     assert any("router/entropy" in row for row in history(tmp_path / "sft"))
-
-
-def test_two_processes_train_as_one(workspace):
-    """DDP over gloo: the same losses as one process with the same global batch, and the same balance of experts."""
-    command = [ACCELERATE, "launch", "--config_file", "accelerate_configs/cpu_ddp.yaml", "pretrain/pretrain.py"]
-    arguments = [*pretrain_arguments(workspace), "--max_steps", 4, "--logging_steps", 1, "--save_steps", 4]
-    arguments += ["--model_config", "debug-mla-moe"]
-    ddp = [*arguments, "--per_device_train_batch_size", 2, "--output_dir", workspace / "ddp"]
-    subprocess.run([*command, *map(str, ddp)], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "single")
-    assert json.loads((workspace / "ddp" / "run.json").read_text())["world_size"] == 2
-    logged = [[row for row in history(workspace / name) if "loss" in row] for name in ("ddp", "single")]
-    assert [row["loss"] for row in logged[0]] == pytest.approx([row["loss"] for row in logged[1]], abs=2e-3)
-    loads = [[row["router/load_max"] for row in rows] for rows in logged]
-    assert loads[0] == pytest.approx(loads[1], abs=0.1)
-    weights = [load_file(workspace / name / "model.safetensors") for name in ("ddp", "single")]
-    (bias,) = (name for name in weights[0] if name.endswith("e_score_correction_bias"))
-    assert (weights[0][bias] == weights[1][bias]).float().mean() > 0.7  # a rounded score may move one token
 
 
 def test_killed_run_continues_by_the_same_command(workspace, base):
