@@ -87,6 +87,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
 
+def rotate_both(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`rotate`] queries and keys."""
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
 def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (2i, 2i + 1) of `x`, as DeepSeek does. The result has all first elements, then all second ones:
     the same order for queries and keys, so that their products stay."""
@@ -124,6 +131,8 @@ def eager_attention_forward(
 class BuddyGPTAttention(nn.Module):
     """Grouped-query attention: project, normalise if asked, rotate, cache, attend through transformers' interface."""
 
+    rotate_both = staticmethod(rotate_both)  # a module may be given a fused kernel instead
+
     def __init__(self, config: BuddyGPTConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -151,8 +160,9 @@ class BuddyGPTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, C) -> (B, T, C), and the attention weights where the backend returns them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rotate(self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2), *position_embeddings)
-        key = rotate(self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2), *position_embeddings)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        query, key = self.rotate_both(query, key, *position_embeddings)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
