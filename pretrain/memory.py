@@ -54,6 +54,11 @@ class Setup:
     full_logits: bool = False
     device: str = "cuda"
 
+    @property
+    def computes_in(self) -> Precision:
+        """DeepSpeed's engine computes in bf16 throughout and keeps fp32 masters."""
+        return "bf16_params" if self.zero_stage and self.precision != "fp32" else self.precision
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -152,17 +157,17 @@ class MemoryModel:
     Args:
         config: Of BuddyGPT, or of a stock architecture whose decoder keeps its layers in `layers`.
         setup: How it is trained.
+        activations: What [`count_activations`] found, where it has been asked before.
     """
 
-    def __init__(self, config: PreTrainedConfig, setup: Setup) -> None:
+    def __init__(self, config: PreTrainedConfig, setup: Setup, activations: Activations | None = None) -> None:
         self.config = config
         self.setup = setup
-        self.parameters = list_parameters(config)
-        # DeepSpeed's engine computes in bf16 throughout and keeps fp32 masters.
-        self.precision = "bf16_params" if setup.zero_stage and setup.precision != "fp32" else setup.precision
+        self.precision = setup.computes_in
         self.element = 2 if self.precision == "bf16_params" else 4
-        self.activations = count_activations(config, setup.block_size, self.precision)
+        self.parameters = list_parameters(config)
         self.total = sum(parameter.numel for parameter in self.parameters)
+        self.activations = activations or count_activations(config, setup.block_size, self.precision)
 
     def states(self) -> dict[str, int]:
         """What is there all the time."""
@@ -200,13 +205,16 @@ class MemoryModel:
         """The output head's loss and gradient: logits some at a time, see `ChunkedCrossEntropy`."""
         tokens = rows * self.setup.block_size
         vocab_size, width = self.config.vocab_size, self.config.hidden_size
-        weight = 0 if self.precision != "fp32_master" else 2 * vocab_size * width  # in bf16
+        gradients = self.element * (vocab_size + tokens) * width
+        cast = 2 * vocab_size * width if self.precision == "fp32_master" else 0  # the weight in bf16
         if self.setup.full_logits:  # logits, their log-softmax, the gradients of both: three in float32 at once
-            return weight + 12 * tokens * vocab_size
+            return cast + 12 * tokens * vocab_size
         chunk = min(tokens, rows_per_chunk(torch.device(self.setup.device), vocab_size))
-        # The logits in float32 and one working copy; beside them what the chunk before has left.
-        logits = (8 if chunk == tokens or self.precision == "fp32" else 12) * chunk * vocab_size
-        return self.element * (vocab_size + tokens) * width + max(weight + logits, 2 * weight + logits * 3 // 4)
+        if self.precision == "fp32":
+            return gradients + 4 * chunk * vocab_size
+        # bf16 logits, the same in float32, their bf16 gradient; the last two again, left over from the chunk before.
+        left_over = 0 if chunk == tokens else 4 * chunk * vocab_size
+        return gradients + cast + 8 * chunk * vocab_size + max(left_over, cast)
 
     def moments(self, rows: int) -> dict[str, dict[str, int]]:
         """Moment of the step -> part -> bytes, with `rows` rows in the micro-batch. The peak is at one of them."""
