@@ -40,6 +40,7 @@ from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, tokenizer_finge
 from buddygpt.launch import UserError, file_sha256, load_tokenizer, parse_arguments, run_script
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
+MAX_SOURCES = 20  # that held-out text is told apart by
 MANY_BLANK_LINES = re.compile("\n(?:[ \t\u3000]*\n){3,}")
 logger.disable("datatrove")  # it would print a traceback above every one-line error
 
@@ -109,14 +110,16 @@ class TextReader(PipelineStep):
         self.files, self.args = files, args
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        files = self.files[rank::world_size]
+        files, names = self.files[rank::world_size], source_names(self.files)
         position = rank % self.args.workers
         with progress_bar(files, desc=f"shard {rank + 1}/{world_size}", position=position, leave=False) as bar:
             for file in files:
                 for row in read_rows(file, self.args.text_key, bar, self.args.txt_sample_by):
                     self.stat_update("read")
                     if not row.error:
-                        yield Document(row.content, id=f"{file}:{row.number}", metadata={"source": str(file)})
+                        yield Document(
+                            row.content, id=f"{file}:{row.number}", metadata={"source": str(file), "name": names[file]}
+                        )
                     elif self.args.on_bad_row == "skip":
                         self.stat_update("dropped_bad_row")
                         tqdm.write(f"skipped {file}:{row.number}: {row.error}", file=sys.stderr)
@@ -146,7 +149,9 @@ class HoldOut(BaseFilter):
     name = "hold out"
 
     def __init__(self, fraction: float, folder: Path) -> None:
-        super().__init__(exclusion_writer=JsonlWriter(str(folder), compression=None, adapter=held_out_row))
+        # A folder for each source, from which a shard is made: they are evaluated one by one.
+        writer = JsonlWriter(str(folder), "${name}/${rank}.jsonl", compression=None, adapter=held_out_row)
+        super().__init__(exclusion_writer=writer)
         self.fraction = fraction
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
@@ -156,6 +161,14 @@ class HoldOut(BaseFilter):
 
 def held_out_row(writer: JsonlWriter, document: Document) -> dict[str, str]:
     return {"text": document.text, "source": document.metadata["source"]}
+
+
+def source_names(files: list[Path]) -> dict[Path, str]:
+    """Name what held-out text is evaluated by: the input files, or their folders where those are fewer, or all."""
+    stems, folders = {file: file.name.split(".")[0] for file in files}, {file: file.parent.name for file in files}
+    if len(set(stems.values())) == len(files) <= MAX_SOURCES:
+        return stems
+    return folders if len(set(folders.values())) <= MAX_SOURCES else dict.fromkeys(files, "all")
 
 
 class ShardWriter(DocumentTokenizer):
@@ -269,17 +282,19 @@ def read_counts(stats: Path) -> Counter:
 
 
 def write_manifest(
-    split: str, files: list[Path], plan: dict[str, Any], tokenizer: PreTrainedTokenizerBase, work: Path
+    split: str, origins: list[dict[str, Any]], plan: dict[str, Any], tokenizer: PreTrainedTokenizerBase, work: Path
 ) -> dict[str, Any]:
-    """Describe the token files of `work/split` and remove those that stayed empty; return the manifest."""
+    """Describe the token files of `work/split` and remove those that stayed empty; return the manifest.
+
+    `origins` says of each task where its documents came from.
+    """
     folder, counts = work / split, [read_counts(path) for path in sorted((work / "logs" / split).glob("stats/*.json"))]
     shards = []
     for rank, count in enumerate(counts):
         (file,) = folder.glob(f"{rank:05d}_*.ds")
         if count["written"]:
             sizes = {"tokens": count["tokens"], "documents": count["written"], "text_bytes": count["text_bytes"]}
-            sources = [str(path) for path in files[rank :: len(counts)]]
-            shards.append({"file": file.name, **sizes, "sha256": file_sha256(file), "sources": sources})
+            shards.append({"file": file.name, **sizes, "sha256": file_sha256(file), **origins[rank]})
         else:
             file.unlink()
             file.with_name(f"{file.name}.index").unlink()
@@ -308,23 +323,35 @@ def make_shards(
     """Fill the work folder: train/, and eval/ with eval.jsonl where documents are held out."""
     (work / "tokenizer.json").write_text(raw_text_tokenizer(tokenizer, args.document_separator), encoding="utf-8")
     filters = [Cleaner(args.min_chars), HoldOut(args.eval_fraction, work / "held_out")]
-    write_shards("train", files, filters, min(args.tasks or len(files), len(files)), args, work)
-    train = write_manifest("train", files, plan, tokenizer, work)
+    tasks = min(args.tasks or len(files), len(files))
+    write_shards("train", files, filters, tasks, args, work)
+    origins = [{"sources": list(map(str, files[rank::tasks]))} for rank in range(tasks)]
+    train = write_manifest("train", origins, plan, tokenizer, work)
     if not train["shards"]:
         raise UserError(f"no document is left to train on ({train['cleaning']}); see min_chars and eval_fraction")
     if not args.eval_fraction:
         return
-    with open(work / "eval.jsonl", "wb") as merged:
-        for part in sorted((work / "held_out").glob("*.jsonl")):
-            with open(part, "rb") as file:
-                shutil.copyfileobj(file, merged)
-    if not (work / "eval.jsonl").stat().st_size:
+    names = source_names(files)
+    parts = [folder for folder in sorted((work / "held_out").glob("*")) if folder.is_dir()]
+    texts = [concatenate(sorted(part.glob("*.jsonl")), part.with_name(f"{part.name}.jsonl")) for part in parts]
+    if not concatenate(texts, work / "eval.jsonl").stat().st_size:
         raise UserError(
             f"eval_fraction {args.eval_fraction} holds out none of {train['documents']} documents; raise it"
         )
-    held_out = replace(args, text_key=["text"])
-    write_shards("eval", [work / "eval.jsonl"], [], 1, held_out, work)
-    write_manifest("eval", files, plan, tokenizer, work)
+    write_shards("eval", texts, [], len(texts), replace(args, text_key=["text"]), work)
+    origins = [
+        {"source": part.name, "sources": [str(file) for file in files if names[file] == part.name]} for part in parts
+    ]
+    write_manifest("eval", origins, plan, tokenizer, work)
+
+
+def concatenate(parts: list[Path], path: Path) -> Path:
+    """Write the files one after another into a new one, and return it."""
+    with open(path, "wb") as merged:
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, merged)
+    return path
 
 
 def main() -> None:

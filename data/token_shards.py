@@ -7,6 +7,7 @@ says what is in the folder and what it was made from; data/prepare_pretrain.py w
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,19 @@ class TokenShards:
 
     Args:
         folder: What data/prepare_pretrain.py wrote: `OUT/train` or `OUT/eval`.
+        source: Take only the shards of this one of `sources`.
 
     Raises:
         UserError: The manifest is missing, unreadable or of another version, or a shard is missing or cut short.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, source: str | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = self._read_manifest()
+        if source is not None:
+            shards = [shard for shard in self.manifest["shards"] if shard.get("source") == source]
+            sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")}
+            self.manifest |= {"shards": shards, **sums}
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         for shard in self.shards:
@@ -100,6 +106,15 @@ class TokenShards:
         """UTF-8 bytes of the documents' text: what bits per byte are counted over."""
         return self.manifest["text_bytes"]
 
+    @property
+    def sources(self) -> dict[str, int]:
+        """Tokens of each source that has shards of its own, as held-out text has; empty where shards are mixed."""
+        tokens: Counter = Counter()
+        for shard in self.shards:
+            if "source" in shard:
+                tokens[shard["source"]] += shard["tokens"]
+        return dict(tokens)
+
     def verify(self) -> None:
         """Read every shard again; UserError where its sha256 is not the manifest's."""
         for shard in self.shards:
@@ -128,13 +143,16 @@ class BlockDataset(TokenShards, Dataset):
         block_size: Tokens in a block.
         isolate_documents: Add `position_ids` that begin again at 0 after every separator, from which attention is
             kept inside documents.
+        source: As in [`TokenShards`].
 
     Raises:
         UserError: As [`TokenShards`], or the shards hold less than one block.
     """
 
-    def __init__(self, folder: str | Path, block_size: int, isolate_documents: bool = False) -> None:
-        super().__init__(folder)
+    def __init__(
+        self, folder: str | Path, block_size: int, isolate_documents: bool = False, source: str | None = None
+    ) -> None:
+        super().__init__(folder, source)
         self.block_size = block_size
         self.isolate_documents = isolate_documents
         self._ends = np.cumsum([shard["tokens"] for shard in self.shards])

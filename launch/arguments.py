@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import yaml
@@ -60,6 +61,15 @@ def _closest(key: str, keys: set[str]) -> str:
     return f"; did you mean `{match[0]}`?" if match else "; see --help for every key"
 
 
+def house_defaults() -> dict[str, Any]:
+    """Where recipes differ from `TrainingArguments`, unless they say something else."""
+    # A NaN is shown as one, and no step waits for the device to look for it.
+    defaults: dict[str, Any] = {"logging_nan_inf_filter": False}
+    if find_spec("trackio"):  # keeps its tables on this machine: `trackio show`
+        defaults |= {"report_to": "trackio", "project": "buddygpt"}
+    return defaults
+
+
 def parse_arguments(*dataclass_types: type, description: str | None = None) -> tuple[Any, ...]:
     """Read `--config FILE.yaml`, then `--key value` overrides, into one instance per dataclass.
 
@@ -80,6 +90,8 @@ def parse_arguments(*dataclass_types: type, description: str | None = None) -> t
         formatter_class=HelpFormatter,
         usage="%(prog)s [--config FILE.yaml] [--key value ...]",
     )
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults_with_config(**{key: value for key, value in house_defaults().items() if key in known})
     try:
         return parser.parse_args_and_config()
     except FileNotFoundError as error:

@@ -1,5 +1,6 @@
 """The part all recipes share once their `Trainer` stands: resume, train, evaluate, save, leave a run card."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,16 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from buddygpt.monitor import CurveCallback, ExpertLoadCallback, SampleCallback, find_routers, write_run_card
+from buddygpt.monitor import (
+    AlarmCallback,
+    CurveCallback,
+    ExpertLoadCallback,
+    SampleCallback,
+    ThroughputCallback,
+    find_routers,
+    show_progress_lines,
+    write_run_card,
+)
 
 from .arguments import UserError
 from .checkpoints import load_tokenizer, require_causal_lm
@@ -47,6 +57,7 @@ def run_training(
     prompts: list[Any],
     run_card: dict[str, Any],
     bias_update_speed: float = 0.0,
+    describe_step: Callable[[int], str] | None = None,
     start: Start | None = None,
 ) -> None:
     """Train to the end, from where an earlier call was stopped, and leave a folder the next stage takes.
@@ -61,6 +72,7 @@ def run_training(
         run_card: What the recipe adds to `run.json`: its own arguments, and as `origin` the hashes of what it starts
             from. A run is not resumed from another origin.
         bias_update_speed: See [`ExpertLoadCallback`].
+        describe_step: A step -> what it read, in words, for warnings.
         start: Where to begin, if the recipe had to know it before; see [`find_start`].
 
     Raises:
@@ -69,10 +81,7 @@ def run_training(
     args = trainer.args
     require_strategy(trainer)
     trainer.callback_handler.callbacks.insert(0, HardwareCallback(trainer, run_card))  # before the progress bar
-    trainer.add_callback(SampleCallback(trainer, prompts))
-    trainer.add_callback(CurveCallback())
-    if find_routers(trainer.model):  # first, so that what it adds to the logs reaches the trackers
-        trainer.callback_handler.callbacks.insert(0, ExpertLoadCallback(trainer, bias_update_speed))
+    _watch(trainer, prompts, run_card, bias_update_speed, describe_step)
     start = start or find_start(args, trainer.model.config)
     run_card["origin"]["global_batch"] = trainer.get_total_train_batch_size(args)
     if start.checkpoint:
@@ -86,6 +95,24 @@ def run_training(
         write_run_card(trainer, {**run_card, "metrics": {**_last_logged(trainer, "loss"), **evaluation}})
     trainer.accelerator.print(f"Saved to {args.output_dir}")
     trainer.end()
+
+
+def _watch(
+    trainer: Trainer,
+    prompts: list[Any],
+    run_card: dict[str, Any],
+    bias_update_speed: float,
+    describe_step: Callable[[int], str] | None,
+) -> None:
+    """Add what is shown of a run; first what adds to the logs, so that it reaches the trackers and the alarms."""
+    # Batches are copied while the device works; else fetching one waits for it, which would count as waiting for data.
+    trainer.accelerator.dataloader_config.non_blocking = trainer.args.dataloader_pin_memory
+    load = ExpertLoadCallback(trainer, bias_update_speed) if find_routers(trainer.model) else None
+    alarms = AlarmCallback(trainer, run_card, load, describe_step)
+    trainer.callback_handler.callbacks[:0] = [*filter(None, [load]), ThroughputCallback(trainer, run_card), alarms]
+    trainer.add_callback(SampleCallback(trainer, prompts))
+    trainer.add_callback(CurveCallback())
+    show_progress_lines(trainer)
 
 
 def _require_same_origin(start: Start, origin: dict[str, Any]) -> None:
@@ -114,8 +141,9 @@ def _changes(checkpoint: Path, trainer: Trainer) -> str:
 
 def _final_evaluation(trainer: Trainer) -> dict[str, float]:
     """The evaluation of the last step, if training ended with one; else a new one."""
-    last = _last_logged(trainer, "eval_loss")
-    return last if last.get("step") == trainer.state.global_step else trainer.evaluate()
+    last = [row for row in trainer.state.log_history if row["step"] == trainer.state.global_step]
+    metrics = {key: value for row in last for key, value in row.items() if key.startswith("eval_")}
+    return metrics or trainer.evaluate()
 
 
 def _last_logged(trainer: Trainer, key: str) -> dict[str, float]:

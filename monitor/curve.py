@@ -15,6 +15,7 @@ PANELS = {
     "preference accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
     "expert load, 1 = even": ("router/load_max", "router/load_min"),
     "learning rate": ("learning_rate",),
+    "tokens per second": ("tokens_per_second",),
 }
 
 

@@ -89,10 +89,11 @@ class ExpertLoadCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
             return
-        found = load_statistics(self.logged[:, :-1].cpu(), int(self.logged[0, -1]))
+        self.last_logged = self.logged[:, :-1].cpu()
+        found = load_statistics(self.last_logged, int(self.logged[0, -1]))
         logs.update(found)
         state.log_history[-1].update(found)  # it was filled before the callbacks were called
-        self.logged.zero_()
+        self.logged = torch.zeros_like(self.logged)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.drawn.any():

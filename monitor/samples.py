@@ -20,10 +20,12 @@ class SampleCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, prompts: list[Any], max_new_tokens: int = 48):
         self.trainer, self.prompts, self.max_new_tokens = trainer, prompts, max_new_tokens
+        self.sampled_at = -1
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if not self.prompts:
+        if not self.prompts or state.global_step == self.sampled_at:  # once, though called for each evaluation set
             return
+        self.sampled_at = state.global_step
         with (
             torch.no_grad(),
             unwrap_model_for_generation(self.trainer.model_wrapped, self.trainer.accelerator) as model,
