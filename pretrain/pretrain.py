@@ -12,9 +12,11 @@ import math
 from dataclasses import dataclass, field
 
 from huggingface_hub.errors import StrictDataclassError
+from replay import replay_step
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from buddygpt.data.block_order import BlockStream, make_order, update_history
+from buddygpt.data.provenance import describe_blocks
 from buddygpt.data.token_shards import MANIFEST, BlockDataset
 from buddygpt.launch import (
     UserError,
@@ -52,10 +54,17 @@ class PretrainArguments:
         metadata={"help": "eager, sdpa, flex_attention, flash_attention_2, ... Default: sdpa."},
     )
     sample_prompts: list[str] = field(default_factory=list, metadata={"help": "Texts to continue at each evaluation."})
+    replay_step: int | None = field(
+        default=None,
+        metadata={"help": "Only show what this step of the run read, and the loss of each row."},
+    )
 
 
 class PretrainTrainer(StreamTrainer):
-    """`StreamTrainer` that shows bits per byte beside every loss: nats per token x tokens per byte of text / ln 2."""
+    """`StreamTrainer` that shows bits per byte beside every loss: nats per token x tokens per byte of text / ln 2.
+
+    Held-out text of several sources, given as a dictionary, is also evaluated as a whole.
+    """
 
     def __init__(self, *args, tokens_per_byte: dict[str, float], **kwargs):
         super().__init__(*args, **kwargs)
@@ -67,6 +76,21 @@ class PretrainTrainer(StreamTrainer):
             if f"{prefix}loss" in logs:
                 logs[f"{prefix}bits_per_byte"] = logs[f"{prefix}loss"] * ratio / math.log(2)
         super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is not None or not isinstance(self.eval_dataset, dict):
+            return metrics
+        blocks = {source: len(part) for source, part in self.eval_dataset.items()}
+        losses = (metrics[f"eval_{source}_loss"] * count for source, count in blocks.items())
+        whole = {"eval_loss": sum(losses) / sum(blocks.values())}
+        self.log(whole)
+        return metrics | whole
+
+    def describe_step(self, step: int) -> str:
+        """Where the blocks that a step reads come from: shards, documents, input files."""
+        stream, global_batch = self.train_dataset, self.get_total_train_batch_size(self.args)
+        return describe_blocks(stream.blocks, stream.order.which_blocks(step, global_batch))
 
 
 def load_model(args: PretrainArguments, tokenizer):
@@ -115,6 +139,13 @@ def load_blocks(args: PretrainArguments, tokenizer) -> dict[str, BlockDataset]:
     return blocks
 
 
+def split_by_source(blocks: BlockDataset) -> dict[str, BlockDataset]:
+    """The blocks of each source that fills one at least; empty where there is only one source."""
+    size, isolate = blocks.block_size, blocks.isolate_documents
+    filling = [source for source, tokens in blocks.sources.items() if tokens >= size]
+    return {source: BlockDataset(blocks.folder, size, isolate, source) for source in filling if len(filling) > 1}
+
+
 def open_stream(blocks: BlockDataset, training_args: TrainingArguments, start: Start) -> tuple[BlockStream, list]:
     """What the run reads from its first step to its last, and the history of its data for the run card."""
     args = training_args
@@ -137,16 +168,20 @@ def main() -> None:
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, blocks["train"].eos_id})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
+    held_out = split_by_source(blocks["eval"]) if args.eval_data else {}
+    text = blocks | {f"eval_{source}": part for source, part in held_out.items()}
     start = find_start(training_args, model.config)
     stream, data_history = open_stream(blocks["train"], training_args, start)
     trainer = PretrainTrainer(
         model=model,
         args=training_args,
         train_dataset=stream,
-        eval_dataset=blocks.get("eval"),
+        eval_dataset=held_out or blocks.get("eval"),
         processing_class=tokenizer,
-        tokens_per_byte={split: dataset.tokens / dataset.text_bytes for split, dataset in blocks.items()},
+        tokens_per_byte={name: dataset.tokens / dataset.text_bytes for name, dataset in text.items()},
     )
+    if args.replay_step is not None:
+        return replay_step(trainer, args.replay_step)
     origin = {"block_size": args.block_size, "isolate_documents": args.isolate_documents}
     origin["data_seed"] = stream.order.seed
     origin["eval_manifest_sha256"] = file_sha256(blocks["eval"].folder / MANIFEST) if args.eval_data else None
@@ -154,7 +189,7 @@ def main() -> None:
     run_card = {"recipe": "pretrain", "arguments": vars(args), "origin": origin, "data_history": data_history}
     # SFT and DPO leave the balance as it is, like DeepSeek-V3 the end of its pretraining.
     speed = getattr(model.config, "bias_update_speed", 0)
-    run_training(trainer, args.sample_prompts, run_card, bias_update_speed=speed, start=start)
+    run_training(trainer, args.sample_prompts, run_card, speed, trainer.describe_step, start)
 
 
 if __name__ == "__main__":
