@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
+from buddygpt.launch.optimizers import split_parameters
 from buddygpt.modeling_buddygpt import rows_per_chunk
 
 Precision = Literal["fp32", "fp32_master", "bf16_params"]
@@ -33,8 +34,8 @@ class Setup:
     Attributes:
         precision: "fp32"; "fp32_master": bf16 autocast over fp32 weights, which is what `bf16: true` means; or
             "bf16_params": weights, gradients and optimizer in bf16, with no fp32 copy.
-        optimizer: "adamw" (fused), "adamw_8bit" (bitsandbytes; the embedding stays 32-bit) or "muon" (momentum for the
-            matrices of the layers, AdamW for the rest).
+        optimizer: "adamw" (fused), "adamw_8bit" (bitsandbytes; the embedding stays 32-bit) or "muon" (momentum for
+            the matrices that launch/optimizers.py gives it, AdamW for the rest).
         block_size: Tokens in a row.
         checkpointing: Whether a layer keeps its input only and is run again in the backward pass.
         accumulation: Micro-batches in a step; with more than one, gradients live through the forward pass too.
@@ -135,12 +136,12 @@ class SavedBytes:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of weights: its name, its number of elements and of dimensions, whether it is looked up or a head."""
+    """A tensor of weights: elements, dimensions, whether it is embedding or head, whether Muon would take it."""
 
-    name: str
     numel: int
     ndim: int
     is_end: bool
+    is_matrix: bool
 
 
 def list_parameters(config: PreTrainedConfig) -> list[Parameter]:
@@ -148,7 +149,8 @@ def list_parameters(config: PreTrainedConfig) -> list[Parameter]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return [Parameter(name, p.numel(), p.ndim, id(p) in ends) for name, p in model.named_parameters()]
+    matrices = {id(parameter) for parameter in split_parameters(model)[0]}
+    return [Parameter(p.numel(), p.ndim, id(p) in ends, id(p) in matrices) for p in model.parameters()]
 
 
 class MemoryModel:
@@ -189,7 +191,7 @@ class MemoryModel:
     def _optimizer_bytes(self, parameter: Parameter) -> int:
         element = 4 if self.setup.zero_stage else self.element
         kind = self.setup.optimizer
-        if kind == "muon" and parameter.ndim >= 2 and not parameter.is_end:
+        if kind == "muon" and parameter.is_matrix:
             return element * parameter.numel
         if kind == "adamw_8bit":
             if parameter.is_end or parameter.numel < 4096:  # bitsandbytes' own threshold
@@ -248,7 +250,7 @@ class MemoryModel:
     def _optimizer_working_bytes(self) -> int:
         if self.setup.optimizer != "muon":
             return 0  # fused AdamW works in place
-        largest = max((p.numel for p in self.parameters if p.ndim >= 2 and not p.is_end), default=0)
+        largest = max((p.numel for p in self.parameters if p.is_matrix), default=0)
         return (self.element + 3 * 2) * largest  # Newton-Schulz: the update, and it three times over in bf16
 
     def peak(self, rows: int) -> int:

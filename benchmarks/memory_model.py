@@ -1,0 +1,90 @@
+"""Does the planner's memory model (pretrain/memory.py) hold? Its peak of a training step against a measured one.
+
+    python benchmarks/memory_model.py           # the presets at 1 x 1,024, on fake tensors: no memory is taken
+    python benchmarks/memory_model.py --quick   # one small preset
+
+A step (forward, backward, optimizer) runs operator by operator on fake tensors of the real sizes, and every storage
+that comes and goes is counted (peak_memory.py). Autograd, autocast and checkpointing are PyTorch's own, so that the
+order of events is the real one; kernels are those of the processor, and the chunks of logits too.
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from ab import Report
+from peak_memory import PeakMemory
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from buddygpt.launch import parse_arguments, run_script
+from buddygpt.launch.optimizers import muon_adamw
+from buddygpt.presets import load_config
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretrain"))
+from memory import MemoryModel, Setup
+
+GIB = 2**30
+MODELS = ("buddygpt-0.1b", "buddygpt-0.3b-mla", "buddygpt-0.7b-mla-moe", "bitbrain-0.6b", "mini-qwen-1b")
+
+
+@dataclass
+class MemoryModelArguments:
+    models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "Presets or config JSONs."})
+    rows: int = field(default=1, metadata={"help": "Rows of the micro-batch."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
+    quick: bool = field(default=False, metadata={"help": "buddygpt-0.1b only; nothing is written."})
+
+
+def measure_peak(config: PreTrainedConfig, setup: Setup, rows: int, fake: bool = True) -> int:
+    """Bytes at the fullest moment of the second training step, when the optimizer has its states."""
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        dtype = torch.bfloat16 if setup.precision == "bf16_params" else torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        if setup.checkpointing:
+            model.activation_checkpointing_enable()
+        if setup.optimizer == "muon":
+            optimizer = muon_adamw(model, weight_decay=0.1, lr=1e-3)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        tokens = torch.zeros(rows, setup.block_size, dtype=torch.long)
+        peak = PeakMemory()
+        with peak:
+            peak.track(*model.parameters(), *model.buffers())
+            for _ in range(2):
+                peak.peak = peak.live
+                for _ in range(setup.accumulation):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=setup.precision == "fp32_master"):
+                        loss = model(
+                            input_ids=tokens, labels=tokens, use_cache=False, num_items_in_batch=tokens.numel()
+                        ).loss
+                    loss.backward()
+                    del loss
+                optimizer.step()
+                optimizer.zero_grad()
+        return peak.peak
+
+
+def main() -> None:
+    (args,) = parse_arguments(MemoryModelArguments, description=__doc__)
+    settings = [
+        ("bf16 autocast, AdamW", Setup()),
+        ("the same, checkpointing", Setup(checkpointing=True)),
+        ("bf16 weights, Muon, checkpointing", Setup(precision="bf16_params", optimizer="muon", checkpointing=True)),
+    ]
+    report = Report("memory_model", ["model", "setting", "predicted GiB", "measured GiB", "difference"])
+    models = args.models[:1] if args.quick else args.models
+    for name, (label, setup) in tqdm([(name, setting) for name in models for setting in settings], unit="step"):
+        config = load_config(name)
+        setup = Setup(**(vars(setup) | {"block_size": args.block_size, "device": "cpu"}))
+        predicted, measured = MemoryModel(config, setup).peak(args.rows), measure_peak(config, setup, args.rows)
+        cells = [name, label, f"{predicted / GIB:.2f}", f"{measured / GIB:.2f}", f"{predicted / measured - 1:+.1%}"]
+        report.add(cells, model=name, setting=label, predicted_bytes=predicted, measured_bytes=measured)
+    report.finish(args.quick, rows=args.rows, block_size=args.block_size)
+
+
+if __name__ == "__main__":
+    run_script(main)
