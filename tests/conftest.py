@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,6 +38,12 @@ def history(folder: Path) -> list[dict]:
     """What the last checkpoint of a run has logged."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     return json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Forget the shapes that flex_attention was compiled for: torch 2.13 fails to compile it for varying ones."""
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

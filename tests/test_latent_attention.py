@@ -39,6 +39,7 @@ def calls(monkeypatch) -> list[str]:
     return calls
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("q_lora_rank", [None, 20])
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
 @torch.no_grad()

@@ -200,6 +200,7 @@ def test_left_padding_changes_nothing(variant, backend):
 
 
 @every_variant
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
 @torch.no_grad()  # flex_attention has no backward pass on the CPU
 def test_packed_documents_do_not_see_each_other(variant, backend):
@@ -212,6 +213,7 @@ def test_packed_documents_do_not_see_each_other(variant, backend):
 
 
 @every_variant
+@pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_backends_agree(variant):
     ids = random_ids(2, 33)
