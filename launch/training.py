@@ -88,6 +88,8 @@ def run_training(
         _require_same_origin(start, run_card["origin"])
         trainer.accelerator.print(f"Resuming from {start.checkpoint}{_changes(Path(start.checkpoint), trainer)}")
     write_checkpoints_beside(trainer)
+    if start.step >= args.max_steps > 0:  # done already: `Trainer` would take one more step wherever an epoch has one
+        trainer.get_batch_samples = lambda *_: ([], None)
     trainer.train(resume_from_checkpoint=start.checkpoint)
     evaluation = _final_evaluation(trainer) if trainer.eval_dataset is not None else {}
     _save(trainer)
@@ -113,6 +115,7 @@ def _watch(
     trainer.add_callback(SampleCallback(trainer, prompts))
     trainer.add_callback(CurveCallback())
     show_progress_lines(trainer)
+    trainer.args.run_name = trainer.args.run_name or trainer.args.output_dir  # a tracker goes on with a resumed run
 
 
 def _require_same_origin(start: Start, origin: dict[str, Any]) -> None:

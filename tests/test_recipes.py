@@ -3,10 +3,8 @@
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -143,24 +141,6 @@ def test_a_mixture_of_experts_goes_through_every_recipe(workspace, tmp_path):
     tuned = load_file(tmp_path / "dpo" / "model.safetensors")
     assert torch.equal(tuned[biases[0]], expected[biases[0]])  # tuning leaves the balance alone
     assert any("router/entropy" in row for row in history(tmp_path / "sft"))
-
-
-def test_killed_run_continues_by_the_same_command(workspace, base):
-    output = workspace / "killed"
-    command = [sys.executable, "pretrain/pretrain.py", *map(str, pretrain_arguments(workspace))]
-    command += ["--output_dir", str(output), "--save_steps", "2", "--max_steps", "5000"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (output / "checkpoint-4" / "trainer_state.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
-    steps = ["--max_steps", reached + 2, "--save_steps", 2]
-    run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", output, *steps)
-    card = json.loads((output / "run.json").read_text())
-    assert card["steps"] == reached + 2
-    assert [row["step"] for row in history(output) if "loss" in row] == list(range(2, reached + 3, 2))
 
 
 @pytest.fixture(scope="session")
