@@ -172,7 +172,7 @@ def write_checkpoints_beside(trainer: Trainer) -> None:
             wait()  # every process has written its part
             _name_best_checkpoint(trainer, written, run_dir)
             if trainer.args.should_save:
-                _write_checksums(written)
+                write_checksums(written)
                 _move_into_place(written, run_dir / written.name)
         finally:
             if trainer.args.should_save:
@@ -205,8 +205,9 @@ def _name_best_checkpoint(trainer: Trainer, written: Path, run_dir: Path) -> Non
             trainer.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
 
-def _write_checksums(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def write_checksums(folder: Path) -> None:
+    """Flush the files of a checkpoint to the disk and write down what they hold, last of all."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
     with ThreadPoolExecutor() as pool:
         facts = pool.map(lambda path: {"bytes": path.stat().st_size, "sha256": file_sha256(path, flush=True)}, files)
         checksums = {path.relative_to(folder).as_posix(): fact for path, fact in zip(files, facts, strict=True)}
