@@ -1,5 +1,6 @@
 """Optimizers that transformers' `optim` does not name, and what a named one needs, said before anything is loaded."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from .arguments import UserError
 
-BITSANDBYTES = ("8bit", "bnb", "paged", "lion_32bit", "ademamix")  # parts of the names in `OptimizerNames`
+BITSANDBYTES = re.compile("bnb|paged|lion|ademamix|(?<!torch_)8bit")  # in the names of `OptimizerNames`
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -85,8 +86,9 @@ def choose_optimizer(name: str | None, args: TrainingArguments) -> tuple[Callabl
     Raises:
         UserError: The optimizer cannot run here.
     """
-    if any(part in args.optim for part in BITSANDBYTES) and not is_bitsandbytes_available():
-        raise UserError(f"optim: {args.optim} needs bitsandbytes: pip install -r requirements-gpu.txt, or adamw_torch")
+    optim = args.optim.value
+    if BITSANDBYTES.search(optim) and not is_bitsandbytes_available():
+        raise UserError(f"optim: {optim} needs bitsandbytes: pip install -r requirements-gpu.txt, or take adamw_torch")
     if name is None:
         return None
     if args.deepspeed_plugin is not None:
@@ -94,8 +96,8 @@ def choose_optimizer(name: str | None, args: TrainingArguments) -> tuple[Callabl
             "optimizer: muon cannot run under DeepSpeed, whose ZeRO flattens the matrices it needs: take "
             "accelerate_configs/ddp.yaml, or leave optimizer out"
         )
-    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise UserError(f"optimizer: muon takes AdamW for what is no matrix, not optim: {args.optim}. Leave one out")
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise UserError(f"optimizer: muon takes AdamW for what is no matrix, not optim: {optim}. Leave one out")
     betas = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    fused = {"fused": args.optim == "adamw_torch_fused"}
+    fused = {"fused": optim == "adamw_torch_fused"}
     return lambda: muon_adamw, {"lr": args.learning_rate, "weight_decay": args.weight_decay, **betas, **fused}
