@@ -8,6 +8,7 @@ Every option of transformers' `TrainingArguments` is one here, in the YAML or as
 themselves.
 """
 
+import inspect
 import math
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ from buddygpt.launch import (
     run_script,
 )
 from buddygpt.launch.hardware import require_hardware
+from buddygpt.launch.liger import register_liger
+from buddygpt.launch.optimizers import choose_optimizer
 from buddygpt.launch.resume import Start, find_start
 from buddygpt.launch.stream_trainer import StreamTrainer
 from buddygpt.launch.training import run_training
@@ -53,6 +56,10 @@ class PretrainArguments:
         default=None,
         metadata={"help": "eager, sdpa, flex_attention, flash_attention_2, ... Default: sdpa."},
     )
+    optimizer: str | None = field(
+        default=None,
+        metadata={"choices": ["muon"], "help": "muon, with AdamW for what is no matrix. Default: `optim`."},
+    )
     sample_prompts: list[str] = field(default_factory=list, metadata={"help": "Texts to continue at each evaluation."})
     replay_step: int | None = field(
         default=None,
@@ -76,6 +83,11 @@ class PretrainTrainer(StreamTrainer):
             if f"{prefix}loss" in logs:
                 logs[f"{prefix}bits_per_byte"] = logs[f"{prefix}loss"] * ratio / math.log(2)
         super().log(logs, start_time)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only and "skip_logits" in inspect.signature(self.model.forward).parameters:
+            inputs = {**inputs, "skip_logits": True}  # as `Trainer` does for Liger's models
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -160,6 +172,8 @@ def open_stream(blocks: BlockDataset, training_args: TrainingArguments, start: S
 def main() -> None:
     args, training_args = parse_arguments(PretrainArguments, TrainingArguments, description=__doc__)
     require_hardware(training_args, args.attn_implementation)
+    register_liger(training_args)
+    optimizer = choose_optimizer(args.optimizer, training_args)
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
     blocks = load_blocks(args, tokenizer)
@@ -179,11 +193,12 @@ def main() -> None:
         eval_dataset=held_out or blocks.get("eval"),
         processing_class=tokenizer,
         tokens_per_byte={name: dataset.tokens / dataset.text_bytes for name, dataset in text.items()},
+        optimizer_cls_and_kwargs=optimizer,
     )
     if args.replay_step is not None:
         return replay_step(trainer, args.replay_step)
     origin = {"block_size": args.block_size, "isolate_documents": args.isolate_documents}
-    origin["data_seed"] = stream.order.seed
+    origin |= {"data_seed": stream.order.seed, "optimizer": args.optimizer}
     origin["eval_manifest_sha256"] = file_sha256(blocks["eval"].folder / MANIFEST) if args.eval_data else None
     origin["base_sha256"] = checkpoint_sha256(args.model_name_or_path) if args.model_name_or_path else None
     run_card = {"recipe": "pretrain", "arguments": vars(args), "origin": origin, "data_history": data_history}
