@@ -20,7 +20,7 @@ from .run_card import write_run_card
 
 # A spike is a loss above median + SPIKE_SIGMAS x 1.4826 MAD of the last steps (1.4826 MAD is a normal distribution's
 # standard deviation, and neither it nor the median is moved by the spike itself), and above SPIKE_FACTOR x median.
-SPIKE_WINDOW, SPIKE_LEAST_STEPS, SPIKE_SIGMAS, SPIKE_FACTOR = 64, 32, 8, 1.1
+SPIKE_WINDOW, SPIKE_LEAST_STEPS, SPIKE_SIGMAS, SPIKE_FACTOR = 64, 32, 6, 1.1
 # A dead expert got no token in a window in which an even load would have given it this many.
 DEAD_EXPERT_TOKENS = 100
 # A loader is stalled when, in so many logs in a row, so much of the time went into waiting for it.

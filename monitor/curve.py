@@ -21,7 +21,9 @@ PANELS = {
 
 def plot_history(history: list[dict[str, float]], path: Path) -> None:
     """Draw one panel per quantity that occurs in `history` (`TrainerState.log_history`) against the step."""
-    panels = {title: keys for title, keys in PANELS.items() if any(key in row for row in history for key in keys)}
+    sources = {key for row in history for key in row if key.startswith("eval_") and key.endswith("_bits_per_byte")}
+    panels = PANELS | {"bits per byte": (*PANELS["bits per byte"], *sorted(sources - {"eval_bits_per_byte"}))}
+    panels = {title: keys for title, keys in panels.items() if any(key in row for row in history for key in keys)}
     if not panels:
         return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False)
