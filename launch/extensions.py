@@ -27,6 +27,8 @@ def claim_extensions() -> None:
     folder = cache / f"{platform.node()}-py{platform.python_version()}-torch{version('torch')}"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    # The ninja of this Python also where its environment is not activated: another version would compile all anew.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     _held = open(folder / "starting", "w")  # noqa: SIM115  held until release_extensions, or the end of the process
     try:
         fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +52,7 @@ def release_extensions() -> None:
 
 
 def build_extensions() -> None:
-    """Compile DeepSpeed's communication between CPU processes, so that the first run need not (half a minute)."""
+    """Compile DeepSpeed's communication between CPU processes, so that the first run need not (a minute)."""
     claim_extensions()
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
