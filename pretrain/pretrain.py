@@ -11,12 +11,14 @@ themselves.
 import inspect
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 from huggingface_hub.errors import StrictDataclassError
 from replay import replay_step
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from buddygpt.data.block_order import BlockStream, make_order, update_history
+from buddygpt.data.collate_blocks import collate_blocks
 from buddygpt.data.provenance import describe_blocks
 from buddygpt.data.token_shards import MANIFEST, BlockDataset
 from buddygpt.launch import (
@@ -186,9 +188,11 @@ def main() -> None:
     text = blocks | {f"eval_{source}": part for source, part in held_out.items()}
     start = find_start(training_args, model.config)
     stream, data_history = open_stream(blocks["train"], training_args, start)
+    flash = args.isolate_documents and "flash" in model.config._attn_implementation
     trainer = PretrainTrainer(
         model=model,
         args=training_args,
+        data_collator=partial(collate_blocks, with_bounds=flash),
         train_dataset=stream,
         eval_dataset=held_out or blocks.get("eval"),
         processing_class=tokenizer,
