@@ -25,10 +25,6 @@ class Passage:
     last: int
     sources: tuple[str, ...]
 
-    def __str__(self) -> str:
-        files = ", ".join(self.sources[:2]) + (f" and {len(self.sources) - 2} more" if len(self.sources) > 2 else "")
-        return f"{self.shard} documents {self.first}-{self.last} ({files})"
-
 
 def trace_block(blocks: BlockDataset, index: int) -> Iterator[Passage]:
     """Yield the passages that make up a block, in order; reads the shards' document ends only."""
@@ -45,7 +41,13 @@ def trace_block(blocks: BlockDataset, index: int) -> Iterator[Passage]:
 
 
 def describe_blocks(blocks: BlockDataset, indices: Sequence[int]) -> str:
-    """Say in one line where the blocks come from; of many, the first few."""
-    shown = [f"block {index}: {' + '.join(map(str, trace_block(blocks, index)))}" for index in indices[:SHOWN]]
+    """Say in one line where the blocks come from, shard by shard; of many, the first few."""
+    places: dict[str, list[str]] = {}
+    for index in indices[:SHOWN]:
+        for passage in trace_block(blocks, index):
+            files = ", ".join(passage.sources[:2]) + (", ..." if len(passage.sources) > 2 else "")
+            place = f"block {index} = documents {passage.first}-{passage.last}"
+            places.setdefault(f"{passage.shard} ({files})", []).append(place)
     rest = len(indices) - SHOWN
-    return "; ".join(shown) + (f"; and {rest} more blocks" if rest > 0 else "")
+    shown = "; ".join(f"{shard}: {', '.join(found)}" for shard, found in places.items())
+    return shown + (f"; and {rest} more blocks" if rest > 0 else "")
