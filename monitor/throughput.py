@@ -5,7 +5,6 @@
     MFU = FLOPs of a token x tokens per second / (devices x peak of one device)
 """
 
-import functools
 import re
 import resource
 import statistics
@@ -229,7 +228,8 @@ def find_flops(trainer: Trainer) -> Callable[[int], float] | None:
     """[`flops_per_token`] of the trainer's model by row length, or None where training does other work than that."""
     if isinstance(trainer.model, PeftModel) or hasattr(trainer, "ref_model"):
         return None
-    return functools.cache(functools.partial(flops_per_token, trainer.model.config))
+    fixed, one = (flops_per_token(trainer.model.config, length) for length in (0, 1))
+    return lambda length: fixed + (one - fixed) * length  # rows of chat differ in length from log to log
 
 
 def find_peak(trainer: Trainer) -> float | None:
