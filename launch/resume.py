@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -131,6 +132,34 @@ def _look_for_start(args: TrainingArguments, config: PreTrainedConfig) -> Start:
         TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step,
         json.loads(card.read_text(encoding="utf-8")) if card.exists() else {},
     )
+
+
+def claim_folder(folder: str | Path) -> TextIO | None:
+    """Hold a folder for this process, until it ends or closes the file returned.
+
+    Where a launcher was killed alone, its processes may train on: a second run must not write between them.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    file = open(Path(folder) / "run.lock", "a+")  # noqa: SIM115  held
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        raise UserError(
+            f"{folder} is in use: process {file.read()} is training there. End it, or give another --output_dir"
+        ) from error
+    except OSError:  # a file system that knows no locks
+        return None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def find_damage(folder: Path) -> str | None:

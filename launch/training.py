@@ -23,7 +23,7 @@ from buddygpt.monitor import (
 from .arguments import UserError
 from .checkpoints import load_tokenizer, require_causal_lm
 from .hardware import HardwareCallback, require_hardware, require_strategy
-from .resume import Start, find_start, write_checkpoints_beside, written_beside
+from .resume import Start, claim_folder, find_start, write_checkpoints_beside, written_beside
 
 
 def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfig) -> PreTrainedTokenizerBase:
@@ -87,6 +87,7 @@ def run_training(
     if start.checkpoint:
         _require_same_origin(start, run_card["origin"])
         trainer.accelerator.print(f"Resuming from {start.checkpoint}{_changes(Path(start.checkpoint), trainer)}")
+    lock = claim_folder(args.output_dir) if args.should_save else None
     write_checkpoints_beside(trainer)
     if start.step >= args.max_steps > 0:  # done already: `Trainer` would take one more step wherever an epoch has one
         trainer.get_batch_samples = lambda *_: ([], None)
@@ -95,6 +96,8 @@ def run_training(
     _save(trainer)
     if trainer.is_world_process_zero():
         write_run_card(trainer, {**run_card, "metrics": {**_last_logged(trainer, "loss"), **evaluation}})
+    if lock:
+        Path(lock.name).unlink()
     trainer.accelerator.print(f"Saved to {args.output_dir}")
     trainer.end()
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from buddygpt.data.block_order import BlockOrder, BlockStream
 from buddygpt.data.token_shards import tokenizer_fingerprint
 from buddygpt.launch import UserError, file_sha256
-from buddygpt.launch.resume import find_damage, last_checkpoint
+from buddygpt.launch.resume import claim_folder, find_damage, last_checkpoint
 from buddygpt.launch.stream_trainer import PositionSampler
 from buddygpt.presets import PRESETS, load_config
 
@@ -275,6 +275,25 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tiny, tmp_path, for
         run("pretrain/pretrain.py", *command, "--per_device_train_batch_size", 4)
         order = BlockOrder(42, seed=42)
         assert blocks_read == sum((order.which_blocks(step, 8) for step in (10, 11, 12)), [])
+
+
+def hold(folder: Path) -> None:
+    with claim_folder(folder):
+        (folder / "held").touch()
+        time.sleep(60)
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path, forks):
+    """As where a launcher was killed and its processes were not."""
+    child = forks.Process(target=hold, args=(tmp_path,), daemon=True)
+    child.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.05)
+    with pytest.raises(UserError, match=f"is in use: process {child.pid} is training there. End it"):
+        run("pretrain/pretrain.py", *arguments(tiny, tmp_path))
+    child.kill()
+    child.join()
+    claim_folder(tmp_path).close()
 
 
 # --- checkpoints ---
