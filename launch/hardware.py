@@ -190,5 +190,6 @@ def _optimizer_name(optimizer: Any) -> str:
 
 
 def _has_liger(model: torch.nn.Module) -> bool:
-    """Liger replaces the `forward` of the modules that it knows."""
-    return any(getattr(module.forward, "__module__", "").startswith("liger_kernel") for module in model.modules())
+    """Liger gives modules functions of its own: `forward`, or what launch/liger.py binds."""
+    own = (value for module in model.modules() for value in vars(module).values() if callable(value))
+    return any("liger" in str(getattr(value, "__module__", "")) for value in own)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from buddygpt import BuddyGPTForCausalLM
 from buddygpt.launch import UserError
 from buddygpt.launch.hardware import require_hardware, require_strategy
+from buddygpt.launch.liger import liger_cross_entropy
 
 BIN = Path(sys.executable).parent
 CONFIGS = ROOT / "accelerate_configs"
@@ -229,8 +230,12 @@ def test_what_the_trainer_does_not_have(asked, message):
     model = torch.nn.Linear(1, 1)
     model.config = SimpleNamespace(model_type="buddygpt")
     args = {"deepspeed": None, "fsdp": None, "mixed_precision": "fp16", "use_liger_kernel": False} | asked
+    trainer = SimpleNamespace(args=SimpleNamespace(**args), accelerator=accelerator, model=model)
     with pytest.raises(UserError, match=message):
-        require_strategy(SimpleNamespace(args=SimpleNamespace(**args), accelerator=accelerator, model=model))
+        require_strategy(trainer)
+    if args["use_liger_kernel"]:
+        model.cross_entropy = liger_cross_entropy
+        require_strategy(trainer)
 
 
 def test_slurm_queues_the_job_again_when_its_time_is_up(tmp_path):
