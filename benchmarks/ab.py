@@ -41,8 +41,11 @@ def alternate(variants: dict[str, Callable[[], float]], rounds: int, progress: A
 
 
 def spread(values: list[float]) -> str:
-    """Median and range, at three digits."""
-    return f"{median(values):.3g} [{min(values):.3g}-{max(values):.3g}]"
+    """Median and range, at three digits and more."""
+    middle, low, high = (
+        f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" for x in (median(values), min(values), max(values))
+    )
+    return f"{middle} [{low}-{high}]"
 
 
 def ratios(values: list[float], baseline: list[float]) -> list[float]:
@@ -101,17 +104,17 @@ class Report:
         lines = [self.header, ["---"] * len(self.header), *self.cells]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    def finish(self, quick: bool, device: str = "cpu", **settings: Any) -> None:
-        """Print the table; unless `quick`, write the JSON and put the table into the document."""
-        where = machine(device)
+    def finish(self, args: Any) -> None:
+        """Print the table; unless `args.quick`, write the JSON (with `args`) and put the table into the document."""
+        where, quick = machine(getattr(args, "device", "cpu")), args.quick
         note = f"{where['device']}, {where['threads']} threads, torch {where['torch']}, " + time.strftime("%Y-%m-%d")
         print(f"\n{self.table()}\n\n{self.name}: {note}" + (" (quick: not written)" if quick else ""))
         if quick:
             return
         RESULTS.mkdir(exist_ok=True)
         content = {"benchmark": self.name, "machine": where, "date": time.strftime("%Y-%m-%d")}
-        content |= {"settings": settings, "rows": self.rows}
-        _replace(RESULTS / f"{self.name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        content |= {"settings": vars(args), "rows": self.rows}
+        _replace(RESULTS / f"{self.name}.json", json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
         document = DOCUMENT.read_text(encoding="utf-8")
         _replace(DOCUMENT, insert_table(document, self.name, f"{self.table()}\n\nMeasured on {note}."))
 

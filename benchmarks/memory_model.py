@@ -83,7 +83,7 @@ def main() -> None:
         predicted, measured = MemoryModel(config, setup).peak(args.rows), measure_peak(config, setup, args.rows)
         cells = [name, label, f"{predicted / GIB:.2f}", f"{measured / GIB:.2f}", f"{predicted / measured - 1:+.1%}"]
         report.add(cells, model=name, setting=label, predicted_bytes=predicted, measured_bytes=measured)
-    report.finish(args.quick, rows=args.rows, block_size=args.block_size)
+    report.finish(args)
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def refusals(args: PlanArguments, training: TrainingArguments, plan: Plan) -> li
 def describe_memory(plan: Plan) -> str:
     """Two tables: each part at each moment of a step; and what would change how much."""
     moments = plan.model.moments(plan.rows)
-    names = list(dict.fromkeys(name for parts in moments.values() for name in parts))
+    names = dict.fromkeys(name for parts in moments.values() for name, size in parts.items() if size)
     rows = [[name, *(_gib(parts.get(name, 0)) for parts in moments.values())] for name in names]
     totals = [sum(parts.values()) for parts in moments.values()]
     peak = max(totals)
@@ -294,12 +294,13 @@ def chinchilla_loss(parameters: float, tokens: float) -> float:
     return 1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658
 
 
-def measured_mfu(gpu: Gpu, model: str) -> tuple[float, str] | None:
+def measured_mfu(gpu: Gpu, model: str, compiled: bool = False) -> tuple[float, str] | None:
     """MFU of the model on such a GPU, else the lowest of any, from `benchmarks/results`; and where it comes from."""
+    model += ", compiled" if compiled else ""
     for path in sorted(RESULTS.glob("gpu*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         device = result["machine"]["device"]
-        rows = {row["name"]: row["mfu"] for row in result["rows"] if row.get("mfu")}
+        rows = {row["name"]: row["mfu"] for row in result["rows"] if row.get("mfu") and row.get("goal")}
         if rows and gpu.name and _plain(gpu.name.split(" ")[-1 if "RTX" in gpu.name else 0]) in _plain(device):
             name = model if model in rows else min(rows, key=rows.get)
             return rows[name], f"measured on {device} for {name} ({path.name})"
@@ -315,7 +316,7 @@ def describe_time(args: PlanArguments, training: TrainingArguments, plan: Plan) 
     rows = [["work", f"{work / 1e9:.2f} GFLOP a token"]]
     if peak and plan.setup.precision != "fp32":
         name = Path(args.model_config or args.model_name_or_path).stem
-        mfu, source = _expected_mfu(args.mfu, measured_mfu(plan.gpu, name))
+        mfu, source = _expected_mfu(args.mfu, measured_mfu(plan.gpu, name, training.torch_compile))
         speed = mfu * peak * args.gpus / work
         tokens = speed * args.hours * 3600
         active = count.active - (count.total - count.non_embedding)
@@ -360,7 +361,7 @@ def describe_model(args: PlanArguments, plan: Plan) -> str:
                        f"{count.active / 1e6:,.1f}M active for a token"],
         ["vocabulary", f"{plan.config.vocab_size:,}"],
         ["training", f"{precision}, {setup.optimizer}, {'with' if setup.checkpointing else 'without'} activation "
-                     f"checkpointing, {setup.accumulation} micro-batches a step"
+                     f"checkpointing, gradients of {setup.accumulation} micro-batches a step"
                      + (f", ZeRO-{setup.zero_stage}" if setup.zero_stage else "")],
     ]  # fmt: skip
     title = f"# {args.model_config or args.model_name_or_path} on {setup.gpus} x {plan.gpu.name or args.memory}"
