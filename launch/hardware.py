@@ -190,6 +190,6 @@ def _optimizer_name(optimizer: Any) -> str:
 
 
 def _has_liger(model: torch.nn.Module) -> bool:
-    """Liger gives modules functions of its own: `forward`, or what launch/liger.py binds."""
+    """Liger gives modules functions of its own: `forward`, a loss, a rotation."""
     own = (value for module in model.modules() for value in vars(module).values() if callable(value))
     return any("liger" in str(getattr(value, "__module__", "")) for value in own)
