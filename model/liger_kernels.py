@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling_buddygpt import BuddyGPTAttention, BuddyGPTMLP, BuddyGPTRMSNorm, ChunkedCrossEntropy, rows_per_chunk
+from .losses_buddygpt import ChunkedCrossEntropy, rows_per_chunk
+from .modeling_buddygpt import BuddyGPTAttention, BuddyGPTMLP, BuddyGPTRMSNorm
 
 SWITCHES = ("rms_norm", "rope", "swiglu", "fused_linear_cross_entropy")  # keys of `liger_kernel_config`
 

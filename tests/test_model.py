@@ -313,6 +313,7 @@ def test_checkpoint_loads_where_the_package_was_never_imported(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {
         "configuration_buddygpt.py",
+        "losses_buddygpt.py",
         "modeling_buddygpt.py",
     }
     torch.save((ids, model(ids).logits, model.model(ids).last_hidden_state), tmp_path / "expected.pt")
