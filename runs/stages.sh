@@ -11,5 +11,5 @@ stage() { # stage NAME COMMAND...
 }
 
 recipe() { # recipe SCRIPT ARGUMENTS...: on the accelerate config that ACCELERATE_CONFIG names
-    accelerate launch --config_file "${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}" "$@"
+    accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}" "$@"
 }
