@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from buddygpt.launch import UserError, file_sha256
@@ -117,7 +118,7 @@ class TokenShards:
 
     def verify(self) -> None:
         """Read every shard again; UserError where its sha256 is not the manifest's."""
-        for shard in self.shards:
+        for shard in tqdm(self.shards, desc=f"hashing {self.folder}", unit="shard", leave=False):
             path = self.folder / shard["file"]
             if file_sha256(path) != shard["sha256"]:
                 raise UserError(f"{path} was changed: its sha256 is not the one in {MANIFEST}. {REMEDY}")

@@ -148,8 +148,6 @@ def load_blocks(args: PretrainArguments, tokenizer) -> dict[str, BlockDataset]:
     }
     for dataset in blocks.values():
         dataset.check_tokenizer(tokenizer)
-        if args.verify_data:
-            dataset.verify()
     return blocks
 
 
@@ -179,6 +177,8 @@ def main() -> None:
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
     blocks = load_blocks(args, tokenizer)
+    for dataset in blocks.values() if args.verify_data and training_args.process_index == 0 else ():
+        dataset.verify()
     model = load_model(args, tokenizer)
     # A base model ends a text with the document separator, a chat model a turn with eos: generation stops at either.
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, blocks["train"].eos_id})
