@@ -24,6 +24,7 @@ import torch
 from ab import ROOT, Report, alternate, ratios, spread
 from bare_loop import BareLoop
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import Trainer as _  # noqa: F401  it looks for peft when it is imported: not while that is a stand-in
 
 
 def load_file(name: str, path: Path, **missing: Any) -> ModuleType:

@@ -1,6 +1,6 @@
 """Does the planner's memory model (pretrain/memory.py) hold? Its peak of a training step against a measured one.
 
-    python benchmarks/memory_model.py           # the presets at 1 x 1,024, on fake tensors: no memory is taken
+    python benchmarks/memory_model.py           # the presets at 1 and 8 x 1,024, on fake tensors: no memory is taken
     python benchmarks/memory_model.py --quick   # one small preset
 
 A step (forward, backward, optimizer) runs operator by operator on fake tensors of the real sizes, and every storage
@@ -10,7 +10,7 @@ order of events is the real one; kernels are those of the processor, and the chu
 
 import contextlib
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,13 +28,21 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "pretrain"))
 from memory import MemoryModel, Setup
 
 GIB = 2**30
-MODELS = ("buddygpt-0.1b", "buddygpt-0.3b-mla", "buddygpt-0.7b-mla-moe", "bitbrain-0.6b", "mini-qwen-1b")
+MODELS = ("buddygpt-0.1b", "buddygpt-0.3b-mla", "buddygpt-0.7b-mla-moe", "bitbrain-0.6b", "mini-qwen-1b", "steel-1.1b")
+AUTOCAST, LEAST = Setup(device="cpu"), Setup("bf16_params", "muon", checkpointing=True, device="cpu")
+CASES = [
+    ("bf16 autocast, AdamW", AUTOCAST, 1),
+    ("bf16 autocast, AdamW", AUTOCAST, 8),
+    ("the same, checkpointing", replace(AUTOCAST, checkpointing=True), 8),
+    ("the same, accumulation", replace(AUTOCAST, accumulation=2), 8),
+    ("bf16 weights, Muon, checkpointing", LEAST, 1),
+    ("bf16 weights, Muon, checkpointing", LEAST, 8),
+]
 
 
 @dataclass
 class MemoryModelArguments:
     models: list[str] = field(default_factory=lambda: list(MODELS), metadata={"help": "Presets or config JSONs."})
-    rows: int = field(default=1, metadata={"help": "Rows of the micro-batch."})
     block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
     quick: bool = field(default=False, metadata={"help": "buddygpt-0.1b only; nothing is written."})
 
@@ -70,19 +78,20 @@ def measure_peak(config: PreTrainedConfig, setup: Setup, rows: int, fake: bool =
 
 def main() -> None:
     (args,) = parse_arguments(MemoryModelArguments, description=__doc__)
-    settings = [
-        ("bf16 autocast, AdamW", Setup()),
-        ("the same, checkpointing", Setup(checkpointing=True)),
-        ("bf16 weights, Muon, checkpointing", Setup(precision="bf16_params", optimizer="muon", checkpointing=True)),
-    ]
-    report = Report("memory_model", ["model", "setting", "predicted GiB", "measured GiB", "difference"])
+    report = Report("memory_model", ["model", "setting", "rows", "predicted GiB", "measured GiB", "difference"])
     models = args.models[:1] if args.quick else args.models
-    for name, (label, setup) in tqdm([(name, setting) for name in models for setting in settings], unit="step"):
-        config = load_config(name)
-        setup = Setup(**(vars(setup) | {"block_size": args.block_size, "device": "cpu"}))
-        predicted, measured = MemoryModel(config, setup).peak(args.rows), measure_peak(config, setup, args.rows)
-        cells = [name, label, f"{predicted / GIB:.2f}", f"{measured / GIB:.2f}", f"{predicted / measured - 1:+.1%}"]
-        report.add(cells, model=name, setting=label, predicted_bytes=predicted, measured_bytes=measured)
+    for name, (label, setup, rows) in tqdm([(name, case) for name in models for case in CASES], unit="step"):
+        config, setup = load_config(name), replace(setup, block_size=args.block_size)
+        predicted, measured = MemoryModel(config, setup).peak(rows), measure_peak(config, setup, rows)
+        cells = [
+            name,
+            label,
+            rows,
+            f"{predicted / GIB:.2f}",
+            f"{measured / GIB:.2f}",
+            f"{predicted / measured - 1:+.1%}",
+        ]
+        report.add(cells, model=name, setting=label, rows=rows, predicted_bytes=predicted, measured_bytes=measured)
     report.finish(args)
 
 

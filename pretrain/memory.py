@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
@@ -78,7 +79,12 @@ class Activations:
 
 def count_activations(config: PreTrainedConfig, block_size: int, precision: Precision) -> Activations:
     """Run the decoder forward on one row and on two, and take the difference: what is left does not grow with rows."""
-    one, two = (_run_rows(config, rows, block_size, precision) for rows in (1, 2))
+    # Grouped products know no fake float32 tensors: these (small models, on processors) run for real.
+    real = precision == "fp32" and getattr(config, "n_routed_experts", None)
+    with contextlib.nullcontext() if real else FakeTensorMode():
+        model = AutoModel.from_config(config, dtype=torch.bfloat16 if precision == "bf16_params" else torch.float32)
+        model.train()
+        one, two = (SavedBytes(model, rows, block_size, precision == "fp32_master") for rows in (1, 2))
     return Activations(
         tuple(b - a for a, b in zip(one.layers, two.layers, strict=True)),
         tuple(b - a for a, b in zip(one.inputs, two.inputs, strict=True)),
@@ -86,52 +92,49 @@ def count_activations(config: PreTrainedConfig, block_size: int, precision: Prec
     )
 
 
-def _run_rows(config: PreTrainedConfig, rows: int, block_size: int, precision: Precision) -> Activations:
-    # Grouped products know no fake float32 tensors: these (small models, on processors) run for real.
-    real = precision == "fp32" and getattr(config, "n_routed_experts", None)
-    with contextlib.nullcontext() if real else FakeTensorMode():
-        model = AutoModel.from_config(config, dtype=torch.bfloat16 if precision == "bf16_params" else torch.float32)
-        saved = SavedBytes(model)
-        tokens = torch.zeros(rows, block_size, dtype=torch.long)
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "fp32_master")
-        with autocast, saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-            output = model.train()(input_ids=tokens, use_cache=False)  # while it lives, so does what is saved
-            total = saved.total
-        del output
-        layers = tuple(after - before for before, after in zip(saved.marks[::2], saved.marks[1::2], strict=True))
-        return Activations(layers, tuple(saved.inputs), total - sum(layers))
-
-
 class SavedBytes:
-    """Adds up the storages that autograd saves and has not let go of, each once, the model's own left out."""
+    """Bytes of the storages that autograd saves in a forward pass, each once, the model's own left out.
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.total = 0
-        self.marks: list[int] = []  # the total before and after each layer
+    `layers`, `inputs` and `ends` are as in [`Activations`], for all rows.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, block_size: int, autocast: bool) -> None:
         self.inputs: list[int] = []
+        self._total = 0
+        self._marks: list[int] = []  # the total before and after each layer
         self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        for layer in model.layers:
-            layer.register_forward_pre_hook(self._enter)
-            layer.register_forward_hook(self._leave)
+        hooks = [layer.register_forward_pre_hook(self._enter) for layer in model.layers]
+        hooks += [layer.register_forward_hook(self._leave) for layer in model.layers]
+        tokens = torch.zeros(rows, block_size, dtype=torch.long)
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            saved_tensors_hooks(self._pack, lambda tensor: tensor),
+        ):
+            output = model(input_ids=tokens, use_cache=False)  # while it lives, so does what is saved
+        self.layers = [after - before for before, after in zip(self._marks[::2], self._marks[1::2], strict=True)]
+        self.ends = self._total - sum(self.layers)
+        del output
+        for hook in hooks:
+            hook.remove()
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._known:
             self._known.add(storage._cdata)
-            self.total += storage.nbytes()
+            self._total += storage.nbytes()
             weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
         return tensor
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.total -= size
+        self._total -= size
 
-    def _enter(self, layer: torch.nn.Module, args: tuple) -> None:
-        self.marks.append(self.total)
+    def _enter(self, layer: nn.Module, args: tuple) -> None:
+        self._marks.append(self._total)
         self.inputs.append(args[0].nbytes)
 
     def _leave(self, *_) -> None:
-        self.marks.append(self.total)
+        self._marks.append(self._total)
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ class MemoryModel:
         self.config = config
         self.setup = setup
         self.precision = setup.computes_in
+        self.full_logits = setup.full_logits or config.model_type != "buddygpt"  # stock architectures make all
         self.element = 2 if self.precision == "bf16_params" else 4
         self.parameters = list_parameters(config)
         self.total = sum(parameter.numel for parameter in self.parameters)
@@ -209,7 +213,7 @@ class MemoryModel:
         vocab_size, width = self.config.vocab_size, self.config.hidden_size
         gradients = self.element * (vocab_size + tokens) * width
         cast = 2 * vocab_size * width if self.precision == "fp32_master" else 0  # the weight in bf16
-        if self.setup.full_logits:  # logits, their log-softmax, the gradients of both: three in float32 at once
+        if self.full_logits:  # logits, their log-softmax, the gradients of both: three in float32 at once
             return cast + 12 * tokens * vocab_size
         chunk = min(tokens, rows_per_chunk(torch.device(self.setup.device), vocab_size))
         if self.precision == "fp32":
