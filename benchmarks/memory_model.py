@@ -33,8 +33,8 @@ AUTOCAST, LEAST = Setup(device="cpu"), Setup("bf16_params", "muon", checkpointin
 CASES = [
     ("bf16 autocast, AdamW", AUTOCAST, 1),
     ("bf16 autocast, AdamW", AUTOCAST, 8),
-    ("the same, checkpointing", replace(AUTOCAST, checkpointing=True), 8),
-    ("the same, accumulation", replace(AUTOCAST, accumulation=2), 8),
+    ("bf16 autocast, AdamW, checkpointing", replace(AUTOCAST, checkpointing=True), 8),
+    ("bf16 autocast, AdamW, accumulation", replace(AUTOCAST, accumulation=2), 8),
     ("bf16 weights, Muon, checkpointing", LEAST, 1),
     ("bf16 weights, Muon, checkpointing", LEAST, 8),
 ]
@@ -55,7 +55,7 @@ def measure_peak(config: PreTrainedConfig, setup: Setup, rows: int, fake: bool =
         if setup.checkpointing:
             model.activation_checkpointing_enable()
         if setup.optimizer == "muon":
-            optimizer = muon_adamw(model, weight_decay=0.1, lr=1e-3)
+            optimizer = muon_adamw(model, weight_decay=0.1, lr=1e-3, fused=True)
         else:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         tokens = torch.zeros(rows, setup.block_size, dtype=torch.long)

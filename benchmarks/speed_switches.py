@@ -47,7 +47,7 @@ def make_loops(args: SwitchesArguments) -> dict[str, BareLoop]:
         "full logits in place of the chunked head": loop(skip_logits=False),
         "isolate_documents": loop(position_ids=documents.expand(args.rows, -1)),
         "activation_checkpointing": loop(checkpointing=True),
-        "optimizer: muon": loop(optimizer=lambda model: muon_adamw(model, weight_decay=0.1, lr=3e-4)),
+        "optimizer: muon": loop(optimizer=lambda model: muon_adamw(model, weight_decay=0.1, lr=3e-4, fused=True)),
     }
     if not args.quick:
         loops["torch_compile"] = loop(compile=True)

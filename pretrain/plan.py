@@ -230,7 +230,7 @@ class Plan:
         if setup.optimizer == "adamw" and not setup.zero_stage:
             found.append(self.fit("8-bit AdamW", replace(setup, optimizer="adamw_8bit")))
             found.append(self.fit("Muon", replace(setup, optimizer="muon")))
-        if setup.precision != "bf16_params" and self.gpu.has_bf16:
+        if setup.computes_in != "bf16_params" and self.gpu.has_bf16:
             found.append(self.fit("bf16 weights without fp32 copies", replace(setup, precision="bf16_params")))
         if self.config.vocab_size > SMALL_VOCABULARY:
             found.append(self.fit(f"a vocabulary of {SMALL_VOCABULARY:,}", setup, SMALL_VOCABULARY))
@@ -361,7 +361,7 @@ def describe_model(args: PlanArguments, plan: Plan) -> str:
                        f"{count.active / 1e6:,.1f}M active for a token"],
         ["vocabulary", f"{plan.config.vocab_size:,}"],
         ["training", f"{precision}, {setup.optimizer}, {'with' if setup.checkpointing else 'without'} activation "
-                     f"checkpointing, gradients of {setup.accumulation} micro-batches a step"
+                     f"checkpointing, {setup.accumulation} micro-batch{'es' * (setup.accumulation > 1)} a step"
                      + (f", ZeRO-{setup.zero_stage}" if setup.zero_stage else "")],
     ]  # fmt: skip
     title = f"# {args.model_config or args.model_name_or_path} on {setup.gpus} x {plan.gpu.name or args.memory}"
