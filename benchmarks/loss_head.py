@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from buddygpt.launch import parse_arguments, run_script
-from buddygpt.modeling_buddygpt import ChunkedCrossEntropy, rows_per_chunk
+from buddygpt.losses_buddygpt import ChunkedCrossEntropy, rows_per_chunk
 
 MIB = 2**20
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from test_model import VARIANTS, make_model, random_ids
 from transformers import Trainer, TrainingArguments
 
+import buddygpt.losses_buddygpt as losses
 import buddygpt.modeling_buddygpt as modeling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-    monkeypatch.setattr(modeling, "rows_per_chunk", lambda device, vocab_size: 7)
+    for module in (losses, modeling):
+        monkeypatch.setattr(module, "rows_per_chunk", lambda device, vocab_size: 7)
 
 
 def masked(ids):
