@@ -23,6 +23,7 @@ from buddygpt.monitor import (
 from .arguments import UserError
 from .checkpoints import load_tokenizer, require_causal_lm
 from .hardware import HardwareCallback, require_hardware, require_strategy
+from .liger import register_liger
 from .resume import Start, claim_folder, find_start, write_checkpoints_beside, written_beside
 
 
@@ -37,6 +38,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     if model_args.model_name_or_path is None:
         raise UserError("give model_name_or_path: the checkpoint to start from")
     require_hardware(training_args, model_args.attn_implementation)
+    register_liger(training_args)
     require_causal_lm(model_args.model_name_or_path, training_args.trust_remote_code)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if tokenizer.chat_template is None:

@@ -165,8 +165,10 @@ def pretrain():
     spec = importlib.util.spec_from_file_location("pretrain_script", ROOT / "pretrain" / "pretrain.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    sys.path.insert(0, str(ROOT / "pretrain"))  # as Python does for a script
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(ROOT / "pretrain"))
     del sys.modules[spec.name]
 
 
