@@ -80,11 +80,13 @@ class Report:
     Args:
         name: Of the benchmark: the JSON's name and the marker in docs/performance.md.
         header: Of the table.
+        how: What was done to get the figures, in one word.
     """
 
-    def __init__(self, name: str, header: list[str]) -> None:
+    def __init__(self, name: str, header: list[str], how: str = "Measured") -> None:
         self.name = name
         self.header = header
+        self.how = how
         self.cells: list[list[str]] = []
         self.rows: list[dict[str, Any]] = []
 
@@ -116,7 +118,7 @@ class Report:
         content |= {"settings": vars(args), "rows": self.rows}
         _replace(RESULTS / f"{self.name}.json", json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
         document = DOCUMENT.read_text(encoding="utf-8")
-        _replace(DOCUMENT, insert_table(document, self.name, f"{self.table()}\n\nMeasured on {note}."))
+        _replace(DOCUMENT, insert_table(document, self.name, f"{self.table()}\n\n{self.how} on {note}."))
 
 
 def insert_table(document: str, name: str, text: str) -> str:

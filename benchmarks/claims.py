@@ -67,7 +67,11 @@ def answer(claim: Claim, plan: Plan) -> str:
 
 def main() -> None:
     (args,) = parse_arguments(ClaimsArguments, description=__doc__)
-    report = Report("claims", ["model", "card", "length", "how", "peak of 1 row, GiB", "largest micro-batch", "fits"])
+    report = Report(
+        "claims",
+        ["model", "card", "length", "how", "peak of 1 row, GiB", "largest micro-batch", "fits"],
+        how="Calculated",
+    )
     for claim in CLAIMS[-2:] if args.quick else CLAIMS:
         setup = Setup(**(vars(claim.setup) | {"block_size": claim.length}))
         plan = Plan(load_config(claim.model, **claim.overrides), setup, claim.gpu, rows=1)

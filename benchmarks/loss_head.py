@@ -4,10 +4,9 @@
     python benchmarks/loss_head.py --device cuda --tokens 2048 8192 32768 --hidden_size 1024
 
 Each cell (head, tokens) is a process of its own, so that its peak is its own; the heads take turns within a round. The
-loss and gradient of every head are compared with the full one's. Writes `loss_head.json` and `loss_head.md`.
+loss and gradient of every head are compared with the full one's.
 """
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from ab import Report
 from torch.nn import LinearCrossEntropyOptions
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +40,6 @@ class LossHeadArguments:
     rounds: int = field(default=3, metadata={"help": "Times each cell is run; medians are reported."})
     device: str = field(default="cpu", metadata={"help": "cpu (float32) or cuda (bfloat16 autocast)."})
     quick: bool = field(default=False, metadata={"help": "One round of a vocabulary of 20,000."})
-    output_dir: Path = field(default=Path("outputs/benchmarks"), metadata={"help": "Where the results go."})
     cell: str | None = field(default=None, metadata={"help": "Run this head alone and print its figures as JSON."})
 
 
@@ -128,13 +127,11 @@ def measure(args: LossHeadArguments) -> dict[str, dict[str, list[dict[str, float
     return results
 
 
-def table(args: LossHeadArguments, results: dict) -> str:
-    """A Markdown row per head: medians, the range of the times, and the largest difference from the full head."""
+def report(args: LossHeadArguments, results: dict) -> Report:
+    """A row per head: medians, the range of the times, and the largest difference from the full head."""
     clock = "ms" if args.device == "cuda" else "CPU ms"
-    lines = [
-        f"| head | {' | '.join(f'{tokens} tokens: peak MiB, {clock}' for tokens in results)} | largest difference |"
-    ]
-    lines.append("|---" * (len(results) + 2) + "|")
+    columns = [f"{tokens} tokens: peak MiB, {clock}" for tokens in results]
+    found = Report("loss_head", ["head", *columns, "largest difference"])
     for head in args.heads:
         row, difference = [], 0.0
         for by_head in results.values():
@@ -144,8 +141,9 @@ def table(args: LossHeadArguments, results: dict) -> str:
             row.append(f"{median(run['peak_mib'] for run in runs):.0f}, {median(milliseconds):.0f} {spread}")
             keys = ("loss", "weight_gradient", "hidden_gradient")
             difference = max(difference, *(abs(runs[0][key] / expected[key] - 1) for key in keys))
-        lines.append(f"| {head} | {' | '.join(row)} | {difference:.0e} |")
-    return "\n".join(lines) + "\n"
+        runs = {tokens: by_head[head] for tokens, by_head in results.items()}
+        found.add([head, *row, f"{difference:.0e}"], head=head, runs=runs)
+    return found
 
 
 def main() -> None:
@@ -155,13 +153,7 @@ def main() -> None:
         return
     if args.quick:
         args.rounds, args.vocab_size = 1, 20_000
-    results = measure(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    record = {"arguments": dataclasses.asdict(args), "torch": torch.__version__, "results": results}
-    (args.output_dir / "loss_head.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-    text = table(args, results)
-    (args.output_dir / "loss_head.md").write_text(text, encoding="utf-8")
-    print(text)
+    report(args, measure(args)).finish(args)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main() -> None:
             samples = alternate(variants, rounds, progress)
     report = Report("resume_time", ["resumed", "CPU seconds to the first batch", "ratio"])
     report.add_samples(samples, unit="CPU seconds")
-    report.finish(args.quick, tokens=tokens, block_size=args.block_size, rounds=rounds)
+    report.finish(args)
 
 
 if __name__ == "__main__":
