@@ -4,7 +4,6 @@ import json
 import math
 import re
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -266,10 +265,28 @@ def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
     assert "loss spike" in warnings[0] and all(f"block {index} =" in warnings[0] for index in read)
 
 
-def test_a_slow_loader_is_reported(tmp_path, blocks):
+@pytest.fixture
+def clock(monkeypatch):
+    """The meter's clock, which only `clock.sleep` moves: a busy machine changes nothing."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr("buddygpt.monitor.throughput.time", clock)
+    return clock
+
+
+def test_a_slow_loader_is_reported(tmp_path, blocks, clock):
     class Slow(BlockDataset):
         def __getitem__(self, index):
-            time.sleep(0.05)
+            clock.sleep(0.05)
             return super().__getitem__(index)
 
     trainer, warnings = watched(tmp_path, Slow(blocks.folder, 32), 12, logging_steps=2)
@@ -290,8 +307,8 @@ def test_an_expert_without_tokens_is_named(tmp_path, blocks):
 # ------------------------------------------------------------------------------------------------------------ speed
 
 
-def test_speed_counts_real_tokens_and_no_pauses(tmp_path, blocks):
-    """Half of every row is padding, steps take 50 ms at least, and each evaluation sleeps for a second."""
+def test_speed_counts_real_tokens_and_no_pauses(tmp_path, blocks, clock):
+    """Half of every row is padding, steps take 50 ms, and each evaluation a second."""
 
     class HalfPadded(BlockDataset):
         def __getitem__(self, index):
@@ -300,13 +317,13 @@ def test_speed_counts_real_tokens_and_no_pauses(tmp_path, blocks):
 
     def slow_down(trainer):
         step, evaluate = trainer.training_step, trainer.evaluate
-        trainer.training_step = lambda *args, **kwargs: (time.sleep(0.05), step(*args, **kwargs))[1]
-        trainer.evaluate = lambda *args, **kwargs: (time.sleep(1), evaluate(*args, **kwargs))[1]
+        trainer.training_step = lambda *args, **kwargs: (clock.sleep(0.05), step(*args, **kwargs))[1]
+        trainer.evaluate = lambda *args, **kwargs: (clock.sleep(1), evaluate(*args, **kwargs))[1]
 
     dataset = HalfPadded(blocks.folder, 32)
     trainer, _ = watched(tmp_path, dataset, 8, slow_down, logging_steps=4, eval_strategy="steps", eval_steps=2)
     for row in (row for row in trainer.state.log_history if "loss" in row):
-        assert 2 * 16 / 0.05 / 4 < row["tokens_per_second"] < 2 * 16 / 0.05
+        assert row["tokens_per_second"] == pytest.approx(2 * 16 / 0.05)
 
 
 def test_mfu_is_work_over_time_over_peak(tmp_path, blocks, monkeypatch):
