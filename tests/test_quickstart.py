@@ -31,7 +31,7 @@ def test_the_quickstart_reaches_its_promises():
 )
 def test_latent_attention_with_experts_learns_as_well_as_the_dense_model():
     dense, mixture = read_summary(DENSE), read_summary(MIXTURE)
-    for name in ("sft", "dpo"):
+    for name in ("base", "sft", "dpo"):
         assert mixture["exam"][name]["acc"] >= dense["exam"][name]["acc"] - 0.05
     card = json.loads((MIXTURE / "pretrain" / "run.json").read_text(encoding="utf-8"))
     assert card["metrics"]["router/load_max"] < 1.3 and card["metrics"]["router/load_min"] > 0.7
