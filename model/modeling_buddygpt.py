@@ -295,7 +295,7 @@ class BuddyGPTTopkRouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts))
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(N, C) -> logits (N, E), weights (N, k) and indices (N, k) of the chosen experts."""

@@ -80,13 +80,6 @@ class PlanArguments(PretrainArguments):
     mfu: float | None = field(
         default=None, metadata={"help": "Share of the GPU's peak that is reached. Default: as measured, else 0.3."}
     )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "fp32, fp32_master (autocast over fp32 weights: what bf16 and fp16 mean) or bf16_params.",
-            "choices": ["fp32", "fp32_master", "bf16_params"],
-        },
-    )
     optimizer: str | None = field(
         default=None, metadata={"help": "Default: as `optim` says.", "choices": ["adamw", "adamw_8bit", "muon"]}
     )
@@ -158,8 +151,9 @@ def read_setup(args: PlanArguments, training: TrainingArguments) -> Setup:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} ({getattr(args, name)}) must be more than 0")
     optimizer = args.optimizer or ("adamw_8bit" if "8bit" in str(training.optim) else "adamw")
+    mixed = training.bf16 or training.fp16
     return Setup(
-        precision=args.dtype or ("fp32_master" if training.bf16 or training.fp16 else "fp32"),
+        precision="bf16_params" if args.dtype == "bfloat16" else "fp32_master" if mixed else "fp32",
         optimizer=optimizer,
         block_size=args.block_size,
         checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),

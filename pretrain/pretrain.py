@@ -58,6 +58,14 @@ class PretrainArguments:
         default=None,
         metadata={"help": "eager, sdpa, flex_attention, flash_attention_2, ... Default: sdpa."},
     )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "choices": ["float32", "bfloat16"],
+            "help": "Of the weights, gradients and optimizer states. bfloat16 halves them and loses small updates; "
+            "`bf16: true` computes in it and keeps float32 weights.",
+        },
+    )
     optimizer: str | None = field(
         default=None,
         metadata={"choices": ["muon"], "help": "muon, with AdamW for what is no matrix. Default: `optim`."},
@@ -121,7 +129,7 @@ def load_model(args: PretrainArguments, tokenizer):
                 f"{args.model_name_or_path} only {config.vocab_size}: use the checkpoint's own tokenizer"
             )
         return AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, dtype="float32", attn_implementation=args.attn_implementation
+            args.model_name_or_path, dtype=args.dtype, attn_implementation=args.attn_implementation
         )
     vocab_size = len(tokenizer) if args.vocab_size is None else args.vocab_size
     if vocab_size < len(tokenizer):
@@ -136,7 +144,7 @@ def load_model(args: PretrainArguments, tokenizer):
         )
     except (OSError, ValueError, StrictDataclassError) as error:
         raise UserError(f"cannot read the model config {args.model_config}: {error}") from error
-    return AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
+    return AutoModelForCausalLM.from_config(config, dtype=args.dtype, attn_implementation=args.attn_implementation)
 
 
 def load_blocks(args: PretrainArguments, tokenizer) -> dict[str, BlockDataset]:
@@ -174,6 +182,8 @@ def main() -> None:
     require_hardware(training_args, args.attn_implementation)
     register_liger(training_args)
     optimizer = choose_optimizer(args.optimizer, training_args)
+    if args.dtype == "bfloat16" and training_args.fp16:
+        raise UserError("dtype: bfloat16 and fp16: true contradict each other: drop one of them")
     set_seed(training_args.seed)
     tokenizer = load_tokenizer(args.tokenizer)
     blocks = load_blocks(args, tokenizer)

@@ -189,7 +189,7 @@ def test_one_that_does_not_fit_is_told_what_would(capsys):
         "pretrain/plan.py",
         *ONE_BILLION,
         "--dtype",
-        "bf16_params",
+        "bfloat16",
         "--optimizer",
         "muon",
         "--activation_checkpointing",

@@ -143,6 +143,18 @@ def test_a_mixture_of_experts_goes_through_every_recipe(workspace, tmp_path):
     assert any("router/entropy" in row for row in history(tmp_path / "sft"))
 
 
+def test_weights_may_be_bfloat16_throughout(workspace, tmp_path):
+    pretrain = [*pretrain_arguments(workspace), "--model_config", "debug-mla-moe", "--dtype", "bfloat16"]
+    run("pretrain/pretrain.py", *pretrain, "--output_dir", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name for name, weight in weights.items() if weight.dtype != torch.bfloat16}
+    assert kept == {name for name in weights if name.endswith("e_score_correction_bias")}  # moved by thousandths
+    states = torch.load(tmp_path / "checkpoint-12" / "optimizer.pt")["state"].values()
+    assert {state["exp_avg_sq"].dtype for state in states} == {torch.bfloat16}
+    losses = [row["loss"] for row in history(tmp_path) if "loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+
+
 @pytest.fixture(scope="session")
 def strange(workspace) -> Path:
     """Things a user may hand over by mistake."""
@@ -168,6 +180,7 @@ MISTAKES = {
     "no tokenizer": ("pretrain", ["--tokenizer", "STRANGE/adapter"], "cannot read a tokenizer from"),
     "long blocks": ("pretrain", ["--block_size", 10_000_000], "less than one block"),
     "two models": ("pretrain", ["--model_name_or_path", "BASE"], "give one of model_config"),
+    "two precisions": ("pretrain", ["--dtype", "bfloat16", "--fp16", "true"], "contradict each other"),
     "no model config": ("pretrain", ["--model_config", "none.json"], "cannot read the model config none.json"),
     "no checkpoint": ("sft", ["--model_name_or_path", "STRANGE/none"], "no such checkpoint folder"),
     "no model in it": ("sft", ["--model_name_or_path", "STRANGE"], "it has no config.json"),
