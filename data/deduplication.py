@@ -1,0 +1,226 @@
+"""Finds documents that are there twice: exact copies, or near-duplicates by MinHash, across all tasks and sources.
+
+datatrove's MinHash stages, with four things of our own.
+
+- A shingle is `SHINGLE` units of `text_units`, Han characters or words: datatrove's word tokenizers need to know the
+  language, and libraries for it.
+- The hashes of a bucket are folded into one, which finds the same pairs in a third of the space.
+- Pairs that meet in a bucket are compared by their sketches, the low bytes of all 160 hashes (b-bit minwise hashing,
+  Li and Konig 2010). Two documents whose shingles have the Jaccard similarity s meet with probability
+  1 - (1 - s^8)^20: 0.975 at 0.8 (datatrove's 14 buckets: 0.924), but still 0.001 at 0.3, and a site with 1,000 pages
+  of one frame has many such pairs.
+- Of every cluster the first document by task and row is kept, whatever the executor and the number of workers.
+
+`exact` goes the same way with one bucket, a hash of the text, and no sketches.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup import MinhashBuildIndex, MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import SENTINEL
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.writers.disk_base import DiskWriter
+from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from buddygpt.data.stages import DocumentReader, Stage
+from buddygpt.data.text_units import hash_ngrams, hash_units
+from buddygpt.launch import UserError
+
+Method = Literal["exact", "minhash"]
+SHINGLE = 5  # units
+BUCKETS, HASHES = 20, 8
+SIMILAR = 0.6  # Jaccard similarity from which a pair counts; the estimate's standard error is 0.04
+CHUNK = 256  # shingles permuted at once: what stays in a core's cache
+COMPARED = 2**16  # pairs compared at once
+READ_AHEAD = 1000  # signatures of each task that a bucket reads at once
+
+
+def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None = None) -> list[Stage]:
+    """Return the stages that find what [`duplicate_filter`] removes among WORK/documents.
+
+    Leaves an index of the documents in WORK/duplicates/index, 160 bytes a document (`exact`: 8). Copied into one
+    folder, the indexes of a corpus and of all that was appended to it are what the next text is compared with.
+
+    Args:
+        method: `exact`: the same text; `minhash`: nearly the same, as the module says.
+        work: Holds documents/{rank:05d}.jsonl; everything goes to WORK/duplicates.
+        tasks: Files of documents.
+        index: Such a folder. Documents like those in it are removed too.
+
+    Raises:
+        UserError: `index` has no index of this method.
+    """
+    folder, config = work / "duplicates", _config(method)
+    signatures, new_index, old_index = folder / "signatures", folder / "index" / method, None
+    generation = 0
+    if index is not None:
+        old_index = index / method
+        generation = len(list(old_index.glob("bucket_000/*.index")))
+        if not generation:
+            raise UserError(
+                f"{index} has no index of `deduplicate: {method}`; append with the method it was made with"
+            )
+    reader, buffer = DocumentReader(work / "documents"), {"lines_to_buffer": READ_AHEAD}
+    pairs = MinhashDedupBuckets(
+        str(signatures),
+        str(folder / "pairs"),
+        index_folder=old_index and str(old_index),
+        config=config,
+        only_dedup_in_index=False,
+        **buffer,
+    )
+    build_index = MinhashBuildIndex(str(signatures), str(new_index), f"{generation:05d}", config, **buffer)
+    return [
+        Stage("signatures", [reader, DuplicateSignature(folder, method)], tasks),
+        Stage("buckets", [pairs, build_index], config.num_buckets),
+        Stage("clusters", [DuplicateClusters(folder, method)], 1),
+    ]
+
+
+def duplicate_filter(work: Path, exclusion_writer: DiskWriter | None = None) -> "DuplicateFilter":
+    """Return the step that drops the duplicates which [`duplicate_stages`] found, as `dropped_duplicate`.
+
+    It counts the documents: it has to stand right behind the reader of WORK/documents.
+    """
+    return DuplicateFilter(work / "duplicates" / "removed", exclusion_writer)
+
+
+def shingles(text: str) -> np.ndarray:
+    """Return a uint64 for every shingle of the text; for a text of no letter or digit, a hash of it."""
+    grams = hash_ngrams(hash_units(text), SHINGLE)
+    return grams if grams.size else np.array([_hash(text.encode())], np.uint64)
+
+
+def _hash(data: bytes) -> int:
+    """Hash to 60 bits: datatrove reads no signature from 2^61 - 1 on."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 4
+
+
+def _config(method: Method) -> MinhashConfig:
+    return MinhashConfig(num_buckets=BUCKETS if method == "minhash" else 1, hashes_per_bucket=1)
+
+
+class DuplicateSignature(MinhashDedupSignature):
+    """Writes a number for every document and bucket to FOLDER/signatures, and its sketch to FOLDER/sketches."""
+
+    name = "signatures"
+
+    def __init__(self, folder: Path, method: Method) -> None:
+        # The tokenizer is never asked; datatrove's default needs spaCy.
+        super().__init__(str(folder / "signatures"), _config(method), WhitespaceTokenizer())
+        self.folder, self.method, self.sketches = folder / "sketches", method, None
+        random = np.random.RandomState(self.config.seed)
+        self.factors, self.offsets = random.randint(0, 2**32, (2, BUCKETS * HASHES), dtype=np.uint32)
+        self.factors |= np.uint32(1)  # x -> factor x + offset permutes the numbers below 2^32 if the factor is odd
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{rank:05d}.sketch", "wb") as self.sketches:
+            super().run(data, rank, world_size)
+        self.sketches = None
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """Return [`shingles`], or for exact duplicates one hash of the text."""
+        return shingles(text) if self.method == "minhash" else np.array([_hash(text.encode())], np.uint64)
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        """Return for every bucket a hash of its permutations' smallest values."""
+        if self.method == "exact":
+            return [shingles.tolist()]
+        values, smallest = shingles.astype(np.uint32), np.full(BUCKETS * HASHES, 2**32 - 1, np.uint32)
+        for start in range(0, len(values), CHUNK):
+            permuted = values[start : start + CHUNK, None] * self.factors + self.offsets
+            np.minimum(smallest, permuted.min(axis=0), out=smallest)
+        self.sketches.write(smallest.astype(np.uint8).tobytes())
+        return [[_hash(bucket.tobytes())] for bucket in smallest.reshape(BUCKETS, HASHES)]
+
+
+class DuplicateClusters(PipelineStep):
+    """Joins the pairs that are similar to clusters and lists their documents, but the first, as what to remove.
+
+    Memory grows with the duplicates, about 100 bytes each, not with the documents. datatrove's own step keeps
+    Python objects, and of each cluster the document that its union by size makes the root.
+    """
+
+    type, name = "DEDUP", "clusters"
+
+    def __init__(self, folder: Path, method: Method) -> None:
+        super().__init__()
+        self.folder, self.method = folder, method
+
+    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
+        links = np.empty((0, 2), np.uint64)
+        for file in sorted((self.folder / "pairs").glob("*.dups")):
+            pairs = np.fromfile(file, "<u4").reshape(-1, 2, 2)  # (task, row) of two documents
+            if self.method == "minhash":
+                pairs = pairs[self._similarity(pairs) >= SIMILAR]
+            pairs = pairs.astype(np.uint64)
+            links = link_to_first(np.concatenate([links, pairs[:, :, 0] << np.uint64(32) | pairs[:, :, 1]]))
+        removed = np.sort(links[:, 1])
+        tasks, starts = np.unique(removed >> np.uint64(32), return_index=True)
+        (self.folder / "removed").mkdir(exist_ok=True)
+        for task, rows in zip(tasks, np.split(removed.astype("<u4"), starts[1:]), strict=False):
+            rows.tofile(self.folder / "removed" / f"{task:05d}.rows")
+        self.stat_update("duplicates", value=len(removed))
+
+    def _similarity(self, pairs: np.ndarray) -> np.ndarray:
+        """Estimate the Jaccard similarity by the hashes in common; 1 for what an index holds: it has no sketches."""
+        found = np.ones(len(pairs))
+        known = np.flatnonzero(pairs[:, 0, 0] != SENTINEL)
+        for part in np.array_split(known, -(-len(known) // COMPARED) or 1):
+            first, second = (self._read_sketches(pairs[part, side]) for side in (0, 1))
+            found[part] = (first == second).mean(axis=1)
+        return found
+
+    def _read_sketches(self, documents: np.ndarray) -> np.ndarray:
+        sketches = np.empty((len(documents), BUCKETS * HASHES), np.uint8)
+        for task in np.unique(documents[:, 0]):
+            file = np.memmap(self.folder / "sketches" / f"{task:05d}.sketch", mode="r").reshape(-1, BUCKETS * HASHES)
+            sketches[documents[:, 0] == task] = file[documents[documents[:, 0] == task, 1]]
+        return sketches
+
+
+def link_to_first(pairs: np.ndarray) -> np.ndarray:
+    """Turn pairs of documents into one pair (first of its cluster, document) for every document that is not first.
+
+    Args:
+        pairs: uint64, (pairs, 2); a document is task << 32 | row, and all ones is any document of an index, which
+            comes before all others.
+    """
+    pairs = pairs + np.uint64(1)  # all ones become zero
+    nodes, ends = np.unique(pairs, return_inverse=True)
+    ends = ends.reshape(pairs.shape)
+    graph = coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
+    _, clusters = connected_components(graph, directed=False)
+    _, firsts = np.unique(clusters, return_index=True)  # the smallest, because nodes are sorted
+    first = firsts[clusters]
+    is_other = first != np.arange(len(nodes))
+    return np.stack([nodes[first], nodes], axis=1)[is_other] - np.uint64(1)
+
+
+class DuplicateFilter(BaseFilter):
+    """Drops the documents whose rows are listed for this task."""
+
+    name = "duplicates"
+
+    def __init__(self, folder: Path, exclusion_writer: DiskWriter | None = None) -> None:
+        super().__init__(exclusion_writer)
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        file = self.folder / f"{rank:05d}.rows"
+        self.removed = set(np.fromfile(file, "<u4").tolist()) if file.exists() else set()
+        self.row = -1
+        yield from super().run(data, rank, world_size)
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        self.row += 1
+        return self.row not in self.removed or (False, "duplicate")
