@@ -1,17 +1,21 @@
 """Pretraining data on disk: a folder of token files with a manifest, and the blocks a model is trained on.
 
-A shard is a datatrove token file: `NAME.ds` holds token ids one after another (little-endian uint16 or uint32), a
-separator after every document, and `NAME.ds.index` the end of every document in tokens (uint64). `manifest.json`
-says what is in the folder and what it was made from; data/prepare_pretrain.py writes it.
+A shard is a datatrove token file with documents of one source: `NAME.ds` holds token ids one after another
+(little-endian uint16 or uint32), a separator after every document, `NAME.ds.index` the end of every document in tokens
+(uint64), and `NAME.documents.parquet` what each document is (see buddygpt.data.provenance). `manifest.json` says what
+is in the folder, in which proportion it is to be read, and what it was made from; data/prepare_pretrain.py writes it.
 """
 
 import hashlib
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -20,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from buddygpt.launch import UserError, file_sha256
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REMEDY = "Make the shards again with data/prepare_pretrain.py."
 
 
@@ -42,6 +46,89 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Return the manifest of a folder of token shards.
+
+    Raises:
+        UserError: It is missing, unreadable or of another version, or does not say how a source is to be read.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no folder of token shards: it has no {MANIFEST}. {REMEDY}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}. {REMEDY}") from error
+    if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
+        raise UserError(f"{path}: format_version is {found}, this code reads {FORMAT_VERSION}. {REMEDY}")
+    described = {source["name"] for source in manifest["sources"]}
+    for shard in manifest["shards"]:
+        if shard["source"] not in described:
+            raise UserError(f"{path}: `sources` lacks {shard['source']}, the source of {shard['file']}. {REMEDY}")
+    for source in manifest["sources"]:
+        if not source["epochs"] > 0:
+            raise UserError(f"{path}: source {source['name']} has {source['epochs']} epochs; write a number above 0")
+    return manifest
+
+
+def documents_file(shard: dict[str, Any]) -> str:
+    """Return the name of the table of a shard's documents."""
+    return str(Path(shard["file"]).with_suffix(".documents.parquet"))
+
+
+def find_damage(folder: Path, shard: dict[str, Any], dtype: np.dtype, read: bool = False) -> str | None:
+    """Say what of a shard is not as the manifest has it, or None.
+
+    Args:
+        folder: Where it lies.
+        shard: Its entry in the manifest.
+        dtype: Of a token.
+        read: Compare what the files hold, not only their sizes.
+    """
+    sizes = {shard["file"]: shard["tokens"] * dtype.itemsize, f"{shard['file']}.index": shard["documents"] * 8}
+    for name in (*sizes, documents_file(shard)):
+        if not (folder / name).is_file():
+            return f"{folder / name} is missing, though {MANIFEST} names it"
+    for name, promised in sizes.items():
+        size = (folder / name).stat().st_size
+        if size != promised:
+            return f"{folder / name} holds {size} bytes where {MANIFEST} promises {promised}"
+    return _find_changed_content(folder, shard) if read else None
+
+
+def _find_changed_content(folder: Path, shard: dict[str, Any]) -> str | None:
+    if file_sha256(folder / shard["file"]) != shard["sha256"]:
+        return f"{folder / shard['file']} was changed: its sha256 is not the one in {MANIFEST}"
+    ends = np.fromfile(folder / f"{shard['file']}.index", "<u8")
+    if ends[-1] != shard["tokens"] or (ends[1:] <= ends[:-1]).any():
+        return (
+            f"{folder / shard['file']}.index was changed: its document ends are not those of {shard['tokens']} tokens"
+        )
+    try:
+        rows = pq.read_metadata(folder / documents_file(shard)).num_rows
+    except (OSError, pa.ArrowException) as error:
+        return f"{folder / documents_file(shard)} cannot be read: {error}"
+    if rows != shard["documents"]:
+        return f"{folder / documents_file(shard)} has {rows} rows where the shard has {shard['documents']} documents"
+    return None
+
+
+def verify_shards(folder: str | Path) -> dict[str, Any]:
+    """Read every shard again; return the manifest.
+
+    Raises:
+        UserError: Naming all damaged shards, or as [`read_manifest`].
+    """
+    manifest = read_manifest(folder)
+    shards = tqdm(manifest["shards"], desc=f"hashing {folder}", unit="shard", leave=False)
+    dtype = np.dtype(manifest["dtype"])
+    damages = [damage for shard in shards if (damage := find_damage(Path(folder), shard, dtype, read=True))]
+    if damages:
+        raise UserError(f"{len(damages)} of {len(manifest['shards'])} shards: {'; '.join(damages)}. {REMEDY}")
+    return manifest
+
+
 class TokenShards:
     """A folder of token files, checked against its manifest.
 
@@ -50,42 +137,21 @@ class TokenShards:
         source: Take only the shards of this one of `sources`.
 
     Raises:
-        UserError: The manifest is missing, unreadable or of another version, or a shard is missing or cut short.
+        UserError: As [`read_manifest`], or a shard is missing or cut short.
     """
 
     def __init__(self, folder: str | Path, source: str | None = None) -> None:
         self.folder = Path(folder)
-        self.manifest = self._read_manifest()
+        self.manifest = read_manifest(folder)
         if source is not None:
-            shards = [shard for shard in self.manifest["shards"] if shard.get("source") == source]
+            shards = [shard for shard in self.manifest["shards"] if shard["source"] == source]
             sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")}
             self.manifest |= {"shards": shards, **sums}
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         for shard in self.shards:
-            self._check_size(shard["file"], shard["tokens"] * self.dtype.itemsize)
-            self._check_size(shard["file"] + ".index", shard["documents"] * 8)
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{self.folder} is no folder of token shards: it has no {MANIFEST}. {REMEDY}") from error
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}. {REMEDY}") from error
-        if manifest.get("format_version") != FORMAT_VERSION:
-            found = manifest.get("format_version")
-            raise UserError(f"{path}: format_version is {found}, this code reads {FORMAT_VERSION}. {REMEDY}")
-        return manifest
-
-    def _check_size(self, name: str, expected: int) -> None:
-        path = self.folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing, though {MANIFEST} names it. {REMEDY}")
-        if path.stat().st_size != expected:
-            size = path.stat().st_size
-            raise UserError(f"{path} holds {size} bytes where {MANIFEST} promises {expected}. {REMEDY}")
+            if damage := find_damage(self.folder, shard, self.dtype):
+                raise UserError(f"{damage}. {REMEDY}")
 
     @property
     def eos_id(self) -> int:
@@ -109,19 +175,26 @@ class TokenShards:
 
     @property
     def sources(self) -> dict[str, int]:
-        """Tokens of each source that has shards of its own, as held-out text has; empty where shards are mixed."""
+        """Tokens of each source that has shards."""
         tokens: Counter = Counter()
         for shard in self.shards:
-            if "source" in shard:
-                tokens[shard["source"]] += shard["tokens"]
+            tokens[shard["source"]] += shard["tokens"]
         return dict(tokens)
 
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often each source is read in an epoch of the mixture: `sources` of the manifest."""
+        return {source["name"]: source["epochs"] for source in self.manifest["sources"]}
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens to a byte of text, of the text as it is read: each source for its epochs."""
+        read = [(self.epochs[shard["source"]], shard) for shard in self.shards]
+        return sum(n * shard["tokens"] for n, shard in read) / sum(n * shard["text_bytes"] for n, shard in read)
+
     def verify(self) -> None:
-        """Read every shard again; UserError where its sha256 is not the manifest's."""
-        for shard in tqdm(self.shards, desc=f"hashing {self.folder}", unit="shard", leave=False):
-            path = self.folder / shard["file"]
-            if file_sha256(path) != shard["sha256"]:
-                raise UserError(f"{path} was changed: its sha256 is not the one in {MANIFEST}. {REMEDY}")
+        """As [`verify_shards`]."""
+        verify_shards(self.folder)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise UserError where the shards were not made with this tokenizer."""
@@ -162,6 +235,18 @@ class BlockDataset(TokenShards, Dataset):
 
     def __len__(self) -> int:
         return self.tokens // self.block_size
+
+    @property
+    def blocks_of(self) -> dict[str, list[range]]:
+        """The blocks of each source: those that begin in its shards, a range for each of these.
+
+        Where shards are added at the end, blocks are added at the ends of these lists, and nothing else changes.
+        """
+        starts = [-(-start // self.block_size) for start in (0, *self._ends.tolist())]
+        ranges: dict[str, list[range]] = {}
+        for shard, (first, stop) in zip(self.shards, pairwise(starts), strict=True):
+            ranges.setdefault(shard["source"], []).append(range(first, min(stop, len(self))))
+        return ranges
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `labels` (the same), and `position_ids` if asked for: int64, (block_size,)."""
