@@ -104,8 +104,10 @@ def find_start(args: TrainingArguments, config: PreTrainedConfig) -> Start:
     The first process looks and all others are told, so that they never begin at different steps.
 
     Raises:
-        UserError: As [`last_checkpoint`], or the checkpoint that was named is missing or damaged.
+        UserError: As [`last_checkpoint`], the checkpoint that was named is missing or damaged, or the run could not be
+            resumed later as it is promised.
     """
+    _require_resumable(args)
     found: list[Start | UserError | None] = [None]
     if args.process_index == 0:
         try:
@@ -116,6 +118,18 @@ def find_start(args: TrainingArguments, config: PreTrainedConfig) -> Start:
     if isinstance(found[0], UserError):
         raise found[0]
     return found[0]
+
+
+def _require_resumable(args: TrainingArguments) -> None:
+    if args.enable_jit_checkpoint:
+        raise UserError(
+            "enable_jit_checkpoint: a run ended by SIGTERM would be left as if it were finished. Leave it out: runs go "
+            "on from their last checkpoint whatever ended them; lower save_steps to lose less"
+        )
+    if args.save_total_limit == 1:
+        raise UserError(
+            "save_total_limit is 1: a damaged checkpoint would leave none before it to go on from; use at least 2"
+        )
 
 
 def _look_for_start(args: TrainingArguments, config: PreTrainedConfig) -> Start:

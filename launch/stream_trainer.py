@@ -57,7 +57,7 @@ class PositionSampler(Sampler[int]):
 
 
 class EpochCallback(TrainerCallback):
-    """Keeps `state.epoch`, and logs, evaluates and saves at the ends of epochs where that is asked for."""
+    """Keeps `state.epoch` and the tokens seen; logs, evaluates and saves at the ends of epochs where that is asked."""
 
     def __init__(self, trainer: StreamTrainer) -> None:
         self.trainer = trainer
@@ -70,5 +70,6 @@ class EpochCallback(TrainerCallback):
         position, size = self.trainer.blocks_read, self.trainer.get_total_train_batch_size(args)
         order = self.trainer.train_dataset.order
         state.epoch = order.epoch(position)
+        state.num_input_tokens_seen = position * self.trainer.train_dataset.block_size
         if int(order.epoch(position - size)) < int(state.epoch) and state.global_step < state.max_steps:
             DefaultFlowCallback().on_epoch_end(args, state, control)

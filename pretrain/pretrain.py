@@ -70,6 +70,9 @@ class PretrainArguments:
         default=None,
         metadata={"choices": ["muon"], "help": "muon, with AdamW for what is no matrix. Default: `optim`."},
     )
+    z_loss_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the z-loss. Default: what the model's config has."}
+    )
     sample_prompts: list[str] = field(default_factory=list, metadata={"help": "Texts to continue at each evaluation."})
     replay_step: int | None = field(
         default=None,
@@ -80,6 +83,7 @@ class PretrainArguments:
 class PretrainTrainer(StreamTrainer):
     """`StreamTrainer` that shows bits per byte beside every loss: nats per token x tokens per byte of text / ln 2.
 
+    Beside the loss of training stands also what was read of each source: epochs, and its share of all blocks.
     Held-out text of several sources, given as a dictionary, is also evaluated as a whole.
     """
 
@@ -92,6 +96,9 @@ class PretrainTrainer(StreamTrainer):
             prefix = "" if split == "train" else f"{split}_"
             if f"{prefix}loss" in logs:
                 logs[f"{prefix}bits_per_byte"] = logs[f"{prefix}loss"] * ratio / math.log(2)
+        if "loss" in logs:
+            for source, (epochs, share) in self.train_dataset.order.sources_read(self.blocks_read).items():
+                logs |= {f"epochs/{source}": epochs, f"share/{source}": share}
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -116,6 +123,18 @@ class PretrainTrainer(StreamTrainer):
 
 
 def load_model(args: PretrainArguments, tokenizer):
+    """The checkpoint or a new model, with the z-loss that was asked for."""
+    model = make_model(args, tokenizer)
+    if args.z_loss_coef is not None:
+        if not hasattr(model.config, "z_loss_coef"):
+            raise UserError(f"z_loss_coef: a model of type {model.config.model_type} has no z-loss; leave it out")
+        if not 0 <= args.z_loss_coef < math.inf:
+            raise UserError(f"z_loss_coef is {args.z_loss_coef}; use 0 (off) or a small number above, such as 1e-4")
+        model.config.z_loss_coef = args.z_loss_coef
+    return model
+
+
+def make_model(args: PretrainArguments, tokenizer):
     """A new model from `model_config`, its vocabulary and special tokens the tokenizer's; or the checkpoint."""
     if (args.model_config is None) == (args.model_name_or_path is None):
         raise UserError("give one of model_config (a new model) and model_name_or_path (a checkpoint)")
@@ -166,12 +185,23 @@ def split_by_source(blocks: BlockDataset) -> dict[str, BlockDataset]:
     return {source: BlockDataset(blocks.folder, size, isolate, source) for source in filling if len(filling) > 1}
 
 
+def describe_mixture(history: list[dict], blocks: BlockDataset) -> str:
+    """What is read in an epoch of the mixture, and when that has changed, in a line."""
+    sources, epochs = history[-1]["sources"], blocks.epochs
+    total = sum(share["slots"] for share in sources.values())
+    shares = [f"{name} {share['slots'] / total:.1%} ({epochs[name]:.4g} epochs)" for name, share in sources.items()]
+    changes = [f"from epoch {entry['epoch']} on, found at step {entry['step']}" for entry in history[1:]]
+    return f"Data: {total:,} blocks an epoch, {', '.join(shares)}" + (f"; {changes[-1]}" if changes else "")
+
+
 def open_stream(blocks: BlockDataset, training_args: TrainingArguments, start: Start) -> tuple[BlockStream, list]:
     """What the run reads from its first step to its last, and the history of its data for the run card."""
     args = training_args
     global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     history = update_history(start.card.get("data_history", []), blocks, start.step, global_batch)
-    order = make_order(history, args.seed if args.data_seed is None else args.data_seed)
+    order = make_order(history, blocks, args.seed if args.data_seed is None else args.data_seed)
+    if args.process_index == 0:
+        print(describe_mixture(history, blocks))
     if args.max_steps < 0:
         args.max_steps = math.ceil(order.position(args.num_train_epochs) / global_batch)
     return BlockStream(blocks, order, args.max_steps * global_batch), history
@@ -206,7 +236,7 @@ def main() -> None:
         train_dataset=stream,
         eval_dataset=held_out or blocks.get("eval"),
         processing_class=tokenizer,
-        tokens_per_byte={name: dataset.tokens / dataset.text_bytes for name, dataset in text.items()},
+        tokens_per_byte={name: dataset.tokens_per_byte for name, dataset in text.items()},
         optimizer_cls_and_kwargs=optimizer,
     )
     if args.replay_step is not None:

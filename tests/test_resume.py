@@ -16,14 +16,15 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from conftest import run
 from safetensors.torch import load_file
+from tiny_shards import Shard, write_shards
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import BatchSampler
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from buddygpt.data.block_order import BlockOrder, BlockStream
-from buddygpt.data.token_shards import tokenizer_fingerprint
-from buddygpt.launch import UserError, file_sha256
+from buddygpt.data.block_order import BlockOrder, BlockStream, Share, make_order
+from buddygpt.data.token_shards import BlockDataset, tokenizer_fingerprint
+from buddygpt.launch import UserError
 from buddygpt.launch.resume import claim_folder, find_damage, last_checkpoint
 from buddygpt.launch.stream_trainer import PositionSampler
 from buddygpt.presets import PRESETS, load_config
@@ -32,51 +33,14 @@ VOCABULARY = 64
 BLOCK = 32
 
 
-# --- the order ---
-
-
-@pytest.mark.parametrize("size", [*range(1, 40), 97, 100, 256, 1000, 4097])
-def test_every_epoch_reads_every_block_once(size):
-    order = BlockOrder(size, seed=7)
-    epochs = [[order.index(position) for position in range(e * size, (e + 1) * size)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
-    assert size < 9 or len(set(map(tuple, epochs))) == 3
-
-
-def test_the_order_looks_random():
-    firsts = Counter(BlockOrder(10, seed).index(0) for seed in range(5000))
-    assert len(firsts) == 10 and set(firsts.values()) <= set(range(400, 600))
-    orders = Counter(tuple(map(BlockOrder(4, seed).index, range(4))) for seed in range(4800))
-    assert len(orders) == 24 and set(orders.values()) <= set(range(120, 280))
-    places = np.array([BlockOrder(20_000, 3).index(position) for position in range(20_000)])
-    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.03
-    assert abs(np.corrcoef(places, np.arange(20_000))[0, 1]) < 0.03
-
-
-def test_the_hundred_billionth_position_costs_what_the_first_does():
-    def seconds(begin: int) -> float:
-        order, start = BlockOrder(10**11, seed=1), time.process_time()
-        assert all(0 <= order.index(position) < 10**11 for position in range(begin, begin + 2000))
-        return time.process_time() - start
-
-    costs = [(seconds(0), seconds(99 * 10**9 + 7 * 10**11)) for _ in range(3)]
-    assert min(late for _, late in costs) < 1.5 * min(early for early, _ in costs) + 0.01
-
-
-def test_growth_is_read_after_what_was_promised():
-    order, old = BlockOrder(10, 5, growth=[(2, 15), (2, 18), (4, 30)]), BlockOrder(10, 5)
-    assert [order.index(p) for p in range(20)] == [old.index(p) for p in range(20)]
-    third, fourth, fifth = range(20, 38), range(38, 56), range(56, 86)
-    for epoch, size in ((third, 18), (fourth, 18), (fifth, 30)):
-        assert sorted(map(order.index, epoch)) == list(range(size))
-    assert [order.epoch(p) for p in (0, 5, 20, 29, 56, 71)] == [0, 0.5, 2, 2.5, 4, 4.5]
-    assert [order.position(e) for e in (0, 0.5, 2, 2.5, 4, 4.5)] == [0, 5, 20, 29, 56, 71]
+# --- the order; tests/test_mixture.py asks of it what concerns sources ---
 
 
 @pytest.mark.parametrize("processes, batch, accumulation", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 1, 2), (8, 1, 1)])
 def test_a_global_batch_is_the_same_however_it_is_split(processes, batch, accumulation):
     """What accelerate hands to each process, from step 5 on, across the end of an epoch."""
-    order, steps = BlockOrder(21, seed=0), range(5, 9)
+    shares = {"a": Share(9, 9), "b": Share(12, 6)}
+    order, steps = BlockOrder({"a": [range(9)], "b": [range(9, 21)]}, [(0, shares)], seed=0), range(5, 9)
     parts = []
     for process in range(processes):
         sampler = BatchSampler(PositionSampler(8 * 8, lambda: 5 * 8), batch, drop_last=False)
@@ -89,20 +53,10 @@ def test_a_global_batch_is_the_same_however_it_is_split(processes, batch, accumu
 # --- tiny data, tiny runs ---
 
 
-def write_shards(folder: Path, sizes: dict[str, int], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Shards of random tokens with a manifest as data/prepare_pretrain.py writes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for name, size in sizes.items():
-        tokens = np.random.default_rng(len(name) + size).integers(2, VOCABULARY, size, dtype="<u2")
-        tokens[-1] = 0
-        tokens.tofile(folder / name)
-        np.array([size], "<u8").tofile(folder / f"{name}.index")
-        facts = {"tokens": size, "documents": 1, "text_bytes": 2 * size, "sources": [name]}
-        shards.append({"file": name, "sha256": file_sha256(folder / name), **facts})
-    sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")}
-    facts = {"tokenizer": "tiny", "tokenizer_sha256": tokenizer_fingerprint(tokenizer), "dtype": "uint16", "eos_id": 0}
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 1, **facts, **sums, "shards": shards}))
+def write_tiny(folder: Path, sizes: dict[str, int], tokenizer: PreTrainedTokenizerFast, **epochs: float) -> None:
+    """Shards of one document; the first letter of a shard is its source."""
+    shards = [Shard(name, name[0], [size]) for name, size in sizes.items()]
+    write_shards(folder, shards, tokenizer_fingerprint(tokenizer), **epochs)
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +68,8 @@ def tiny(tmp_path_factory) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w2")), **special)
     tokenizer.save_pretrained(folder / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-    write_shards(folder / "train", {"a.ds": 40 * BLOCK, "b.ds": 2 * BLOCK + 5}, tokenizer)
-    write_shards(folder / "eval", {"e.ds": 8 * BLOCK}, tokenizer)
+    write_tiny(folder / "train", {"a.ds": 40 * BLOCK, "b.ds": 2 * BLOCK + 5}, tokenizer)
+    write_tiny(folder / "eval", {"e.ds": 8 * BLOCK}, tokenizer)
     for name in ("debug", "debug-mla-moe"):
         load_config(name, attention_dropout=0.1).to_json_file(folder / f"{name}.json", use_diff=False)
     options = {
@@ -273,7 +227,8 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tiny, tmp_path, for
     if processes == 2:  # one process goes on with the same global batches
         shutil.rmtree(tmp_path / "killed/checkpoint-12")
         run("pretrain/pretrain.py", *command, "--per_device_train_batch_size", 4)
-        order = BlockOrder(42, seed=42)
+        history = json.loads((tmp_path / "killed/run.json").read_text())["data_history"]
+        order = make_order(history, BlockDataset(tiny / "train", BLOCK), seed=42)
         assert blocks_read == sum((order.which_blocks(step, 8) for step in (10, 11, 12)), [])
 
 
@@ -357,13 +312,28 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(tiny, whole, tmp_path, mon
 
 
 def test_the_best_checkpoint_is_kept_and_named(tiny, tmp_path):
-    best = {"load_best_model_at_end": "true", "metric_for_best_model": "loss", "save_total_limit": 1}
-    steps = {"eval_steps": 2, "save_steps": 2, "max_steps": 4, "learning_rate": 0.05}
+    best = {"load_best_model_at_end": "true", "metric_for_best_model": "loss", "save_total_limit": 2}
+    steps = {"eval_steps": 2, "save_steps": 2, "max_steps": 8, "learning_rate": 0.05}
     run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", **best, **steps))
-    (folder,) = (tmp_path / "run").glob("checkpoint-*")
-    state = json.loads((folder / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(folder)
+    assert len([*(tmp_path / "run").glob("checkpoint-*")]) == 2
+    state = json.loads((tmp_path / "run/checkpoint-8/trainer_state.json").read_text())
+    losses = {row["eval_loss"]: row["step"] for row in state["log_history"] if "eval_loss" in row}
+    assert state["best_model_checkpoint"] == str(tmp_path / f"run/checkpoint-{losses[min(losses)]}")
     check_folder(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"enable_jit_checkpoint": "true"}, "enable_jit_checkpoint: a run ended by SIGTERM would be left as if"),
+        ({"save_total_limit": 1}, "save_total_limit is 1: a damaged checkpoint would leave none before it"),
+        ({"z_loss_coef": -1}, "z_loss_coef is -1.0; use 0"),
+    ],
+)
+def test_options_that_break_a_promise_are_refused(tiny, tmp_path, option, message):
+    with pytest.raises(UserError, match=message):
+        run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", **option))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_takes_no_step_more(tiny, whole, tmp_path):
@@ -395,32 +365,48 @@ def test_epochs_are_those_of_the_data(tiny, tmp_path, blocks_read):
     assert [row["epoch"] for row in history if "loss" in row] == [step * 4 / 42 for step in range(1, 22)]
 
 
-def test_added_data_follows_what_was_promised(tiny, tmp_path, blocks_read):
+def test_added_data_and_another_mixture_follow_what_was_promised(tiny, tmp_path, blocks_read, capsys):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny / "tokenizer")
     sizes = {"a.ds": 4 * BLOCK, "b.ds": 6 * BLOCK}
-    write_shards(tmp_path / "train", sizes, tokenizer)
+    write_tiny(tmp_path / "train", sizes, tokenizer)
     command = arguments(tiny, tmp_path / "run", train_data=tmp_path / "train", save_steps=4, eval_strategy="no")
     run("pretrain/pretrain.py", *command, "--max_steps", "4")  # 16 blocks: within the second epoch
-    write_shards(tmp_path / "train", sizes | {"c.ds": 5 * BLOCK}, tokenizer)
+    grown = sizes | {"a2.ds": 1 * BLOCK, "c.ds": 4 * BLOCK}
+    write_tiny(tmp_path / "train", grown, tokenizer)
     run("pretrain/pretrain.py", *command, "--max_steps", "9")  # 36 blocks: 10 + 10 of the old, 15 of all, one more
     assert sorted(blocks_read[:10]) == sorted(blocks_read[10:20]) == list(range(10))
     assert sorted(blocks_read[20:35]) == list(range(15)) and len(blocks_read) == 36
-    first, second = json.loads((tmp_path / "run/run.json").read_text())["data_history"]
-    assert [first[key] for key in ("step", "epoch", "blocks")] == [0, 0, 10]
-    assert [second[key] for key in ("step", "epoch", "blocks")] == [4, 2, 15]
-    assert [shard["file"] for shard in second["shards"]] == ["c.ds"]
+    write_tiny(tmp_path / "train", grown, tokenizer, a=2, b=0.5)
+    capsys.readouterr()
+    run("pretrain/pretrain.py", *command, "--max_steps", "17")  # to the end of the epoch of 15, then 17 and one more
+    told = "Data: 17 blocks an epoch, a 58.8% (2 epochs), b 17.6% (0.5 epochs), c 23.5% (1 epochs); from epoch 4 on"
+    assert told in capsys.readouterr().out
+    assert sorted(blocks_read[35:50]) == list(range(15)) and len(blocks_read) == 68
+    counts = Counter(blocks_read[50:67])
+    assert [counts[block] for block in (*range(4), 10)] == [2] * 5  # a and a2
+    assert sum(counts[block] for block in range(4, 10)) == 3 == len(set(counts) & set(range(4, 10)))
+    assert [counts[block] for block in range(11, 15)] == [1] * 4
+
+    card = json.loads((tmp_path / "run/run.json").read_text())
+    first, second, third = card["data_history"]
+    assert [[entry[key] for key in ("step", "epoch")] for entry in (first, second, third)] == [[0, 0], [4, 2], [9, 4]]
+    assert second["sources"]["a"] == {"blocks": 5, "slots": 5} and third["sources"]["b"] == {"blocks": 6, "slots": 3}
+    assert [shard["file"] for shard in second["shards"]] == ["a2.ds", "c.ds"] and third["shards"] == []
+    assert card["tokens_seen"] == 68 * BLOCK
+    assert card["metrics"]["epochs/b"] == pytest.approx(4.5 + 3 / 17 / 6)
+    assert card["metrics"]["share/c"] == pytest.approx((4 + 4 + 4 + 4 / 17) / 68)
 
     continued = list(blocks_read)
     blocks_read.clear()
-    for folder in ("checkpoint-8", "checkpoint-9"):
-        shutil.rmtree(tmp_path / "run" / folder)
-    run("pretrain/pretrain.py", *command, "--max_steps", "9")  # from step 4 again: the history is known by now
+    for step in (8, 9, 12, 16, 17):
+        shutil.rmtree(tmp_path / f"run/checkpoint-{step}")
+    run("pretrain/pretrain.py", *command, "--max_steps", "17")  # from step 4 again: the history is known by now
     assert blocks_read == continued[16:]
 
     for changed in ({"a.ds": 4 * BLOCK + 1}, {"b.ds": 6 * BLOCK, "a.ds": 4 * BLOCK}, {"a.ds": 4 * BLOCK}):
-        write_shards(tmp_path / "train", changed, tokenizer)
-        with pytest.raises(UserError, match="shard [01] of the run was [ab].ds .sha256 .*Data can only be added"):
-            run("pretrain/pretrain.py", *command, "--max_steps", "9")
+        write_tiny(tmp_path / "train", changed, tokenizer)
+        with pytest.raises(UserError, match="shard [01] of the run was [ab].ds of [ab] .sha256 .*Data can only be"):
+            run("pretrain/pretrain.py", *command, "--max_steps", "17")
 
 
 def test_a_shard_changed_on_disk_is_found_by_verify_data(tiny, tmp_path):

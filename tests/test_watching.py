@@ -6,16 +6,16 @@ import re
 import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import run
 from test_model import VARIANTS, make_model
+from tiny_shards import Shard, write_shards
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, Qwen3Config, Qwen3MoeConfig, Trainer, TrainingArguments
 
 from buddygpt import BuddyGPTConfig
-from buddygpt.data.block_order import BlockOrder
+from buddygpt.data.block_order import BlockOrder, make_order, update_history
 from buddygpt.data.prepare_pretrain import source_names
 from buddygpt.data.provenance import Passage, describe_blocks, trace_block
 from buddygpt.data.token_shards import BlockDataset, TokenShards
@@ -123,32 +123,31 @@ def test_peaks_of_devices(device, bfloat16, float16):
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory) -> BlockDataset:
     """40 blocks of 32 tokens in two shards of documents of 10 and of 25 tokens."""
-    folder = tmp_path_factory.mktemp("shards")
-    generator, shards = np.random.default_rng(0), []
-    for name, documents, length in (("a.ds", 64, 10), ("b.ds", 26, 25)):
-        tokens = generator.integers(8, 64, documents * length).astype("<u2")
-        tokens[length - 1 :: length] = 0
-        tokens.tofile(folder / name)
-        np.arange(length, documents * length + 1, length, dtype="<u8").tofile(folder / f"{name}.index")
-        sizes = {"tokens": documents * length, "documents": documents, "text_bytes": documents * length * 2}
-        shards.append({"file": name, **sizes, "sha256": "", "sources": [f"text/{name[0]}.jsonl"]})
-    totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")}
-    manifest = {"format_version": 1, "dtype": "uint16", "eos_id": 0, **totals, "shards": shards}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return BlockDataset(folder, block_size=32)
+    shards = [Shard("a.ds", "zh", [10] * 64), Shard("b.ds", "en", [25] * 26)]
+    return BlockDataset(write_shards(tmp_path_factory.mktemp("shards"), shards), block_size=32)
+
+
+def order_of(blocks: BlockDataset) -> BlockOrder:
+    return make_order(update_history([], blocks, 0, 1), blocks, seed=1)
 
 
 def test_a_block_is_traced_to_its_documents(blocks):
-    assert list(trace_block(blocks, 0)) == [Passage("a.ds", 0, 3, ("text/a.jsonl",))]
+    rows = tuple({"id": f"zh.jsonl:{n + 1}", "chars": 10, "score": n / 8} for n in range(3, 7))
+    assert list(trace_block(blocks, 1)) == [Passage("a.ds", "zh", 3, 6, (8, 10, 10, 4), rows)]
     assert describe_blocks(blocks, [0, 1, 20]) == (
-        "a.ds (text/a.jsonl): block 0 = documents 0-3, block 1 = documents 3-6; "
-        "b.ds (text/b.jsonl): block 20 = documents 0-1"
+        "a.ds (zh): block 0 = documents 0-3, zh.jsonl:1 to zh.jsonl:4, "
+        "block 1 = documents 3-6, zh.jsonl:4 to zh.jsonl:7; "
+        "b.ds (en): block 20 = documents 0-1, en.jsonl:1 to en.jsonl:2"
     )
     for index in range(len(blocks)):  # what the passages say against the tokens themselves
         separators = int((blocks[index]["input_ids"] == 0).sum())
         passages = list(trace_block(blocks, index))
         ended = sum(each.last - each.first for each in passages) + (blocks[index]["input_ids"][-1] == 0)
         assert ended + len(passages) - 1 == separators
+        assert sum(sum(each.tokens) for each in passages) == 32
+        for each in passages:
+            numbers = [int(row["id"].split(":")[1]) - 1 for row in each.documents]
+            assert numbers == list(range(each.first, each.last + 1))
 
 
 def test_few_blocks_are_named_of_many(blocks):
@@ -184,7 +183,7 @@ def watched(folder, dataset, steps: int, prepare=None, variant="gqa", **argument
     trainer = Trainer(model=model, args=args, train_dataset=dataset, eval_dataset=held_out)
     if prepare:
         prepare(trainer)
-    order, rows = BlockOrder(len(dataset), seed=1), 2 * args.gradient_accumulation_steps
+    order, rows = order_of(dataset), 2 * args.gradient_accumulation_steps
     trainer._get_train_sampler = lambda *_: InOrder(order, steps * rows)
     card: dict = {}
     load = ExpertLoadCallback(trainer) if "moe" in variant else None
@@ -209,7 +208,7 @@ def test_a_healthy_run_gives_no_warning(tmp_path, blocks, accumulate, capsys):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_nan_is_traced_to_the_block_that_brought_it(tmp_path, blocks, accumulate, capsys):
-    poison, order = 37, BlockOrder(len(blocks), seed=1)
+    poison, order = 37, order_of(blocks)
     dataset = Poisoned(blocks.folder, 32, poison)
 
     def make_token_63_nan(trainer):
@@ -261,7 +260,7 @@ def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
 
     _, warnings = watched(tmp_path, blocks, 64, spike, logging_steps=7)
     assert [warning.split(":")[0] for warning in warnings] == ["step 51", "step 59"]
-    read = BlockOrder(len(blocks), seed=1).which_blocks(51, 2)
+    read = order_of(blocks).which_blocks(51, 2)
     assert "loss spike" in warnings[0] and all(f"block {index} =" in warnings[0] for index in read)
 
 
@@ -409,7 +408,7 @@ def test_a_step_is_replayed_as_it_was(run_of_two_sources, workspace, capsys, ste
     if step == weights + 1:  # with the very weights that the step had
         assert float(found[3]) == pytest.approx(logged["loss"], abs=1e-3)
         assert float(found[4]) == pytest.approx(logged["grad_norm"], abs=1e-3)
-    rows = re.findall(r"^loss (\S+)  \S+ \(\S+/(?:zh|en).jsonl\): block (\d+) = documents \d+-\d+", told, re.MULTILINE)
+    rows = re.findall(r"^loss (\S+)  \S+ \((?:zh|en)\): block (\d+) = documents \d+-\d+, \S+:\d+", told, re.MULTILINE)
     losses = [float(loss) for loss, _ in rows]
     assert len(rows) == 4 and losses == sorted(losses, reverse=True)
     assert statistics.mean(losses) == pytest.approx(float(found[3]), abs=1e-3)
