@@ -1,7 +1,9 @@
-"""Rows of .jsonl, .json, .parquet, .csv and .txt files, plain or .gz, each with its place or with what is wrong.
+"""Rows of .jsonl, .json, .parquet, .csv and .txt files, plain, .gz or .zst, each with its place or what is wrong.
 
 for row in read_rows(path):            # row.content is a dict of all columns
 for row in read_rows(path, ["text"]):  # row.content is the text in the first of these columns
+
+A path on this machine, or a URL that fsspec opens (hf://, s3://, memory://, ...): that is read as a stream.
 """
 
 import codecs
@@ -13,10 +15,13 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+import fsspec
+import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -24,6 +29,10 @@ from tqdm import tqdm
 from buddygpt.launch import UserError
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+HAN = re.compile("[\u4e00-\u9fff]")
+FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+COMPRESSIONS = (".gz", ".zst")
+PARQUET_BUFFER = 2**20  # bytes; without one pyarrow reads a column of a whole row group at once
 csv.field_size_limit(sys.maxsize)  # the default refuses documents above 128 kB
 
 
@@ -33,38 +42,84 @@ class Row(NamedTuple):
     number: int  # the line, or the row where a file has no lines, from 1
     content: Any  # a dict of its columns, or the text that was asked for
     error: str = ""
+    kept: dict[str, Any] = {}  # the other columns that were asked for, beside the text
+
+
+def is_url(file: Path | str) -> bool:
+    return isinstance(file, str) and "://" in file
+
+
+def file_type(file: Path | str) -> str:
+    """Return the suffix that says how a file is read, without the one of its compression."""
+    path = PurePosixPath(file)
+    return PurePosixPath(path.stem if path.suffix in COMPRESSIONS else path.name).suffix
+
+
+def is_data_file(name: Path | str) -> bool:
+    """Whether a file of a folder is one of text, by its name relative to that folder."""
+    hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
+    return not hidden and file_type(name) in FILE_TYPES
 
 
 def find_files(patterns: list[str]) -> list[Path]:
-    """Return the files that names and globs stand for, each once, sorted within a pattern.
+    """Return the files that names, globs and folders stand for, each once, sorted within a pattern.
+
+    Of a folder, these are all files of text at any depth that are not hidden.
 
     Raises:
         UserError: A pattern that no file matches.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
-        found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+        if (folder := Path(pattern)).is_dir():
+            paths = [path for path in sorted(folder.rglob("*")) if is_data_file(path.relative_to(folder))]
+        else:
+            paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+        found = [path for path in paths if path.is_file()]
         if not found:
             raise UserError(f"no file matches `{pattern}`")
         files.update(dict.fromkeys(found))
     return list(files)
 
 
-def progress_bar(files: list[Path], **options: Any) -> tqdm:
+@contextmanager
+def remote_errors(url: str) -> Iterator[None]:
+    """Turn whatever a remote file system raises, each has errors of its own, into a [`UserError`]."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{url}: cannot be read: {error}") from error
+
+
+def file_size(file: Path | str) -> int:
+    """Return the bytes that a file or URL holds."""
+    if not is_url(file):
+        return Path(file).stat().st_size
+    with remote_errors(file):
+        system, name = fsspec.url_to_fs(file)
+        return system.size(name)
+
+
+def progress_bar(files: Sequence[Path | str], **options: Any) -> tqdm:
     """Return a bar over the bytes of the files, for [`read_rows`] to move."""
-    return tqdm(total=sum(file.stat().st_size for file in files), unit="B", unit_scale=True, **options)
+    return tqdm(total=sum(map(file_size, files)), unit="B", unit_scale=True, **options)
 
 
 def read_rows(
-    path: Path, text_key: list[str] | None = None, bar: tqdm | None = None, txt_sample_by: str = "document"
+    path: Path | str,
+    text_key: Sequence[str] | None = None,
+    bar: tqdm | None = None,
+    txt_sample_by: str = "document",
+    keep: Sequence[str] = (),
 ) -> Iterator[Row]:
-    """Yield every row of a file, bad ones too, holding one row in memory (parquet: a batch, a JSON array: all of it).
+    """Yield every row of a file, bad ones too, holding one row in memory (parquet: a batch).
 
     Args:
-        path: A .jsonl or .json (lines, or an array), .parquet or .csv file. With a `text_key`, also .txt.
+        path: A .jsonl or .json (lines, or an array), .parquet or .csv file or URL. With a `text_key`, also .txt.
         text_key: The first of these columns that a row has is its text, and text is all that is read.
         bar: A [`progress_bar`].
         txt_sample_by: Whether a .txt file is one `document` or has one document a `line`.
+        keep: Other columns to read with the text, where a file has them.
 
     Raises:
         UserError: The file is of another type, has no such column, or cannot be read on.
@@ -72,50 +127,72 @@ def read_rows(
     readers = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
     if text_key:
         readers[".txt"] = {"document": _read_document, "line": _read_lines}[txt_sample_by]
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+    suffix = file_type(path)
     if suffix not in readers:
         raise UserError(f"{path}: unknown type `{suffix}`; use one of {', '.join(readers)}")
     bar = tqdm(disable=True) if bar is None else bar
     start, number = bar.n, 0
     try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
-            if stream.peek(3)[:3] == codecs.BOM_UTF8:
-                stream.read(3)
-            for row in readers[suffix](stream, text_key):
+        opened = fsspec.open(path) if is_url(path) else open(path, "rb")  # noqa: SIM115
+        with opened as raw, _decompress(raw, PurePosixPath(path).suffix) as stream:
+            _skip_byte_order_mark(stream)
+            for row in readers[suffix](stream, text_key, keep):
                 number = row.number
                 bar.update(start + raw.tell() - bar.n)
-                yield _check(row, text_key)
-    except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, csv.Error) as error:
+                yield _check(row, text_key, keep)
+    except Exception as error:
+        known = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, csv.Error)
+        if not isinstance(error, known) and not is_url(path):  # remote file systems have errors of their own
+            raise
         raise UserError(f"{path}{f':{number}' if number else ''}: cannot be read: {error}") from error
 
 
-def _read_json(stream: BinaryIO, text_key: list[str] | None) -> Iterator[Row]:
-    if not stream.peek(1).lstrip().startswith(b"["):
+def _decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
+    if suffix == ".gz":
+        return gzip.open(raw)
+    if suffix == ".zst":  # Python's own zstandard takes a truncated file for a whole one
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))
+    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
+
+
+def _skip_byte_order_mark(stream: BinaryIO) -> None:
+    start = stream.peek(3)[:3]
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise ValueError("it is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")
+    if start == codecs.BOM_UTF8:
+        stream.read(3)
+
+
+def _read_json(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str]) -> Iterator[Row]:
+    start = stream.peek(1)
+    if not start.lstrip().startswith(b"["):
         for number, line in enumerate(stream, start=1):
             yield _parse(number, line.rstrip()) if line.strip() else Row(number, {})
         return
-    array = _parse(1, stream.read())
-    if array.error:
-        raise ValueError(f"line {array.number}: {array.error}")
-    for number, content in enumerate(array.content, start=1):
-        yield Row(number, content)
+    try:
+        for number, content in enumerate(ijson.items(stream, "item", use_float=True), start=1):
+            yield Row(number, content)
+    except ijson.JSONError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(not_utf8(start) if "UTF8" in reason else f"not valid JSON: {reason}") from error
 
 
-def _read_parquet(stream: BinaryIO, text_key: list[str] | None) -> Iterator[Row]:
-    with pq.ParquetFile(stream) as file:
-        columns = _find_columns(file.schema_arrow.names, text_key)
+def _read_parquet(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str]) -> Iterator[Row]:
+    local = isinstance(getattr(stream, "raw", None), io.FileIO)  # elsewhere, each column would fetch the others' bytes
+    with pq.ParquetFile(stream, buffer_size=PARQUET_BUFFER if local else 0) as file:
+        columns = _find_columns(file.schema_arrow.names, text_key, keep)
         batches = file.iter_batches(batch_size=256, columns=columns)
         rows = (row for batch in batches for row in batch.to_struct_array())
         for number, row in enumerate(rows, start=1):
             try:
                 yield Row(number, _without_none(row.as_py()))
-            except UnicodeDecodeError:
-                yield Row(number, None, "not valid UTF-8")
+            except UnicodeDecodeError as error:
+                yield Row(number, None, not_utf8(error.object))
 
 
-def _read_csv(stream: BinaryIO, text_key: list[str] | None) -> Iterator[Row]:
+def _read_csv(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str]) -> Iterator[Row]:
     rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline=""), strict=True)
-    columns = _find_columns(rows.fieldnames or [], text_key)
+    columns = _find_columns(rows.fieldnames or [], text_key, keep)
     for row in rows:
         missing = [column for column in columns if row[column] is None]
         if missing or None in row:
@@ -125,26 +202,39 @@ def _read_csv(stream: BinaryIO, text_key: list[str] | None) -> Iterator[Row]:
         text = "".join(row[column] for column in columns)
         number, escaped = rows.line_num - text.count("\n"), LONE_SURROGATE.search(text)
         if escaped:
-            yield Row(number + text.count("\n", 0, escaped.start()), None, "not valid UTF-8")
+            line = number + text.count("\n", 0, escaped.start())
+            yield Row(line, None, not_utf8(text.encode(errors="surrogateescape")))
         else:
             yield Row(number, row)
 
 
-def _read_lines(stream: Iterable[bytes], text_key: list[str]) -> Iterator[Row]:
+def _read_lines(stream: Iterable[bytes], text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:
     for number, line in enumerate(stream, start=1):
         row = _decode(number, line)
         yield row._replace(content={text_key[0]: row.content})
 
 
-def _read_document(stream: BinaryIO, text_key: list[str]) -> Iterator[Row]:
-    return _read_lines([stream.read()], text_key)
+def _read_document(stream: BinaryIO, text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:
+    return _read_lines([stream.read()], text_key, keep)
+
+
+def not_utf8(data: bytes) -> str:
+    """Say that bytes are no UTF-8, and that they look like GB18030 if they do (and not like damaged UTF-8)."""
+    damaged = data.decode(errors="replace")
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(data)  # lets a character at the end be cut
+    except UnicodeDecodeError:
+        text = ""
+    is_text = re.search(f"{HAN.pattern}{{2}}", text) and damaged.count("\ufffd") > len(HAN.findall(damaged))
+    hint = "; it looks like GB18030: convert it with `iconv -f GB18030 -t UTF-8`" if is_text else ""
+    return f"not valid UTF-8{hint}"
 
 
 def _decode(number: int, data: bytes) -> Row:
     try:
         return Row(number, data.decode())
     except UnicodeDecodeError as error:
-        return Row(number + data.count(b"\n", 0, error.start), None, f"not valid UTF-8 ({error.reason})")
+        return Row(number + data.count(b"\n", 0, error.start), None, not_utf8(data))
 
 
 def _parse(number: int, data: bytes) -> Row:
@@ -152,7 +242,9 @@ def _parse(number: int, data: bytes) -> Row:
     try:
         return row if row.error else Row(number, json.loads(row.content))
     except json.JSONDecodeError as error:
-        return Row(number + error.lineno - 1, None, f"not valid JSON: {error.msg}, column {error.colno}")
+        return Row(number, None, f"not valid JSON: {error.msg}, column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        return Row(number, None, f"not valid JSON: {error}")
 
 
 def _without_none(value: Any) -> Any:
@@ -162,17 +254,17 @@ def _without_none(value: Any) -> Any:
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def _find_columns(names: list[str], text_key: list[str] | None) -> list[str]:
-    """Return all names, or the first of `text_key` that is among them."""
+def _find_columns(names: Sequence[str], text_key: Sequence[str] | None, keep: Sequence[str] = ()) -> list[str]:
+    """Return all names; or the first of `text_key` that is among them, and those to keep that are."""
     if text_key is None:
-        return names
+        return list(names)
     found = [key for key in text_key if key in names]
     if not found:
         raise ValueError(f"no column `{'` or `'.join(text_key)}`; there are: {', '.join(names)}")
-    return found[:1]
+    return [found[0], *(key for key in keep if key in names and key != found[0])]
 
 
-def _check(row: Row, text_key: list[str] | None) -> Row:
+def _check(row: Row, text_key: Sequence[str] | None, keep: Sequence[str]) -> Row:
     """Return the row if it is an object, or its text where that is asked for; else a row with the error."""
     if row.error:
         return row
@@ -183,12 +275,17 @@ def _check(row: Row, text_key: list[str] | None) -> Row:
     if not row.content:  # a blank line, or an empty cell of a parquet file
         return Row(row.number, "")
     try:
-        (column,) = _find_columns(list(row.content), text_key)
+        column = _find_columns(list(row.content), text_key)[0]
     except ValueError as error:
         return Row(row.number, None, str(error))
     text = "" if row.content[column] is None else row.content[column]
-    if not isinstance(text, str):
-        return Row(row.number, None, f"column `{column}` holds {type(text).__name__}, not text")
-    if LONE_SURROGATE.search(text):
-        return Row(row.number, None, f"column `{column}` holds half a surrogate pair")
-    return Row(row.number, text)
+    kept = {key: row.content[key] for key in keep if row.content.get(key) is not None}
+    error = text_error(text)
+    return Row(row.number, None, f"column `{column}` {error}") if error else Row(row.number, text, kept=kept)
+
+
+def text_error(value: Any) -> str:
+    """Say why a value is no text to train on; nothing if it is."""
+    if not isinstance(value, str):
+        return f"holds {type(value).__name__}, not text"
+    return "holds half a surrogate pair" if LONE_SURROGATE.search(value) else ""
