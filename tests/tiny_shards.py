@@ -37,6 +37,7 @@ def write_shards(folder: Path, shards: list[Shard], tokenizer_sha256: str = "", 
     manifest = {"format_version": 2, "tokenizer": "tiny", "tokenizer_sha256": tokenizer_sha256, "dtype": "uint16"}
     manifest |= {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "text_bytes")}
     manifest |= {"eos_id": 0, "shards": entries, "sources": achieve_mixture([*sources.values()])}
+    manifest["generations"] = [{"shards": [shard.file for shard in shards]}]
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 
