@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import default_data_collator
 
-from buddygpt.data.block_order import BlockOrder, BlockStream
+from buddygpt.data.block_order import BlockStream, make_order, update_history
 from buddygpt.data.token_shards import BlockDataset
 from buddygpt.launch import parse_arguments, run_script
 
@@ -85,7 +85,8 @@ def main() -> None:
 
         def stream() -> BlockStream:
             blocks = BlockDataset(shards, args.length)
-            return BlockStream(blocks, BlockOrder(len(blocks), seed=0), args.batches * args.rows)
+            order = make_order(update_history([], blocks, 0, args.rows), blocks, seed=0)
+            return BlockStream(blocks, order, args.batches * args.rows)
 
         variants = {
             "shards, 0 workers": Reading(stream, args, 0, shuffle=False),

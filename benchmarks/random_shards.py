@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, tokenizer_fingerprint
+from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, documents_file, tokenizer_fingerprint
 from buddygpt.launch import file_sha256
 
 
@@ -31,16 +33,12 @@ def make_shards(folder: Path, tokens: int, vocab_size: int, document: int = 200)
     dtype = "uint16" if vocab_size < 2**16 else "uint32"
     ids.astype(f"<{dtype[0]}{2 if dtype == 'uint16' else 4}").tofile(shards / "random.ds")
     ends.tofile(shards / "random.ds.index")
-    shard = {
-        "file": "random.ds",
-        "tokens": tokens,
-        "documents": len(ends),
-        "text_bytes": 4 * tokens,
-        "source": "random",
-    }
-    shard["sha256"] = file_sha256(shards / "random.ds")
-    manifest = {"format_version": FORMAT_VERSION, "dtype": dtype, "eos_id": 0, "shards": [shard]}
-    manifest |= {"tokenizer": str(folder / "tokenizer"), "tokenizer_sha256": tokenizer_fingerprint(tokenizer)}
-    manifest |= {"tokens": tokens, "documents": len(ends), "text_bytes": 4 * tokens}
+    sizes = {"tokens": tokens, "documents": len(ends), "text_bytes": 4 * tokens}
+    shard = {"file": "random.ds", "source": "random", **sizes, "sha256": file_sha256(shards / "random.ds")}
+    rows = {"id": [f"random:{number}" for number in range(len(ends))], "chars": [4 * document] * len(ends)}
+    pq.write_table(pa.table(rows), shards / documents_file(shard))
+    source = {"name": "random", "language": None, **sizes, "epochs": 1, "share": 1}
+    manifest = {"format_version": FORMAT_VERSION, "dtype": dtype, "eos_id": 0, "shards": [shard], "sources": [source]}
+    manifest |= {"tokenizer": str(folder / "tokenizer"), "tokenizer_sha256": tokenizer_fingerprint(tokenizer), **sizes}
     (shards / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return shards

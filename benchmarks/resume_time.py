@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ab import Report, alternate, cpu_seconds
+from random_shards import make_shards
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, logging
 
-from buddygpt.data.block_order import BlockOrder, BlockStream
-from buddygpt.data.token_shards import FORMAT_VERSION, BlockDataset
+from buddygpt.data.block_order import BlockStream, make_order, update_history
+from buddygpt.data.token_shards import BlockDataset
 from buddygpt.launch import parse_arguments, run_script
 from buddygpt.launch.resume import find_start, write_checkpoints_beside, write_checksums
 from buddygpt.launch.stream_trainer import StreamTrainer
@@ -43,24 +43,15 @@ class FirstBatch(Exception):
     """The run has its first batch and could go on."""
 
 
-def write_shard(folder: Path, tokens: int) -> None:
-    """A shard of random tokens."""
-    folder.mkdir()
-    np.random.default_rng(0).integers(0, 512, tokens, dtype="<u2").tofile(folder / "0.ds")
-    np.array([tokens], "<u8").tofile(folder / "0.ds.index")
-    sums = {"tokens": tokens, "documents": 1, "text_bytes": tokens}
-    shards = [{"file": "0.ds", **sums, "sha256": ""}]
-    manifest = {"format_version": FORMAT_VERSION, "dtype": "uint16", "eos_id": 0, **sums, "shards": shards}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def make_trainer(folder: Path, block_size: int, stream: bool, **options: Any) -> Trainer:
     """A trainer of a tiny model on one epoch of the shard, one block a step."""
     blocks = BlockDataset(folder / "shards", block_size)
     args = TrainingArguments(
         str(folder / "run"), use_cpu=True, per_device_train_batch_size=1, disable_tqdm=True, **options
     )
-    data = BlockStream(blocks, BlockOrder(len(blocks), args.seed), len(blocks)) if stream else blocks
+    data = blocks
+    if stream:
+        data = BlockStream(blocks, make_order(update_history([], blocks, 0, 1), blocks, args.seed), len(blocks))
     model = AutoModelForCausalLM.from_config(load_config("debug"))
     return (StreamTrainer if stream else Trainer)(model=model, args=args, train_dataset=data)
 
@@ -108,7 +99,7 @@ def main() -> None:
     rounds, tokens = (2, args.tokens // 10) if args.quick else (args.rounds, args.tokens)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_shard(folder / "shards", tokens)
+        make_shards(folder, tokens, vocab_size=512)
         checkpoints = write_checkpoints(folder, args.block_size, tokens // args.block_size)
         variants = {
             f"{trainer}, at {share}": partial(
