@@ -123,8 +123,8 @@ def find_start(args: TrainingArguments, config: PreTrainedConfig) -> Start:
 def _require_resumable(args: TrainingArguments) -> None:
     if args.enable_jit_checkpoint:
         raise UserError(
-            "enable_jit_checkpoint: a run ended by SIGTERM would be left as if it were finished. Leave it out: runs go "
-            "on from their last checkpoint whatever ended them; lower save_steps to lose less"
+            "enable_jit_checkpoint: a run ended by SIGTERM would be left as if it were finished. Leave it out: a run "
+            "goes on from its last checkpoint whatever has ended it; lower save_steps to lose less"
         )
     if args.save_total_limit == 1:
         raise UserError(
