@@ -8,6 +8,7 @@ is in the folder, in which proportion it is to be read, and what it was made fro
 
 import hashlib
 import json
+import math
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -67,8 +68,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         if shard["source"] not in described:
             raise UserError(f"{path}: `sources` lacks {shard['source']}, the source of {shard['file']}. {REMEDY}")
     for source in manifest["sources"]:
-        if not source["epochs"] > 0:
-            raise UserError(f"{path}: source {source['name']} has {source['epochs']} epochs; write a number above 0")
+        epochs = source["epochs"]
+        if not isinstance(epochs, int | float) or not 0 < epochs < math.inf:
+            raise UserError(f"{path}: source {source['name']} has {epochs} epochs; write a number above 0")
     return manifest
 
 
@@ -102,9 +104,7 @@ def _find_changed_content(folder: Path, shard: dict[str, Any]) -> str | None:
         return f"{folder / shard['file']} was changed: its sha256 is not the one in {MANIFEST}"
     ends = np.fromfile(folder / f"{shard['file']}.index", "<u8")
     if ends[-1] != shard["tokens"] or (ends[1:] <= ends[:-1]).any():
-        return (
-            f"{folder / shard['file']}.index was changed: its document ends are not those of {shard['tokens']} tokens"
-        )
+        return f"{folder / shard['file']}.index was changed: it does not divide {shard['tokens']} tokens"
     try:
         rows = pq.read_metadata(folder / documents_file(shard)).num_rows
     except (OSError, pa.ArrowException) as error:
@@ -125,7 +125,9 @@ def verify_shards(folder: str | Path) -> dict[str, Any]:
     dtype = np.dtype(manifest["dtype"])
     damages = [damage for shard in shards if (damage := find_damage(Path(folder), shard, dtype, read=True))]
     if damages:
-        raise UserError(f"{len(damages)} of {len(manifest['shards'])} shards: {'; '.join(damages)}. {REMEDY}")
+        raise UserError(
+            f"{len(damages)} of {len(manifest['shards'])} shards are damaged: {'; '.join(damages)}. {REMEDY}"
+        )
     return manifest
 
 
@@ -189,7 +191,8 @@ class TokenShards:
     @property
     def tokens_per_byte(self) -> float:
         """Tokens to a byte of text, of the text as it is read: each source for its epochs."""
-        read = [(self.epochs[shard["source"]], shard) for shard in self.shards]
+        epochs = self.epochs
+        read = [(epochs[shard["source"]], shard) for shard in self.shards]
         return sum(n * shard["tokens"] for n, shard in read) / sum(n * shard["text_bytes"] for n, shard in read)
 
     def verify(self) -> None:

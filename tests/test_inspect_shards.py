@@ -77,7 +77,7 @@ def test_every_damaged_shard_is_named(shards, capsys):
     with pytest.raises(UserError) as caught:
         run("data/inspect_shards.py", shards, "--verify")
     told = str(caught.value)
-    assert told.startswith("3 of 3 shards: ") and "\n" not in told
+    assert told.startswith("3 of 3 shards are damaged: ") and "\n" not in told
     assert re.search(r"0\.ds was changed: its sha256 .*; \S+1\.ds\.index holds 16 bytes where .* promises 40; ", told)
     assert "2.documents.parquet is missing" in told
 

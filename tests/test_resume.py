@@ -351,6 +351,11 @@ def test_another_global_batch_is_refused_with_the_remedy(tiny, whole):
         run("pretrain/pretrain.py", *arguments(tiny, whole, data_seed=43))
 
 
+def test_the_z_loss_is_the_one_asked_for(tiny, tmp_path):
+    run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", max_steps=1, eval_strategy="no", z_loss_coef=0.01))
+    assert json.loads((tmp_path / "run/config.json").read_text())["z_loss_coef"] == 0.01
+
+
 # --- data ---
 
 

@@ -16,7 +16,6 @@ from transformers import DeepseekV3Config, Qwen3Config, Qwen3MoeConfig, Trainer,
 
 from buddygpt import BuddyGPTConfig
 from buddygpt.data.block_order import BlockOrder, make_order, update_history
-from buddygpt.data.prepare_pretrain import source_names
 from buddygpt.data.provenance import Passage, describe_blocks, trace_block
 from buddygpt.data.token_shards import BlockDataset, TokenShards
 from buddygpt.launch import UserError, parse_arguments
@@ -435,12 +434,3 @@ def test_trackio_is_the_default_where_it_is_installed(monkeypatch, tmp_path, ins
     monkeypatch.setattr("sys.argv", ["script.py", "--output_dir", str(tmp_path), *words])
     (args,) = parse_arguments(TrainingArguments)
     assert args.report_to == expected and not args.logging_nan_inf_filter
-
-
-def test_sources_are_files_or_folders(tmp_path):
-    files = [Path(f"text/{folder}/{name}.jsonl.gz") for folder in ("zh", "en") for name in ("a", "b")]
-    assert set(source_names(files).values()) == {"zh", "en"}  # two files are called alike
-    assert list(source_names(files[:2]).values()) == ["a", "b"]
-    many = [Path(f"text/{folder}/{number}.parquet") for folder in ("zh", "en") for number in range(30)]
-    assert set(source_names(many).values()) == {"zh", "en"}
-    assert set(source_names([Path(f"{number}/a.txt") for number in range(30)]).values()) == {"all"}
