@@ -16,9 +16,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from buddygpt.data import prepare_pretrain
-from buddygpt.data.prepare_pretrain import clean, token_dtype
-from buddygpt.data.token_shards import BlockDataset, TokenShards, tokenizer_fingerprint
+from buddygpt.data import prepare_pretrain, text_sources
+from buddygpt.data.cleaning_operators import normalize_lines
+from buddygpt.data.token_shards import BlockDataset, TokenShards, documents_file, tokenizer_fingerprint
+from buddygpt.data.write_shards import token_dtype
 from buddygpt.launch import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,42 +119,29 @@ def test_a_txt_file_is_one_document(tmp_path, prepare, tokenizer_folder):
     assert documents(out / "train", AutoTokenizer.from_pretrained(tokenizer_folder)) == ["one\n\ntwo"]
 
 
-@pytest.mark.parametrize(
-    "raw, cleaned",
-    [
-        ("a\r\nb\rc", "a\nb\nc"),
-        ("a\x00\x07b\ufeff\x9fc\td", "abc\td"),
-        ("a\n \n\t\n\u3000\n\nb\n\n\nc", "a\n\n\nb\n\n\nc"),
-        ("def f():\n\n\n\n    return", "def f():\n\n\n    return"),
-        ("\u3000\u3000ＡＢＣ，１２３！ﬁ e\u0301\u2028x \n", "ＡＢＣ，１２３！ﬁ e\u0301\u2028x"),
-        (" \n\r\n\x00", ""),
-    ],
-)
-def test_cleaning_changes_this_and_no_more(raw, cleaned):
-    assert clean(raw) == cleaned
-    assert clean(cleaned) == cleaned
-
-
 def test_the_manifest_counts_every_row_and_byte(tmp_path, prepare, tokenizer_folder):
     rows = [*TEXTS, "", "\x00 \n", "短"]
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     with open(source, "a", encoding="utf-8") as file:
         file.write('\n{"text": null}\n{"text": 3}\n{"other": ""}\n{"text"\n')
-    out = prepare(sources=source, min_chars=2, eval_fraction=0.2, on_bad_row="skip")
+    profile = tmp_path / "longer.yaml"
+    profile.write_text("steps: [normalize_lines, {text_length: {min: 2}}]")
+    out = prepare(sources=source, clean=profile, eval_fraction=0.2, on_bad_row="skip")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     train, evaluation = TokenShards(out / "train"), TokenShards(out / "eval")
     kept, aside = documents(out / "train", tokenizer), documents(out / "eval", tokenizer)
     assert sorted(kept + aside) == sorted(TEXTS) and 0 < len(aside) < 30
     assert sorted(aside) == sorted(held_out(out))
-    counts = {"read": 68, "dropped_empty": 4, "dropped_too_short": 1, "dropped_bad_row": 3}
-    assert train.manifest["cleaning"] == counts | {"dropped_held_out": len(aside), "written": len(kept)}
+    counts = {"read": 68, "dropped_empty": 4, "dropped_text_length_below": 1, "dropped_bad_row": 3}
+    counts |= {"dropped_held_out": len(aside), "written": len(kept)}
+    assert train.manifest["cleaning"]["a"].items() >= counts.items()
     for shards, texts in ((train, kept), (evaluation, aside)):
         size = sum(len(text.encode()) for text in texts)
         assert (shards.documents, shards.text_bytes, shards.tokens) == (len(texts), size, size + len(texts))
         shards.verify()
         shards.check_tokenizer(tokenizer)
     (shard,) = train.shards
-    assert shard["sources"] == [str(source)]
+    assert shard["source"] == "a" and train.manifest["sources"][0]["tokens"] == train.tokens
     assert train.manifest["dtype"] == "uint16" and train.eos_id == 0 and train.manifest["vocab_size"] == 261
 
 
@@ -172,12 +160,13 @@ def test_entries_for_plain_text_are_used(tmp_path, prepare):
 
 def test_held_out_documents_depend_on_their_text_alone(tmp_path, prepare, tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    parts = [write_jsonl(tmp_path / f"part{i}.jsonl", TEXTS[i::3] + TEXTS[:5]) for i in range(3)]
+    for i in range(3):
+        write_jsonl(tmp_path / f"part{i}.jsonl", TEXTS[i::3] + TEXTS[:5])
     one = write_jsonl(tmp_path / "one.jsonl", TEXTS[::-1])
     several = prepare(sources=tmp_path / "part*.jsonl", eval_fraction=0.3, workers=2, output="several")
     serial = prepare(sources=tmp_path / "part*.jsonl", eval_fraction=0.3, output="serial")
     whole = prepare(sources=one, eval_fraction=0.3, output="whole")
-    dealt = prepare("--sources", *parts, eval_fraction=0.3, tasks=2, output="dealt")
+    dealt = prepare(sources=tmp_path / "part*.jsonl", eval_fraction=0.3, tasks=2, output="dealt")
     aside = set(held_out(whole))
     for out in (several, serial, dealt):
         assert set(held_out(out)) == aside == set(documents(out / "eval", tokenizer))
@@ -193,8 +182,8 @@ def test_a_file_whose_documents_all_go_leaves_no_shard(tmp_path, prepare):
     write_jsonl(tmp_path / "b.jsonl", ["text"])
     out = prepare(sources=tmp_path / "?.jsonl")
     (shard,) = TokenShards(out / "train").shards
-    assert shard["sources"] == [str(tmp_path / "b.jsonl")]
-    assert len(list((out / "train").iterdir())) == 3
+    assert pq.read_table(out / "train" / documents_file(shard))["id"].to_pylist() == [f"{tmp_path / 'b.jsonl'}:1"]
+    assert len(list((out / "train").iterdir())) == 4
 
 
 @pytest.mark.parametrize("entries, dtype", [(65_536, "uint16"), (65_537, "uint32")])
@@ -227,7 +216,7 @@ def test_real_text_with_the_qwen_tokenizer_comes_back(prepare, monkeypatch):
     raw = [row["completion"] for row in json.loads(sources[0].read_text("utf-8"))]
     raw += [*pq.read_table(sources[1], columns=["text"])["text"].to_pylist(), sources[2].read_text("utf-8")]
     normalised = tokenizer.backend_tokenizer.normalizer.normalize_str  # Qwen's own NFC
-    expected = sorted(normalised(clean(text)) for text in raw)
+    expected = sorted(normalised(normalize_lines(text)) for text in raw)
     assert sorted(documents(out / "train", tokenizer) + documents(out / "eval", tokenizer)) == expected
 
 
@@ -237,7 +226,7 @@ def test_two_thousand_tang_poems_come_back(tmp_path, prepare, tokenizer_folder):
         lines = [next(file) for _ in range(2000)]
     (tmp_path / "tang.jsonl").write_bytes(b"".join(lines))
     out = prepare(sources=tmp_path / "tang.jsonl", shuffle_seed="null")
-    expected = [clean(json.loads(line)["text"]) for line in lines]
+    expected = [normalize_lines(json.loads(line)["text"]) for line in lines]
     assert documents(out / "train", AutoTokenizer.from_pretrained(tokenizer_folder)) == expected
 
 
@@ -250,8 +239,8 @@ def test_a_finished_folder_is_kept_or_the_change_is_named(tmp_path, prepare, cap
     prepare(sources=source, workers=2)
     assert "already made" in capsys.readouterr().out
     assert made == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    with pytest.raises(UserError, match="out was made with other min_chars, eval_fraction. Delete it"):
-        prepare(sources=source, min_chars=3, eval_fraction=0.1)
+    with pytest.raises(UserError, match="out was made with other on_bad_row, eval_fraction. Delete it"):
+        prepare(sources=source, on_bad_row="skip", eval_fraction=0.1)
     write_jsonl(source, TEXTS[1:])
     with pytest.raises(UserError, match="out was made with other inputs"):
         prepare(sources=source)
@@ -263,7 +252,7 @@ def test_a_finished_folder_is_kept_or_the_change_is_named(tmp_path, prepare, cap
 def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepare, capsys, monkeypatch):
     for name in "ab":
         write_jsonl(tmp_path / f"{name}.jsonl", TEXTS)
-    read_rows = prepare_pretrain.read_rows
+    read_rows, read = text_sources.read_rows, []
 
     def fail_at_b(path, *rest):
         for row in read_rows(path, *rest):
@@ -271,25 +260,22 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
                 raise KeyboardInterrupt
             yield row
 
-    monkeypatch.setattr(prepare_pretrain, "read_rows", fail_at_b)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(sources=tmp_path / "?.jsonl")
-    assert not (tmp_path / "out").exists()
-    first = tmp_path / "out.partial" / "train" / "00000_00000_doc_shuffled.ds"
-    made = first.stat().st_mtime_ns
-    monkeypatch.setattr(prepare_pretrain, "read_rows", read_rows)
-    out = prepare(sources=tmp_path / "?.jsonl")
-    assert "going on" in capsys.readouterr().out
-    assert (out / "train" / first.name).stat().st_mtime_ns == made
-    assert TokenShards(out / "train").documents == 120
-    assert not (tmp_path / "out.partial").exists()
+    def remember(path, *rest):
+        read.append(path.name)
+        return read_rows(path, *rest)
 
-    monkeypatch.setattr(prepare_pretrain, "read_rows", fail_at_b)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(sources=tmp_path / "?.jsonl", output="other")
-    monkeypatch.setattr(prepare_pretrain, "read_rows", read_rows)
-    out = prepare(sources=tmp_path / "?.jsonl", output="other", eval_fraction=0.5)
-    assert "starting afresh" in capsys.readouterr().out
+    for options in ({}, {"eval_fraction": 0.5}):
+        monkeypatch.setattr(text_sources, "read_rows", fail_at_b)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(sources=tmp_path / "?.jsonl", tasks=2, output=f"out{len(options)}")
+        assert not (tmp_path / f"out{len(options)}").exists()
+        monkeypatch.setattr(text_sources, "read_rows", remember)
+        out = prepare(sources=tmp_path / "?.jsonl", tasks=2, output=f"out{len(options)}", **options)
+        assert not out.with_name(f"{out.name}.partial").exists()
+    assert read == ["b.jsonl", "a.jsonl", "b.jsonl"]
+    said = capsys.readouterr().out
+    assert "going on" in said and "starting afresh" in said
+    assert TokenShards(tmp_path / "out0" / "train").documents == 120
     assert TokenShards(out / "train").documents + TokenShards(out / "eval").documents == 120
 
 
@@ -304,7 +290,7 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         ("a.jsonl", b'{"text": "\\ud800"}\n', {}, r"a\.jsonl:1: column `text` holds half a surrogate pair"),
         ("a.csv", b"id,text\n1,a, b\n", {}, r"a\.csv:2: the row is longer than the header"),
         ("a.json", b'[{"text": "a"}, 3]', {}, r"a\.json:2: the row is no object but int"),
-        ("a.json", b'[{"text": "a"}', {}, r"a\.json: cannot be read: "),
+        ("a.json", b'[{"text": "a"}', {}, r"a\.json:1: cannot be read: "),
         ("a.csv", b"id,body\n1,a\n", {}, r"a\.csv: cannot be read: no column `text`; there are: id, body"),
         ("a.csv", b"id,text\n1,a\n2\n", {}, r"a\.csv:3: the row ends before column `text`"),
         ("a.csv", b"text,id\na,1\n\xff,2\n", {}, r"a\.csv:3: not valid UTF-8"),
@@ -318,7 +304,12 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         ("a.jsonl", b'{"text": "a"}\n', {"eval_fraction": 2}, "eval_fraction is 2.0; use a number from 0"),
         ("a.jsonl", b'{"text": "a"}\n', {"workers": 0}, "workers is 0; use at least 1"),
         ("a.jsonl", b'{"text": "a"}\n', {"on_bad_row": "drop"}, "on_bad_row"),
-        ("a.jsonl", b'{"text": "a"}\n', {"min_char": 3}, "unknown argument `--min_char`; did you mean `min_chars`"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n',
+            {"shard_byte": 3},
+            "unknown argument `--shard_byte`; did you mean `shard_bytes`",
+        ),
         ("a.jsonl", b'{"text": "a"}\n', {"sources": "nowhere/*"}, r"no file matches `nowhere/\*`"),
         ("a.jsonl", b'{"text": "a"}\n', {"tokenizer": "nowhere"}, "cannot read a tokenizer from nowhere"),
         ("a.jsonl", b'{"text": "a"}\n', {"document_separator": "<end>"}, "`<end>` is no special token of"),
@@ -417,8 +408,8 @@ def test_a_damaged_folder_is_named(shards):
     with pytest.raises(UserError, match=f"{name} is missing"):
         TokenShards(shards)
     manifest = shards / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(UserError, match="format_version is 2, this code reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(UserError, match="format_version is 1, this code reads 2"):
         TokenShards(shards)
     manifest.write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):
