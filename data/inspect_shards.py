@@ -123,11 +123,15 @@ def print_block(arguments: argparse.Namespace) -> None:
     for passage in trace_block(blocks, arguments.block):
         print(f"\n{passage.shard}, source {passage.source}, documents {passage.first}-{passage.last}")
         for row, tokens in zip(passage.documents, passage.tokens, strict=True):
-            facts = [f"{key} {value:g}" for key, value in row.items() if key != "id" and value is not None]
+            facts = [f"{key} {_number(value)}" for key, value in row.items() if key != "id" and value is not None]
             print(f"  {tokens:>6,} tokens  {row['id']}  {'  '.join(facts)}")
             if tokenizer:
                 print(f"         {tokenizer.decode(ids[place : place + tokens])!r}")
             place += tokens
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def main() -> None:
