@@ -380,10 +380,19 @@ def advert_density(text: str, *, patterns: list[str]) -> float:
 
 @measure
 def character_repetition(text: str, *, n: int) -> float:
-    """Share of the most frequent repeated n-grams of characters, as many as the root of all, among all n-grams."""
+    """Share of the most frequent repeated n-grams of characters, as many as the root of all, among all n-grams.
+
+    data-juicer's rule. A text of one sentence again and again scores low: it has few n-grams, and the root is small.
+    """
     counts = _ngram_counts(_codes(text), n)
     repeated = np.sort(counts[counts > 1])[::-1]
     return float(repeated[: int(len(counts) ** 0.5)].sum() / max(counts.sum(), 1))
+
+
+@measure
+def repeated_share(text: str, *, n: int) -> float:
+    """Share of the n-grams of characters that stand there more than once."""
+    return _repeated_share(_ngram_counts(_codes(text), n))
 
 
 @measure
@@ -396,8 +405,7 @@ def word_count(text: str) -> float:
 def word_repetition(text: str, *, n: int) -> float:
     """Share of the n-grams of words that stand there more than once."""
     words = _words(text)
-    counts = _ngram_counts(np.fromiter(map(hash, words), np.int64, len(words)), n)
-    return float(counts[counts > 1].sum() / max(counts.sum(), 1))
+    return _repeated_share(_ngram_counts(np.fromiter(map(hash, words), np.int64, len(words)), n))
 
 
 WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
@@ -406,6 +414,10 @@ WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+")
 @lru_cache(maxsize=1)
 def _words(text: str) -> list[str]:
     return WORD.findall(text.lower())
+
+
+def _repeated_share(counts: np.ndarray) -> float:
+    return float(counts[counts > 1].sum() / max(counts.sum(), 1))
 
 
 def _ngram_counts(values: np.ndarray, n: int) -> np.ndarray:

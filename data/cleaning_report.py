@@ -10,7 +10,6 @@ from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.writers import JsonlWriter
-from matplotlib.figure import Figure
 
 EXAMPLES = 3  # of each rule: kept by every task, and shown
 EXCERPT = 240  # characters
@@ -190,6 +189,8 @@ def _block(text: str) -> str:
 
 def _draw(counts: dict[str, Counter], path: Path) -> None:
     """Draw for each source a bar of 100%: what was written, held out, and dropped by rule."""
+    from matplotlib.figure import Figure  # 40 MB that no worker needs
+
     total = sum((_dropped(count) for count in counts.values()), Counter())
     rules = [rule for rule, _ in total.most_common(RULES_IN_PICTURE - 1 if len(total) > RULES_IN_PICTURE else None)]
     parts: dict[str, Callable[[Counter], int]] = {
