@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loguru import logger
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -32,12 +31,11 @@ from buddygpt.data.deduplication import duplicate_filter, duplicate_stages
 from buddygpt.data.finish_shards import ManifestWriter, Publisher
 from buddygpt.data.stages import DocumentReader, DocumentWriter, Stage, lock, run_stages
 from buddygpt.data.text_sources import Source, SourceReader, describe_file, read_sources
-from buddygpt.data.token_shards import MANIFEST, read_manifest, tokenizer_fingerprint
+from buddygpt.data.token_shards import MANIFEST, TokenShards, read_manifest, tokenizer_fingerprint
 from buddygpt.data.write_shards import HoldOut, ShardWriter, load_text_tokenizer, raw_text_tokenizer, token_dtype
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 MEANS_NOTHING_TO_SHARDS = ("output", "append", "executor", "workers", "slurm")
-logger.disable("datatrove")  # it would print a traceback above every one-line error
 
 
 @dataclass
@@ -158,16 +156,11 @@ def find_new_inputs(inputs: list[dict[str, Any]], known: list[dict[str, Any]]) -
 
 def check_base(plan: dict[str, Any], base: dict[str, Any], output: Path) -> None:
     """Raise UserError where what is added would not be of one kind with what is there."""
-    made = base["generations"][-1]
-    for key in ("tokenizer_sha256", "separator"):
-        if plan["tokens"][key] != base[key]:
-            name = key.removesuffix("_sha256")
-            was, now = (f"{each[name]} ({each[key][:12]})" for each in (base, plan["tokens"]))
-            raise UserError(f"append: {output} was made with {name} {was}, not {now}. Use that, or another `output`")
-    for key in ("clean", "deduplicate"):
-        if plan["config"][key] != made["config"][key]:
-            was, now = made["config"][key], plan["config"][key]
+    for key in ("document_separator", "clean", "deduplicate"):
+        was, now = base["config"][key], plan["config"][key]
+        if was != now:
             raise UserError(f"append: {output} was made with `{key}: {was}`, not {now}. Use that, or another `output`")
+    made = base["generations"][-1]
     for name in plan["profiles"]:
         if made["profiles"].get(name, plan["profiles"][name]) != plan["profiles"][name]:
             raise UserError(f"append: the profile {name} is not what {output} was made with. Bring it back")
@@ -267,9 +260,13 @@ def make_stages(
 
 def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> bool:
     """Make `output`, or add to it; return whether all is done."""
-    base = read_manifest(output / "train") if args.append else None
     sources = read_sources(args.sources, text_key=args.text_key, txt_sample_by=args.txt_sample_by, clean=args.clean)
     tokenizer = load_text_tokenizer(args.tokenizer, args.document_separator)
+    base = None
+    if args.append:
+        there = TokenShards(output / "train")
+        there.check_tokenizer(tokenizer)
+        base = there.manifest
     plan = make_plan(args, sources, tokenizer, base)
     if base:
         check_base(plan, base, output)

@@ -14,11 +14,13 @@ import orjson
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from loguru import logger
 from tqdm import tqdm
 
 from buddygpt.launch import UserError
 
 GIGABYTES_PER_WORKER = 0.5  # that Ray sets aside: what a worker needs at most, see benchmarks/data_cost.py
+logger.disable("datatrove")  # it would print a traceback above every one-line error
 
 
 class Stage(NamedTuple):
@@ -132,7 +134,7 @@ def run_stages(stages: list[Stage], executor: str, workers: int, logs: Path, slu
 
     Args:
         stages: In their order.
-        executor: `local`, `ray` (the cluster that RAY_ADDRESS names, or one of this machine) or `slurm`.
+        executor: `local`, `slurm`, or `ray`: the cluster that RAY_ADDRESS names, or one of this machine.
         workers: Tasks at work at the same time.
         logs: Where it is remembered which tasks are completed.
         slurm: Arguments of datatrove's `SlurmPipelineExecutor`.
@@ -152,7 +154,7 @@ def run_stages(stages: list[Stage], executor: str, workers: int, logs: Path, slu
         multiprocess.set_forkserver_preload(["buddygpt.data.prepare_pretrain"])
     for number, stage in enumerate(stages, start=1):
         common = {"workers": min(workers, stage.tasks), "logging_dir": str(logs / stage.name)}
-        if executor == "ray":
+        if executor == "ray" and stage.tasks > 1:
             runner = _Ray(stage.steps, stage.tasks, mem_per_cpu_gb=GIGABYTES_PER_WORKER, **common)
         else:
             runner = _Local(stage.steps, stage.tasks, **common)
