@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
-import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -29,9 +28,12 @@ from tqdm import tqdm
 from buddygpt.launch import UserError
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SPACE = re.compile(r"[ \t\n\r]*")
 HAN = re.compile("[\u4e00-\u9fff]")
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 COMPRESSIONS = (".gz", ".zst")
+CHUNK = 2**16  # bytes of a JSON array that are read at once
+LONGEST_TOKEN = 16  # characters of JSON that mean nothing until they are whole: `\\ud83d\\ude00`, `-Infinity`
 PARQUET_BUFFER = 2**20  # bytes; without one pyarrow reads a column of a whole row group at once
 csv.field_size_limit(sys.maxsize)  # the default refuses documents above 128 kB
 
@@ -164,17 +166,53 @@ def _skip_byte_order_mark(stream: BinaryIO) -> None:
 
 
 def _read_json(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str]) -> Iterator[Row]:
-    start = stream.peek(1)
-    if not start.lstrip().startswith(b"["):
-        for number, line in enumerate(stream, start=1):
-            yield _parse(number, line.rstrip()) if line.strip() else Row(number, {})
+    if stream.peek(1).lstrip().startswith(b"["):
+        yield from _read_array(stream)
         return
+    for number, line in enumerate(stream, start=1):
+        yield _parse(number, line.rstrip()) if line.strip() else Row(number, {})
+
+
+def _read_array(stream: BinaryIO) -> Iterator[Row]:
+    """Parse one element after another, holding one and a chunk. (ijson takes minutes for a string of 50 MB.)"""
+    scan, decode = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+    text, number = decode(stream.read(CHUNK)), 1
+    start = text.index("[") + 1
+    while True:
+        start = SPACE.match(text, start).end()
+        if number == 1 and text[start : start + 1] == "]":
+            start += 1
+            break
+        try:
+            content, end = scan(text, start)
+            end = SPACE.match(text, end).end()
+            if text[end : end + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        except (ValueError, RecursionError) as error:
+            # What is near the end may go on: an element is parsed anew whenever as much again has been read.
+            place = len(text) if str(error).startswith("Unterminated") else getattr(error, "pos", 0)
+            more = stream.read(max(CHUNK, len(text) - start)) if place >= len(text) - LONGEST_TOKEN else b""
+            if not more:
+                reason = _encoding_error(text) or f"not valid JSON: {getattr(error, 'msg', error)}"
+                raise ValueError(f"row {number}: {reason}") from error
+            text, start = text[start:] + decode(more), 0
+            continue
+        error = _encoding_error(text[start:end])
+        yield Row(number, None if error else content, error)
+        start, number = end + 1, number + 1
+        if text[end] == "]":
+            break
+    if SPACE.sub("", text[start:] + decode(stream.read(CHUNK))):
+        raise ValueError("there is more after the end of the array")
+
+
+def _encoding_error(text: str) -> str:
+    """Say what is wrong with text that was decoded with errors="surrogateescape"; nothing if it was UTF-8."""
     try:
-        for number, content in enumerate(ijson.items(stream, "item", use_float=True), start=1):
-            yield Row(number, content)
-    except ijson.JSONError as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(not_utf8(start) if "UTF8" in reason else f"not valid JSON: {reason}") from error
+        text.encode()
+        return ""
+    except UnicodeEncodeError:
+        return not_utf8(text.encode(errors="surrogateescape"))
 
 
 def _read_parquet(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str]) -> Iterator[Row]:

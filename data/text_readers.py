@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Text = tuple[str, dict[str, Any]]  # of a document, and its metadata
-STARCODER_HEADER = re.compile(r"(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?")
+STARCODER_HEADER = re.compile(r"(?:(?:<(?:reponame|filename|gh_stars)>[^<\n]*)+\n?)?")
+STARCODER_COLUMNS = {"repo": "max_stars_repo_name", "path": "max_stars_repo_path"}
 UPVOTES = re.compile(r"(\d[\d,]*(?:\.\d+)?)\s*([千万kKwW]?)")
 THOUSANDS = {"": 1, "千": 1_000, "k": 1_000, "万": 10_000, "w": 10_000}
 
@@ -59,11 +60,10 @@ def wanjuan(row: dict[str, Any]) -> Text:
 
 def starcoderdata(row: dict[str, Any]) -> Text:
     """A part of the files opens with a line of StarCoder's own tokens (`<reponame>...`), which is taken off."""
-    stars = row.get("max_stars_count") or 0  # null where no star was ever seen
-    metadata = {"stars": stars, "repo": row.get("max_stars_repo_name"), "path": row.get("max_stars_repo_path")}
-    return STARCODER_HEADER.sub("", row["content"], count=1) if row["content"].startswith("<") else row["content"], {
-        key: value for key, value in metadata.items() if value is not None
-    }
+    header = STARCODER_HEADER.match(row["content"])
+    metadata = {"stars": row.get("max_stars_count") or 0}  # null where no star was seen
+    metadata |= {key: row[column] for key, column in STARCODER_COLUMNS.items() if row.get(column)}
+    return row["content"][header.end() :], metadata
 
 
 def chinese_instruct(row: dict[str, Any]) -> Text:

@@ -44,7 +44,7 @@ def is_number(value: Any) -> bool:
 
 # What an entry may say, and what is right there. Thresholds, `min_...`, depend on the reader.
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "reader": (READERS.__contains__, f"one of {', '.join(READERS)}"),
+    "reader": (lambda value: True, ""),
     "path": (is_strings, "a path or a list of paths"),
     "name": (
         lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value),
@@ -111,7 +111,9 @@ def _as_mapping(entry: Any) -> dict[str, Any]:
 
 def _read_source(entry: dict[str, Any], defaults: dict[str, Any], taken: Collection[str]) -> Source:
     """Build one source. Raises ValueError where the entry is wrong, UserError where its files are."""
-    reader = READERS.get(entry.get("reader", COLUMNS.name), COLUMNS)
+    if entry.get("reader", COLUMNS.name) not in list(READERS):
+        raise ValueError(f"there is no reader `{entry['reader']}`; use one of {', '.join(READERS)}")
+    reader = READERS[entry.get("reader", COLUMNS.name)]
     _check(entry, reader)
     paths, language = _find_paths(entry, reader)
     files = list(dict.fromkeys(file for path in paths for file in find_source_files(path)))
@@ -293,9 +295,9 @@ def _make_document(source: Source, file: str, row: Row) -> Document:
     """Turn a row into a document. Raises ValueError where that is not possible."""
     if row.error:
         raise ValueError(row.error)
-    read = READERS[source.reader].read
+    read = READERS[source.reader].read if row.content else None  # nothing to read in a blank line
     try:
-        text, metadata = read(row.content) if read else (row.content, _numbers(row.kept))
+        text, metadata = read(row.content) if read else (row.content or "", _numbers(row.kept))
     except KeyError as error:
         raise ValueError(f"no column `{error.args[0]}`; there are: {', '.join(row.content)}") from error
     except (TypeError, AttributeError) as error:
@@ -306,18 +308,19 @@ def _make_document(source: Source, file: str, row: Row) -> Document:
 
 
 def _numbers(columns: dict[str, Any]) -> dict[str, float]:
-    """Read columns of numbers; some sets have them as strings."""
-    try:
-        return {key: float(value) if isinstance(value, str) else value + 0 for key, value in columns.items()}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"a column holds no number: {columns}") from error
+    """Return those of the columns that are numbers, or strings of numbers, as some sets have them."""
+    numbers = {}
+    for key, value in columns.items():
+        with contextlib.suppress(ValueError, TypeError):
+            numbers[key] = float(value) if isinstance(value, str) else value + 0
+    return numbers
 
 
 def _below_minimum(source: Source, document: Document) -> str:
     """Return the rule that drops the document, `low_...`; nothing where it passes every threshold."""
     for key, least in source.minimums.items():
-        if key not in document.metadata:
-            raise ValueError(f"no `{key}`, which has a minimum")
-        if not document.metadata[key] >= least:  # NaN is below, too
+        if document.text and key not in document.metadata:
+            raise ValueError(f"`{key}` has a minimum, and is no number here")
+        if not document.metadata.get(key, least) >= least:  # NaN is below, too
             return f"low_{key}"
     return ""
