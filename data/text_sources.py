@@ -34,8 +34,12 @@ from .text_files import Row, find_files, is_data_file, is_url, progress_bar, rea
 from .text_readers import COLUMNS, HUB_NAMES, READERS, Reader
 
 
-def is_strings(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(v, str) for v in value))
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_texts(value: Any) -> bool:
+    return is_text(value) or (isinstance(value, list) and value and all(map(is_text, value)))
 
 
 def is_number(value: Any) -> bool:
@@ -44,19 +48,16 @@ def is_number(value: Any) -> bool:
 
 # What an entry may say, and what is right there. Thresholds, `min_...`, depend on the reader.
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "reader": (lambda value: True, ""),
-    "path": (is_strings, "a path or a list of paths"),
-    "name": (
-        lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value),
-        "letters, digits, `.`, `-`, `_`",
-    ),
-    "language": (lambda value: isinstance(value, str), "a name such as zh"),
+    "reader": (is_text, "its name"),
+    "path": (is_texts, "a path or a list of paths"),
+    "name": (lambda value: is_text(value) and re.fullmatch(r"[\w.-]+", value), "letters, digits, `.`, `-` and `_`"),
+    "language": (is_text, "a name such as zh"),
     "epochs": (lambda value: is_number(value) and value > 0, "a number above 0"),
     "weight": (lambda value: is_number(value) and value > 0, "a number above 0"),
-    "clean": (lambda value: isinstance(value, str), "the name of a profile"),
-    "text_key": (is_strings, "a column or a list of columns"),
+    "clean": (is_text, "the name of a profile"),
+    "text_key": (is_texts, "a column or a list of columns"),
     "txt_sample_by": (lambda value: value in ("document", "line"), "document or line"),
-    "languages": (is_strings, "a folder's name or a list of them"),
+    "languages": (is_texts, "a folder's name or a list of them"),
 }
 
 
@@ -210,8 +211,8 @@ def _download_from_modelscope(url: str) -> list[str]:
     """Fetch ms://OWNER/NAME/GLOB into ModelScope's cache, what is there already excepted, and return the files."""
     from modelscope import dataset_snapshot_download  # takes seconds to import
 
-    owner, name, *rest = url.removeprefix("ms://").split("/")
-    pattern = "/".join(rest)
+    owner, name, pattern = f"{url.removeprefix('ms://')}//".split("/", 2)
+    pattern = pattern.rstrip("/")
     allowed = [pattern, pattern.replace("**/", "")] if pattern else None  # its ** wants at least one folder
     with remote_errors(url):
         folder = dataset_snapshot_download(f"{owner}/{name}", allow_patterns=allowed)
@@ -302,7 +303,7 @@ def _make_document(source: Source, file: str, row: Row) -> Document:
         raise ValueError(f"no column `{error.args[0]}`; there are: {', '.join(row.content)}") from error
     except (TypeError, AttributeError) as error:
         raise ValueError(f"not a row of `{source.reader}`: {error}") from error
-    if error := text_error(text):
+    if read and (error := text_error(text)):  # columns were looked at by read_rows
         raise ValueError(f"the text {error}")
     return Document(text, id=f"{file}:{row.number}", metadata={"source": source.name} | metadata)
 

@@ -290,7 +290,7 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         ("a.jsonl", b'{"text": "\\ud800"}\n', {}, r"a\.jsonl:1: column `text` holds half a surrogate pair"),
         ("a.csv", b"id,text\n1,a, b\n", {}, r"a\.csv:2: the row is longer than the header"),
         ("a.json", b'[{"text": "a"}, 3]', {}, r"a\.json:2: the row is no object but int"),
-        ("a.json", b'[{"text": "a"}', {}, r"a\.json:1: cannot be read: "),
+        ("a.json", b'[{"text": "a"}', {}, r"a\.json: cannot be read: row 1: not valid JSON"),
         ("a.csv", b"id,body\n1,a\n", {}, r"a\.csv: cannot be read: no column `text`; there are: id, body"),
         ("a.csv", b"id,text\n1,a\n2\n", {}, r"a\.csv:3: the row ends before column `text`"),
         ("a.csv", b"text,id\na,1\n\xff,2\n", {}, r"a\.csv:3: not valid UTF-8"),
