@@ -49,7 +49,7 @@ def parse_upvotes(label: str) -> int:
 
 
 def wanjuan(row: dict[str, Any]) -> Text:
-    """Web, news and patents have `content`; exams a question, options, an answer and its explanation."""
+    """Most parts have `content`; exams a question, options, an answer and its explanation."""
     if "q_main" not in row:
         return row["content"], {}
     options = [f"{letter.upper()}. {row[key]}" for letter in "abcde" if row.get(key := f"option_{letter}")]
