@@ -78,7 +78,7 @@ class PretrainDataArguments:
     )
     shard_bytes: int = field(default=100_000_000, metadata={"help": "Text in a shard, after which another begins."})
     batch_chars: int = field(
-        default=200_000, metadata={"help": "Characters tokenised at once, which bounds the memory of a process."}
+        default=50_000, metadata={"help": "Characters tokenised at once, which bounds the memory of a process."}
     )
     tasks: int | None = field(
         default=None, metadata={"help": "Parts the input files are dealt to; null: one an input file."}

@@ -1,6 +1,7 @@
 """Documents to token shards: what is held out, the token files themselves, and the table of their documents."""
 
 import hashlib
+import io
 import json
 from array import array
 from collections.abc import Iterator
@@ -10,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.tokenization import PipelineStepWithTokenizer
+from pyarrow.json import ParseOptions, ReadOptions, read_json
 from transformers import PreTrainedTokenizerBase
 
 from buddygpt.data.stages import documents_path, write_document
 from buddygpt.data.token_shards import documents_file
 from buddygpt.launch import UserError, file_sha256, load_tokenizer
-
-ROWS = 10_000  # of a table of documents that are gathered as Python objects
 
 
 def load_text_tokenizer(name_or_path: str, separator: str) -> PreTrainedTokenizerBase:
@@ -79,7 +80,7 @@ class ShardWriter(PipelineStepWithTokenizer):
     """Writes the documents of a task as shards, and what it wrote to LISTS/{rank:05d}.json.
 
     Nothing that stands in a text becomes a special token. The documents of a shard are in an order that follows from
-    the seed and the task. Memory is that of one batch, and some 200 bytes for each document of a shard.
+    the seed and the task. Memory is that of one batch, and some 200 bytes for every document of a shard.
 
     Args:
         folder: Where the shards go: PREFIX_{rank:05d}_{part:05d}.ds, .ds.index and .documents.parquet.
@@ -190,28 +191,25 @@ def reorder_documents(path: Path, ends: np.ndarray, order: np.ndarray, token_siz
 
 
 class DocumentTable:
-    """What the documents of a shard are: id, length in characters, and every number of their metadata."""
+    """What the documents of a shard are: id, length in characters, and every number of their metadata.
+
+    Rows are kept as JSON: less than Python objects take, and pyarrow reads it without importing pandas (50 MB).
+    """
 
     def __init__(self) -> None:
         self.source: str | None = None
-        self._rows: list[dict[str, Any]] = []
-        self._tables: list[pa.Table] = []
+        self._rows = io.BytesIO()
 
     def add(self, document: Document) -> None:
         self.source = document.metadata["source"]
-        numbers = {key: float(value) for key, value in document.metadata.items() if type(value) in (int, float)}
-        self._rows.append({"id": document.id, "chars": len(document.text), **numbers})
-        if len(self._rows) == ROWS:
-            self._pack()
-
-    def _pack(self) -> None:
-        """Move the rows gathered so far from Python into Arrow, which takes a tenth of the memory."""
-        names = dict.fromkeys(key for row in self._rows for key in row)
-        self._tables.append(pa.table({name: [row.get(name) for row in self._rows] for name in names}))
-        self._rows = []
+        row = {key: float(value) for key, value in document.metadata.items() if type(value) in (int, float)}
+        row |= {"id": document.id, "chars": len(document.text)}
+        self._rows.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
     def write(self, path: Path, order: np.ndarray) -> None:
         """Write the rows in another order, a column for each name that any document has."""
-        self._pack()
-        tables = pa.concat_tables(self._tables, promote_options="permissive")
-        pq.write_table(tables.take(order), path, compression="zstd")
+        self._rows.seek(0)
+        schema = pa.schema([("id", pa.string()), ("chars", pa.int64())])  # a name may look like a date
+        table = read_json(self._rows, ReadOptions(use_threads=False), ParseOptions(explicit_schema=schema))
+        numbers = pa.Array.from_buffers(pa.int64(), len(order), [None, pa.py_buffer(order)])
+        pq.write_table(table.take(numbers), path, compression="zstd", use_dictionary=False)

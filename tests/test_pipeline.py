@@ -1,6 +1,7 @@
 """Is data the same whoever prepares it, however often that is killed, and does what is added leave the rest alone?"""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -14,12 +15,16 @@ from pathlib import Path
 import dill
 import pyarrow.parquet as pq
 import pytest
+from datatrove.pipeline.dedup import MinhashDedupBuckets
 from test_pretrain_data import byte_tokenizer, documents, write_jsonl
 from transformers import AutoTokenizer
 
-from buddygpt.data import prepare_pretrain
+from buddygpt.data import finish_shards, prepare_pretrain, stages, write_shards
+from buddygpt.data.deduplication import DuplicateClusters, DuplicateSignature
+from buddygpt.data.finish_shards import Publisher
 from buddygpt.data.stages import lock
 from buddygpt.data.token_shards import TokenShards, documents_file, read_manifest, verify_shards
+from buddygpt.data.write_shards import DocumentTable, HoldOut
 from buddygpt.launch import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare_pretrain.py"
@@ -82,34 +87,50 @@ def test_the_table_beside_a_shard_names_its_documents_in_its_order(config, monke
     assert (out / "report.md").exists()
 
 
-def killed_after(seconds: float, config: Path, *arguments: object) -> bool:
-    """Run the script in a child process that is killed after so long; return whether it had ended before."""
+KILLS = [  # when the n-th call of a function begins, stage by stage
+    (stages, "write_document", 40),
+    (DuplicateSignature, "get_signature", 200),
+    (MinhashDedupBuckets, "run", 1),
+    (DuplicateClusters, "run", 1),
+    (HoldOut, "run", 2),
+    (DocumentTable, "add", 50),
+    (write_shards, "reorder_documents", 2),
+    (DocumentTable, "write", 3),
+    (write_shards, "file_sha256", 4),
+    (finish_shards, "achieve_mixture", 2),
+    (finish_shards, "write_report", 1),
+    (Publisher, "run", 1),
+    (shutil, "rmtree", 1),
+]
+
+
+def is_killed(config: Path, owner: object, name: str, calls: int) -> bool:
+    """Run the script in a process of its own that is killed at such a call; return whether it came to that."""
     child = os.fork()
-    if child == 0:
-        sys.argv = ["prepare_pretrain.py", "--config", *map(str, [config, *arguments])]
-        try:
-            os.setsid()
-            prepare_pretrain.main()
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    stop = time.monotonic() + seconds
-    while time.monotonic() < stop:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return True
-        time.sleep(0.005)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    function, count = getattr(owner, name), itertools.count(1)
+
+    def kill(*args: object, **kwargs: object) -> object:
+        if next(count) == calls:
+            os.killpg(0, signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    with contextlib.suppress(BaseException):
+        os.setsid()
+        setattr(owner, name, kill)
+        sys.argv = ["prepare_pretrain.py", "--config", str(config)]
+        prepare_pretrain.main()
+    os._exit(0)
 
 
-def test_a_run_killed_again_and_again_ends_as_one_that_was_not(config, monkeypatch, tmp_path):
+def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(config, monkeypatch, tmp_path):
     whole = content(prepare(config("whole"), monkeypatch))
-    killed, seconds, kills = config("killed"), 0.2, 0
-    while not killed_after(seconds, killed):
-        kills, seconds = kills + 1, seconds * 1.1
-    assert kills > 5
+    path = config("killed")
+    for owner, name, calls in KILLS:
+        assert is_killed(path, owner, name, calls), name
+        assert (tmp_path / "killed").exists() == (name == "rmtree")
+    prepare(path, monkeypatch)
     assert content(tmp_path / "killed") == whole
     assert not (tmp_path / "killed.partial").exists()
 
