@@ -2,12 +2,16 @@
 
 import json
 import os
+import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl.chat_template_utils import (
     get_training_chat_template,
     is_chat_template_prefix_preserving,
@@ -15,13 +19,17 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
+from buddygpt.data.text_files import read_rows
 from buddygpt.launch import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT / "tokenizer"))
+sys.path[:0] = [str(ROOT / "tokenizer"), str(ROOT / "export")]
+import byte_level_bpe  # noqa: E402
 import measure_tokenizer  # noqa: E402
 import train_tokenizer  # noqa: E402
+from byte_level_bpe import PATTERN  # noqa: E402
+from gguf_tokenizer import PRE_TOKENIZERS  # noqa: E402
 
 TEXTS = [
     "春天到了，院子里的桃花开了。孩子们在树下读书、唱歌。",
@@ -87,20 +95,60 @@ def test_text_is_split_between_scripts_and_digits(tokenizer):
         return [text[start:end] for _, (start, end) in split.pre_tokenize_str(text)]
 
     assert pieces("你好，world！我们use Python3.11编程。") == [
-        *("你好", "，", "world", "！", "我们", "use", " Python", "3", ".", "1", "1", "编程", "。")
+        *("你好", "，world", "！我们use", " Python", "3", ".", "1", "1", "编程", "。")
     ]
     assert pieces("x = self._size[10]\n        return") == [
         *("x", " =", " self", "._", "size", "[", "1", "0", "]\n", "       ", " return")
     ]
-    assert pieces("二〇二六年 １２") == ["二〇二六年", " ", "１", "２"]
+    assert pieces("二〇二六年 １２") == ["二", "〇", "二六年", " ", "１", "２"]
 
 
-def test_no_entry_mixes_chinese_with_anything(tokenizer):
-    for token in tokenizer.get_vocab():
-        text = tokenizer.convert_tokens_to_string([token])
-        if any("\u4e00" <= char <= "\u9fff" for char in text):
-            assert "\ufffd" in text or (text.isalnum() and not any(char.isascii() for char in text))
+def test_text_is_split_as_llama_cpp_can():
+    assert PRE_TOKENIZERS["qwen2"] == [PATTERN]
+
+
+def test_entries_are_characters_and_their_beginnings(tokenizer):
+    byte = {char: value for value, char in byte_level_bpe.BYTES.items()}
+    for token in sorted(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()):
+        data = bytes(byte[char] for char in token)
+        text = data.decode(errors="ignore")
+        assert len(data) == 1 or text.encode() == data or (not text and data[0] >= 0xC0)
         assert sum(char.isdigit() for char in text) <= 1
+        if any("\u4e00" <= char <= "\u9fff" for char in text):
+            assert not any(char.isascii() and char.isalpha() for char in text)
+
+
+def test_rare_characters_digits_and_indentation(tokenizer):
+    for text in ("龘𠮷㐀", "👨‍👩‍👧‍👦 👍🏽 ❤️‍🔥", "1234567", "\tif x:\n            pass\n"):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text and len(ids) <= len(text.encode())
+    assert len(tokenizer("1234567").input_ids) == 7
+
+
+def test_an_entry_is_given_to_characters_that_are_worth_it():
+    counts = byte_level_bpe.count_characters(["的" * 999 + "é" * 30 + "龘"])
+    assert (counts[ord("的")], counts[ord("é")], counts.sum()) == (999, 30, 1030)
+    characters, built = byte_level_bpe.choose_characters(counts, 1000, 2)
+    assert characters[128:] == ["的", "é"] and built == ["的".encode()[:2], "的".encode(), "é".encode()]
+    assert byte_level_bpe.choose_characters(counts, len(byte_level_bpe.FIXED) + 2, 2)[1] == built[:2]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_is_bounded_by_the_text_that_is_read(tmp_path):
+    words = ["".join(random.Random(i).choices([chr(0x4E00 + k) for k in range(3000)], k=2)) for i in range(20_000)]
+    texts = ["".join(random.Random(i).choices(words, k=500)) for i in range(2000)]  # 6 MB, no two runs alike
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import train_tokenizer\n"
+        "def kb(key): return int(open('/proc/self/status').read().split(key + ':')[1].split()[0])\n"
+        "open('/proc/self/clear_refs', 'w').write('5'); before = kb('VmRSS')\n"
+        "sys.argv = ['x', *sys.argv[2:]]; train_tokenizer.main(); print((kb('VmHWM') - before) * 1024)"
+    )
+    options = ["--files", write_jsonl(tmp_path / "a.jsonl", texts), "--output", tmp_path / "out"]
+    options += ["--vocab_size", "6000", "--max_bytes", "3000000"]
+    command = [sys.executable, "-c", script, ROOT / "tokenizer", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 85 * 3_000_000  # 400 MB if all were read; real text takes half
 
 
 def test_special_tokens_are_distinct_and_whole(tokenizer):
@@ -108,7 +156,7 @@ def test_special_tokens_are_distinct_and_whole(tokenizer):
     separator = tokenizer.document_separator_token
     assert [separator, tokenizer.eos_token, tokenizer.pad_token] == ["<|endoftext|>", "<|im_end|>", "<|pad|>"]
     assert tokenizer.bos_token is None
-    names = train_tokenizer.SPECIAL_TOKENS + train_tokenizer.TOOL_TOKENS
+    names = byte_level_bpe.SPECIAL_TOKENS + byte_level_bpe.TOOL_TOKENS
     assert [tokenizer(name).input_ids for name in names] == [[i] for i in range(8)]
     assert tokenizer.model_max_length == 32768
     call = tokenizer("<tool_call>{}</tool_call><|im_end|>").input_ids
@@ -262,3 +310,122 @@ def test_real_chinese_takes_fewer_tokens_than_characters(tmp_path, monkeypatch, 
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| zh |" in line]
     assert [row[1].strip() for row in rows] == ["wiki", "qwen2.5"]
     assert all(float(row[4]) > 1 for row in rows)
+
+
+def train_on(tmp_path, monkeypatch, name: str, texts: list[str], *options) -> Path:
+    """A tokenizer folder made from texts, by training or by pruning."""
+    file = write_jsonl(tmp_path / f"{name}.jsonl", texts)
+    run(train_tokenizer, monkeypatch, "--files", file, "--output", tmp_path / name, *options)
+    return tmp_path / name
+
+
+def read_pair(source: Path, made: Path):
+    """A tokenizer, what became of it, and old id -> new id; the order of the ids is the same."""
+    old_ids = json.loads((made / "old_ids.json").read_text())
+    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(made)
+    assert old_ids == sorted(set(old_ids)) and len(old_ids) == len(after)
+    assert before.convert_ids_to_tokens(old_ids) == after.convert_ids_to_tokens(range(len(after)))
+    return before, after, {old: new for new, old in enumerate(old_ids)}
+
+
+def count_same(before, after, new_ids: dict[int, int], texts: list[str]) -> int:
+    """How many texts have kept all their tokens; those are tokenized as before."""
+    same = 0
+    for text in texts:
+        ids = before(text).input_ids
+        if set(ids) <= new_ids.keys():
+            assert after(text).input_ids == [new_ids[i] for i in ids]
+            same += 1
+    return same
+
+
+def test_pruning_keeps_what_the_text_uses(folder, tmp_path, monkeypatch, capsys):
+    used = [f"{TEXTS[0]}{i}" for i in range(100)]
+    made = train_on(tmp_path, monkeypatch, "cut", used, "--prune-from", folder, "--vocab_size", 300)
+    assert re.search(
+        r"300 of 400 entries\nheld-out text of [\d,]+ bytes: \+\d+\.\d\d% tokens", capsys.readouterr().out
+    )
+    before, after, new_ids = read_pair(folder, made)
+    assert after.get_added_vocab().keys() == before.get_added_vocab().keys()
+    names = ["<|endoftext|>", "<|im_end|>", "<|pad|>"]
+    assert [after.document_separator_token, after.eos_token, after.pad_token] == names
+    assert after.chat_template == before.chat_template and after.model_max_length == before.model_max_length
+    pieces = [text[start:end] for text in TEXTS for start in range(20) for end in range(start, 30)]
+    assert 50 < count_same(before, after, new_ids, pieces) < len(pieces)
+    planes = "".join(chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000)
+    assert after.decode(after(planes).input_ids) == planes
+
+
+def test_a_pruned_vocabulary_is_consistent(folder, tmp_path, monkeypatch):
+    made = train_on(tmp_path, monkeypatch, "cut", TEXTS * 3, "--prune_from", folder, "--vocab_size", 320)
+    model = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    made_by_merges = {left + right for left, right in model["merges"]}
+    assert {part for pair in model["merges"] for part in pair} | made_by_merges <= model["vocab"].keys()
+    assert len(model["vocab"]) == 320 == len(byte_level_bpe.FIXED) + len(made_by_merges)
+
+
+def test_pruning_says_where_the_text_uses_fewer(folder, tmp_path, monkeypatch, capsys):
+    made = train_on(tmp_path, monkeypatch, "cut", ["春天到了"] * 9, "--prune_from", folder, "--vocab_size", 390)
+    out = capsys.readouterr().out
+    assert "warning: the text uses no more than these; `vocab_size` was 390" in out
+    before, after, new_ids = read_pair(folder, made)
+    assert len(after) < 300 and count_same(before, after, new_ids, ["春天到了"]) == 1
+
+
+def test_pruning_a_tokenizer_of_another_make(tmp_path, monkeypatch):
+    """Several merges for one entry, words before merges, a beginning-of-text token, holes: as in Llama 3."""
+    entries = [*byte_level_bpe.BYTES.values(), "xy", "ab", "bc", "abc", "cd", "abcd", "word", "<s>"]
+    merges = [("x", "y"), ("b", "c"), ("a", "b"), ("c", "d"), ("ab", "c"), ("a", "bc"), ("ab", "cd"), ("abc", "d")]
+    backend = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, merges, ignore_merges=True))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.Sequence(
+        [processors.ByteLevel(), processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", len(entries) - 1)])]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path / "source")
+    texts = [["abcd", "word"][i % 2] for i in range(60)]
+    made = train_on(tmp_path, monkeypatch, "cut", texts, "--prune_from", tmp_path / "source", "--vocab_size", 270)
+    before, after, new_ids = read_pair(tmp_path / "source", made)
+    assert {"abcd", "abc", "bc", "word"} <= after.get_vocab().keys()
+    assert after.get_vocab().keys().isdisjoint({"xy", "ab", "cd"}) and after.chat_template is None
+    assert after("abcd").input_ids[0] == after.bos_token_id == len(after) - 1
+    assert count_same(before, after, new_ids, ["abcd", "xbcx", "abcde", "wordabcd", "abxy", "word word"]) == 5
+
+
+def test_pruning_gives_our_template_to_chatml_without_one(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").unlink()
+    made = train_on(tmp_path, monkeypatch, "cut", TEXTS, "--prune_from", tmp_path / "bare", "--vocab_size", 300)
+    expected = train_tokenizer.CHAT_TEMPLATE.read_text(encoding="utf-8")
+    assert AutoTokenizer.from_pretrained(made).chat_template == expected
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (None, "cannot read a tokenizer from"),
+        (models.WordLevel({"a": 0}, unk_token="a"), "is WordLevel; only byte-level BPE can be cut"),
+        (models.BPE({"a": 0, "b": 1}, []), "BPE, but not byte-level: 254 of 256 bytes have no entry"),
+        (models.BPE({char: i for i, char in enumerate(byte_level_bpe.BYTES.values())}, []), "255 is below the 256 of"),
+    ],
+)
+def test_what_cannot_be_pruned_is_named(model, message, tmp_path, monkeypatch):
+    if model:
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=message):
+        train_on(tmp_path, monkeypatch, "cut", ["a"], "--prune_from", tmp_path / "source", "--vocab_size", 255)
+    assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
+def test_qwen_is_pruned_to_a_chinese_vocabulary(tmp_path, monkeypatch, capsys):
+    file, qwen = DATA / "pretrain" / "wanjuan_zh_web_sample.jsonl.gz", DATA / "tokenizers" / "qwen2.5"
+    options = ["--text_column", "content", "--vocab_size", 16384, "--output", tmp_path / "cut", "--prune-from", qwen]
+    run(train_tokenizer, monkeypatch, "--files", file, *options)
+    cost = re.search(r"\+(\d\.\d\d)% tokens", capsys.readouterr().out)
+    assert float(cost[1]) < 5
+    before, after, new_ids = read_pair(qwen, tmp_path / "cut")
+    lines = [line for row in read_rows(file, ["content"]) for line in row.content.split("\n")]
+    assert count_same(before, after, new_ids, lines) > len(lines) / 2
+    text = "e\u0301 龘 👨‍👩‍👧‍👦 １２"  # composed by the normaliser that it has kept
+    assert after.decode(after(text).input_ids) == before.decode(before(text).input_ids)
