@@ -62,7 +62,7 @@ class ManifestWriter(PipelineStep):
         folder, plan = self.work / "result" / split, self.plan
         old, new = self._old_manifest(split), self._read_lists(split)
         shards = [*old["shards"], *new]
-        generation = {key: plan[key] for key in ("inputs", "config", "profiles")}
+        generation = {key: plan[key] for key in ("inputs", "config", "clean", "profiles", "exams")}
         manifest = {
             "format_version": FORMAT_VERSION,
             **plan["tokens"],

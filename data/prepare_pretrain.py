@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from buddygpt.data.cleaning_report import ExampleWriter
 from buddygpt.data.deduplication import duplicate_filter, duplicate_stages
 from buddygpt.data.finish_shards import ManifestWriter, Publisher
 from buddygpt.data.stages import DocumentReader, DocumentWriter, Stage, lock, run_stages
+from buddygpt.data.text_files import find_files
 from buddygpt.data.text_sources import Source, SourceReader, describe_file, read_sources
 from buddygpt.data.token_shards import MANIFEST, TokenShards, read_manifest, tokenizer_fingerprint
 from buddygpt.data.write_shards import HoldOut, ShardWriter, load_text_tokenizer, raw_text_tokenizer, token_dtype
@@ -117,13 +119,15 @@ def make_plan(
         inputs = find_new_inputs(inputs, base["inputs"])
     new = {entry["file"] for entry in inputs}
     parts = [(source.name, part) for source in sources for part in split_files(source, new, args.tasks, len(new))]
-    wishes = ("language", "epochs", "weight", "clean")
+    wishes = ("language", "epochs", "weight")
     return {
         "config": {key: value for key, value in asdict(args).items() if key not in MEANS_NOTHING_TO_SHARDS},
         "generation": len(base["generations"]) if base else 0,
         "inputs": inputs,
         "assignments": parts,
         "sources": {source.name: {key: getattr(source, key) for key in wishes} for source in sources},
+        "clean": {source.name: source.clean for source in sources},
+        "exams": [describe_file(str(file)) for file in find_files(args.decontaminate)],
         "profiles": {name: asdict(load_profile(name)) for name in sorted({source.clean for source in sources})},
         "tokens": {
             "tokenizer": args.tokenizer,
@@ -160,10 +164,13 @@ def check_base(plan: dict[str, Any], base: dict[str, Any], output: Path) -> None
         was, now = base["config"][key], plan["config"][key]
         if was != now:
             raise UserError(f"append: {output} was made with `{key}: {was}`, not {now}. Use that, or another `output`")
-    made = base["generations"][-1]
-    for name in plan["profiles"]:
-        if made["profiles"].get(name, plan["profiles"][name]) != plan["profiles"][name]:
-            raise UserError(f"append: the profile {name} is not what {output} was made with. Bring it back")
+    for made in base["generations"]:
+        for source, name in plan["clean"].items():
+            if made["clean"].get(source, name) != name:
+                raise UserError(f"append: source {source} was made with `clean: {made['clean'][source]}`, not {name}")
+        for name, profile in plan["profiles"].items():
+            if made["profiles"].get(name, profile) != profile:
+                raise UserError(f"append: the profile {name} is not what {output} was made with. Bring it back")
 
 
 def is_made_already(output: Path, plan: dict[str, Any]) -> bool:
@@ -173,20 +180,17 @@ def is_made_already(output: Path, plan: dict[str, Any]) -> bool:
     if not (output / "train" / MANIFEST).is_file():
         raise UserError(f"{output} exists and is no folder of shards; choose another `output`")
     made = read_manifest(output / "train")
-    old = made["config"] | {"tokenizer_sha256": made["tokenizer_sha256"], "inputs": _by_name(made["inputs"])}
-    new = plan["config"] | {key: plan["tokens"][key] for key in ("tokenizer_sha256",)}
-    new |= {"inputs": _by_name(plan["inputs"])}
-    old["profiles"], new["profiles"] = made["generations"][-1]["profiles"], plan["profiles"]
-    if changed := [key for key in new if old.get(key) != new[key]]:
+    old = made["config"] | {key: made["generations"][-1][key] for key in ("profiles", "exams")}
+    new = plan["config"] | {key: plan[key] for key in ("profiles", "exams")}
+    for each, inputs, tokens in ((old, made["inputs"], made), (new, plan["inputs"], plan["tokens"])):
+        each["inputs"] = sorted(inputs, key=itemgetter("file"))
+        each["tokenizer_sha256"] = tokens["tokenizer_sha256"]
+    if changed := [key for key in new if new[key] != old.get(key)]:
         raise UserError(
             f"{output} was made with other {', '.join(changed)}. Delete it, choose another `output`, or, where input "
             "files came along, add them with `--append true`."
         )
     return True
-
-
-def _by_name(inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(inputs, key=lambda entry: entry["file"])
 
 
 def open_work_folder(partial: Path, plan: dict[str, Any], tokenizer: str) -> Path:
@@ -245,7 +249,7 @@ def make_stages(
     tokenise = [DocumentReader(documents)]
     if args.deduplicate != "none":
         stages += duplicate_stages(args.deduplicate, work, tasks, output / "index" if args.append else None)
-        tokenise.append(duplicate_filter(work, examples("duplicates")))
+        tokenise.append(duplicate_filter(args.deduplicate, work, examples("duplicates")))
     if args.eval_fraction:
         tokenise.append(HoldOut(args.eval_fraction, held_out))
     stages.append(Stage("tokenise", [*tokenise, writer("train")], tasks))

@@ -15,7 +15,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} TOKENIZERS_PARALLELISM=false
 
 stage tokenizer   python tokenizer/train_tokenizer.py --config tokenizer/configs/real-text.yaml \
     --files "$DATA"/pretrain/zh_*.jsonl.gz "$DATA"/pretrain/en_*.jsonl.gz
-stage shards      python data/prepare_pretrain.py --config data/configs/real-text.yaml --sources "$DATA/pretrain/*"
+ln -sfn "$DATA" $OUT/data
+stage shards      python data/prepare_pretrain.py --config data/configs/real-text.yaml
 stage sft_rows    python data/convert_chat.py --kind sft --on_bad_row skip --eval_fraction 0.02 \
     --input "$DATA"/sft/{alpaca_zh_demo,alpaca_en_demo,identity,belle_2m_cn_sample,belle_3.5m_cn_sample}.json \
     "$DATA"/sft/{firefly_1.1m_sample,v1_sft_demo}.jsonl "$DATA"/sft/alpaca_chinese_part00.jsonl.gz \

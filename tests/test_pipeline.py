@@ -252,10 +252,15 @@ def test_adding_that_is_killed_leaves_what_was_or_what_shall_be(grown, monkeypat
         ({"document_separator": "<|im_end|>"}, r"made with `document_separator: <\|endoftext\|>`, not <\|im_end\|>"),
         ({"clean": "text"}, "made with `clean: none`, not text"),
         ({"deduplicate": "none"}, "made with `deduplicate: exact`, not none"),
+        (
+            {"sources": [{"name": "0", "path": "0.jsonl", "clean": "text"}]},
+            "source 0 was made with `clean: none`, not",
+        ),
     ],
 )
 def test_what_is_of_another_kind_is_not_added(change, message, grown, config, monkeypatch):
     before = content(grown[0])
+    monkeypatch.chdir(grown[0].parent)
     with pytest.raises(UserError, match=message):
         prepare(config("out", **change), monkeypatch, "--append", "true")
     assert content(grown[0]) == before and not grown[0].with_name("out.partial").exists()
