@@ -1,65 +1,145 @@
-"""Instruction and preference rows in their standard forms (see chat_schemas.py) as memory-mapped data sets."""
+"""Instruction and preference rows in their standard forms (see chat_rules.py) as memory-mapped data sets."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Json, List, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedTokenizerBase
 
 from buddygpt.launch import UserError
 
-from .chat_schemas import BadRow, check_row
+from .chat_rules import FORMS, BadRow, check_row
+from .chat_tokens import find_faults, special_tokens, tokenise
 from .text_files import find_files, read_rows
 
-# One JSON text a message: an Arrow struct would give every message the keys of all others, filled with None.
-FEATURES = {
-    "sft": Features({"messages": List(Json()), "tools": List(Json())}),
-    "preference": Features({key: List(Json()) for key in ("prompt", "chosen", "rejected")}),
-}
+STAGES = {"sft": "sft", "preference": "dpo"}  # as data/doctor.py names them
 
 
-def _standard_rows(path: Path, kind: str, version: int) -> Iterator[dict[str, Any]]:
-    number = 0
-    for number, row, fault in read_rows(path):
-        try:
-            if fault:
-                raise BadRow(fault)
-            check_row(row, kind)
-        except BadRow as error:
-            raise UserError(
-                f"{path}:{number}: {error}. Mend or convert the file: "
-                f"python data/convert_chat.py --kind {kind} --input {path} --output NEW.jsonl"
-            ) from error
-        yield {key: row.get(key) for key in FEATURES[kind]}
-    if not number:
-        raise UserError(f"{path} is empty")
-
-
-def _load(patterns: list[str], kind: str) -> Dataset:
-    parts = []
-    for path in find_files(patterns):
-        # The time of the last change is part of the cache's key, so that an edited file is read anew.
-        source = {"path": path.absolute(), "kind": kind, "version": path.stat().st_mtime_ns}
-        try:
-            parts.append(Dataset.from_generator(_standard_rows, features=FEATURES[kind], gen_kwargs=source))
-        except DatasetGenerationError as error:
-            raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-    return concatenate_datasets(parts)
-
-
-def load_messages(files: list[str]) -> Dataset:
+def load_messages(files: list[str], **options: Any) -> Dataset:
     """Load instruction rows: columns `messages` and `tools` (None where a row has none), all other keys dropped.
 
     Args:
         files: Names or globs of jsonl or parquet files in the standard form. Read once, then mapped from the cache.
+        options: Those of [`require_fit`], to refuse what data/doctor.py finds not fit.
 
     Raises:
-        UserError: A missing, empty or malformed file, or a row that is not in the standard form; with file and row.
+        UserError: A missing, empty or malformed file, a row that is not in the standard form, with file and row; or
+            the rows are not fit.
     """
-    return _load(files, "sft")
+    return _load(files, "sft", **options)
 
 
-def load_preferences(files: list[str]) -> Dataset:
-    """Load preference rows: columns `prompt`, `chosen` and `rejected`. Otherwise as [`load_messages`]."""
-    return _load(files, "preference")
+def load_preferences(files: list[str], **options: Any) -> Dataset:
+    """Load preference rows: columns `prompt`, `chosen`, `rejected` and `tools`. Otherwise as [`load_messages`]."""
+    return _load(files, "preference", **options)
+
+
+def require_fit(
+    dataset: Dataset,
+    kind: str,
+    files: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    assistant_only: bool = True,
+    force: bool = False,
+) -> None:
+    """Refuse rows of which nothing would be learnt, or that are all cut; the doctor's verdict, found by a few rows.
+
+    Args:
+        dataset: Rows that keep the rules.
+        tokenizer: Of the model to train; with its chat template.
+        max_length: Tokens that the trainer keeps of a row; None for all.
+        assistant_only: Whether instructions carry loss on the assistant's words alone.
+        force: Say so, and go on.
+
+    Raises:
+        UserError: The rows are not fit; with the command that shows why.
+    """
+    trained_on, uncut = False, max_length is None
+    for row in dataset:
+        for ids, loss in tokenise(row, kind, tokenizer, assistant_only):
+            trained_on = trained_on or any(loss[:max_length])
+            uncut = uncut or len(ids) <= max_length
+        if trained_on and uncut:
+            return
+    limit = f" --max_length {max_length}" if max_length else ""
+    fault = (
+        f"{', '.join(files)}: not fit: {'; '.join(find_faults(0, trained_on, uncut, max_length))}. See: "
+        f"{_doctor(' '.join(files), kind)} --tokenizer {tokenizer.name_or_path}{limit}"
+    )
+    if not force:
+        raise UserError(f"{fault}. Mend the rows, or give --train_on_unfit_data true")
+    _warn(fault)
+
+
+def _load(
+    patterns: list[str],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Dataset:
+    tokens = special_tokens(tokenizer) if tokenizer else ()
+    parts = []
+    for path in find_files(patterns):
+        # The time of the last change is part of the cache's key, so that an edited file is read anew.
+        version = path.stat().st_mtime_ns
+        source = {"path": path.absolute(), "kind": kind, "tokens": tokens, "force": force, "version": version}
+        try:
+            parts.append(Dataset.from_generator(_standard_rows, features=_features(kind), gen_kwargs=source))
+        except DatasetGenerationError as error:
+            raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+        if force:
+            parts[-1] = _without_bad_rows(parts[-1], path, kind)
+    dataset = concatenate_datasets(parts).remove_columns("fault")
+    if tokenizer:
+        require_fit(dataset, kind, patterns, tokenizer, force=force, **options)
+    return dataset
+
+
+def _features(kind: str) -> Features:
+    # One JSON text a message: an Arrow struct would give every message the keys of all others, filled with None.
+    return Features({**{key: List(Json()) for key in (*FORMS[kind], "tools")}, "fault": Value("string")})
+
+
+def _standard_rows(path: Path, kind: str, tokens: tuple[str, ...], force: bool, version: int) -> Iterator[dict]:
+    row = None
+    for row in read_rows(path):
+        content, fault = row.content, row.error
+        try:
+            if fault:
+                raise BadRow(fault)
+            check_row(content, kind, tokens)
+        except BadRow as error:
+            if not force:
+                raise UserError(
+                    f"{path}:{row.number}: {error}. See all bad rows: {_doctor(path, kind)}. Mend or convert the "
+                    f"file: python data/convert_chat.py --kind {kind} --input {path} --output NEW.jsonl; "
+                    "or leave bad rows out with --train_on_unfit_data true"
+                ) from error
+            content, fault = {}, f"{row.number}: {error}"
+        yield {key: content.get(key) for key in (*FORMS[kind], "tools")} | {"fault": fault}
+    if row is None:
+        raise UserError(f"{path} is empty")
+
+
+def _without_bad_rows(rows: Dataset, path: Path, kind: str) -> Dataset:
+    faults = rows["fault"][:]
+    bad = [fault for fault in faults if fault]
+    if len(bad) == len(faults):
+        raise UserError(f"{path}: every row is bad, first {path}:{bad[0]}. See: {_doctor(path, kind)}")
+    if bad:
+        _warn(f"{path}: {len(bad):,} of {len(faults):,} rows are bad and left out, first {path}:{bad[0]}")
+    return rows.select([number for number, fault in enumerate(faults) if not fault])
+
+
+def _doctor(files: object, kind: str) -> str:
+    return f"python data/doctor.py {files} --stage {STAGES[kind]}"
+
+
+def _warn(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # every process loads the rows
+        print(f"warning: {message}")

@@ -1,17 +1,19 @@
-"""Rows of public instruction and preference data sets to the two standard forms, and the rules both forms obey.
+"""Readers of the schemas in which instruction and preference data is published, into the forms of chat_rules.py.
 
-Standard forms (a message is `{"role", "content"}`, an assistant's may carry `tool_calls` in the OpenAI form):
-
-    sft          {"messages": [message, ...]}, optionally "tools": [{"type": "function", "function": {...}}]
-    preference   {"prompt": [message, ...], "chosen": [message], "rejected": [message]}
-
-A new schema is one function under `@schema(name, kind, keys)`; `data/convert_chat.py` finds it by the keys.
+A new schema is one function under `@schema(name, kind, keys)`; a file's schema is recognised by the keys of its rows.
 """
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from buddygpt.launch import UserError
+
+from .chat_rules import FORMS, BadRow, check_row, neutralise
+from .text_files import Row
 
 ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -19,51 +21,122 @@ ROLES = {
     **dict.fromkeys(("observation", "tool"), "tool"),
     "system": "system",
 }
-# Which turn may follow which; "call" is an assistant's turn that calls tools.
-NEXT = {
-    "start": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant", "call"),
-    "call": ("tool",),
-    "tool": ("tool", "assistant", "call"),
-    "assistant": ("user",),
-}
-SPECIAL_TOKEN = re.compile(r"<\|(im_start|im_end|endoftext|pad)\|>")
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-
-
-class BadRow(ValueError):
-    """A row that cannot be trained on; the message is the reason."""
+MOSS_TURN = re.compile(r"(?:<\|[\w ]+\|>:)?\s*(.*?)\s*(?:<eo[a-z]>)?\s*", re.DOTALL)
+ROWS_LOOKED_AT = 100  # to recognise a file's schema
 
 
 class Schema(NamedTuple):
-    """One form of row: rows that have all `keys` are read by `read` into the standard form of `kind`."""
+    """One form of row: rows with all `keys`, of the types named, are read by `read` into rows of `kind`."""
 
     name: str
     kind: str
     keys: frozenset[str]
-    read: Callable[[dict[str, Any]], dict[str, Any]]
+    types: dict[str, type]
+    read: Callable[[dict[str, Any]], dict[str, Any] | list[dict[str, Any]]]
+
+    def fits(self, row: dict[str, Any]) -> bool:
+        return self.keys <= row.keys() and all(isinstance(row[key], type) for key, type in self.types.items())
 
 
 SCHEMAS: dict[str, Schema] = {}
 
 
-def schema(name: str, kind: str, keys: str) -> Callable:
+def schema(name: str, kind: str, keys: str, **types: type) -> Callable:
     def register(read: Callable) -> Callable:
-        SCHEMAS[name] = Schema(name, kind, frozenset(keys.split()), read)
+        SCHEMAS[name] = Schema(name, kind, frozenset(keys.split()), types, read)
         return read
 
     return register
 
 
-def recognise(row: dict[str, Any], kind: str) -> list[Schema]:
-    """Return the schemas of `kind` whose keys `row` has, without those whose keys another match includes."""
-    matches = [entry for entry in SCHEMAS.values() if entry.kind == kind and entry.keys <= row.keys()]
-    return [entry for entry in matches if not any(entry.keys < other.keys for other in matches)]
+def recognise(row: dict[str, Any], kind: str | None = None) -> list[Schema]:
+    """Return the schemas that `row` fits, without those whose keys another includes.
+
+    Args:
+        kind: "sft", "kto" or "preference"; None for the last of these that the row fits any schema of.
+    """
+    matches = [entry for entry in SCHEMAS.values() if kind in (None, entry.kind) and entry.fits(row)]
+    matches = [entry for entry in matches if not any(entry.keys < other.keys for other in matches)]
+    last = max((list(FORMS).index(entry.kind) for entry in matches), default=None)
+    return [entry for entry in matches if entry.kind == list(FORMS)[last]]
+
+
+def show(row: Any) -> str:
+    """The beginning of a row, for an error of one line."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def find_schema(path: Path, rows: Iterable[Row], kind: str | None = None) -> Schema:
+    """Return the one schema that the first rows of a file fit; rows that fit none may stand between.
+
+    Raises:
+        UserError: A row fits several schemas, or another than those before, or no row fits any; with the row.
+    """
+    first, found, unreadable = None, None, None
+    for row in islice(rows, ROWS_LOOKED_AT):
+        if row.error:
+            unreadable = unreadable or row
+            continue
+        first = first or row
+        matches = recognise(row.content, kind)
+        if len(matches) > 1:
+            names = ", ".join(entry.name for entry in matches)
+            raise UserError(f"{path}:{row.number}: fits several schemas ({names}): {show(row.content)}. Give --schema")
+        if found and matches and matches[0] != found:
+            _refuse_mixture(path, row, found, matches[0])
+        found = found or (matches[0] if matches else None)
+    if first is None:
+        raise UserError(f"{path}:{unreadable.number}: {unreadable.error}" if unreadable else f"{path} is empty")
+    if found is None:
+        entries = [entry for entry in SCHEMAS.values() if kind in (None, entry.kind)]
+        known = "; ".join(f"{entry.name} ({', '.join(sorted(entry.keys))})" for entry in entries)
+        row = f"{path}:{first.number}: fits no schema; its keys: {', '.join(first.content)}; {show(first.content)}"
+        raise UserError(f"{row}. Give --schema, one of: {known}")
+    return found
+
+
+def require_schema(path: Path, row: Row, schema: Schema, kind: str | None = None) -> None:
+    """Raise [`UserError`] if a later row of a file fits another schema than the rows before."""
+    matches = recognise(row.content, kind)
+    if matches and schema not in matches:
+        _refuse_mixture(path, row, schema, matches[0])
+
+
+def _refuse_mixture(path: Path, row: Row, schema: Schema, other: Schema) -> None:
+    raise UserError(
+        f"{path}:{row.number}: a row of schema {other.name} after rows of {schema.name}: {show(row.content)}. "
+        f"Split the file, or read the rows of one schema with --schema {schema.name}"
+    )
+
+
+def convert(row: dict[str, Any], schema: Schema) -> tuple[list[dict[str, Any]], int]:
+    """Return what a row stands for in standard form, and how many special tokens were neutralised in it.
+
+    Raises:
+        BadRow: It does not have the keys or types of the schema, or breaks a rule; with the reason.
+    """
+    if missing := schema.keys - row.keys():
+        raise BadRow(f"no key {' and '.join(sorted(missing))}, unlike the schema {schema.name}")
+    try:
+        rows = schema.read(row)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, BadRow):
+            raise
+        raise BadRow(f"does not have the types of the schema {schema.name}") from error
+    pairs = [neutralise(standard) for standard in (rows if isinstance(rows, list) else [rows])]
+    for standard, _ in pairs:
+        check_row(standard, schema.kind)
+    return [standard for standard, _ in pairs], sum(count for _, count in pairs)
 
 
 def turn(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def exchange(question: str, answer: str) -> list[dict[str, Any]]:
+    return [turn("user", question), turn("assistant", answer)]
 
 
 def read_text(content: Any) -> str:
@@ -75,6 +148,14 @@ def read_text(content: Any) -> str:
     raise BadRow("content is neither a string nor a list of text parts")
 
 
+def read_json(value: Any, name: str) -> Any:
+    """A value, or the JSON of it; an empty string is None."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value else value or None
+    except ValueError as error:
+        raise BadRow(f"{name} is not valid JSON") from error
+
+
 def read_call(call: Any) -> dict[str, Any]:
     """A call in the OpenAI form or bare `{"name", "arguments"}`, as an object or as JSON; arguments are parsed."""
     try:
@@ -82,7 +163,7 @@ def read_call(call: Any) -> dict[str, Any]:
         function = call.get("function", call)
         arguments = function["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        return {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise BadRow("a tool call is not an object with name and arguments") from error
 
@@ -93,167 +174,214 @@ def read_turn(item: Any) -> dict[str, Any]:
         raise BadRow("a turn is not an object with role and content, or from and value")
     name = item.get("from", item.get("role"))
     if name not in ROLES:
-        raise BadRow(f"unknown role `{name}`")
+        raise BadRow(f"unknown role {name!r:.40}")
     content = item.get("value", item.get("content"))
     if name == "function_call":
         return turn("assistant", "") | {"tool_calls": [read_call(content)]}
-    calls = item.get("tool_calls")
+    calls = read_json(item.get("tool_calls"), "tool_calls")
     message = turn(ROLES[name], read_text("" if content is None and calls else content))
+    if item.get("reasoning_content"):
+        message["reasoning_content"] = read_text(item["reasoning_content"])
     return message | {"tool_calls": [read_call(call) for call in calls]} if calls else message
 
 
 def read_turns(items: Any) -> list[dict[str, Any]]:
+    """Turns of a list, without a system turn that says nothing."""
     if not isinstance(items, list):
         raise BadRow("the turns are not a list")
-    return [read_turn(item) for item in items]
+    messages = [read_turn(item) for item in items]
+    return [message for message in messages if message["role"] != "system" or message["content"]]
 
 
-def with_context(row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put the row's own `system` text before the messages and its `tools` (a list, or JSON of one) beside them."""
+def with_context(row: dict[str, Any], standard: dict[str, Any], key: str = "messages") -> dict[str, Any]:
+    """Put the row's own `system` text before the turns under `key`, and its tools beside them.
+
+    `tools` are a list or the JSON of one, of the row or (minimind-3) of one of its `conversations`.
+    """
     if row.get("system"):
-        messages = [turn("system", row["system"]), *messages]
-    try:
-        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) and row["tools"] else row.get("tools")
-    except ValueError as error:
-        raise BadRow("tools is not valid JSON") from error
+        standard = standard | {key: [turn("system", row["system"]), *standard[key]]}
+    items = row.get("conversations") or ()
+    given = [row.get("tools"), *(item.get("tools") for item in items if isinstance(item, dict))]
+    tools = read_json(next(filter(None, given), None), "tools")
     if not tools:
-        return {"messages": messages}
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow("tools is not a list of objects")
-    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return {"messages": messages, "tools": tools}
+        return standard
+    return standard | {"tools": [read_tool(tool) for tool in tools]}
+
+
+def read_tool(tool: Any) -> dict[str, Any]:
+    """A function in the OpenAI form, or bare."""
+    return tool if isinstance(tool, dict) and "function" in tool else {"type": "function", "function": dict(tool)}
+
+
+def instruction(row: dict[str, Any], question: str, answer: str) -> dict[str, Any]:
+    """A question and its answer, after the row's `history` of [question, answer]."""
+    pairs = [*(row.get("history") or []), (question, answer)]
+    return with_context(row, {"messages": [message for pair in pairs for message in exchange(*pair)]})
+
+
+def join_input(row: dict[str, Any], key: str) -> str:
+    return "\n".join(text for text in (row[key], row.get("input")) if text)
 
 
 @schema("alpaca", "sft", "instruction output")
 def alpaca(row: dict[str, Any]) -> dict[str, Any]:
-    question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    pairs = [*(row.get("history") or []), (question, row["output"])]
-    return with_context(row, [turn(*item) for q, a in pairs for item in (("user", q), ("assistant", a))])
+    return instruction(row, join_input(row, "instruction"), row["output"])
 
 
-@schema("sharegpt", "sft", "conversations")
-def sharegpt(row: dict[str, Any]) -> dict[str, Any]:
-    return with_context(row, read_turns(row["conversations"]))
+@schema("seed_tasks", "sft", "instruction instances")
+def seed_tasks(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """An instruction with several inputs and outputs: a row of each."""
+    if not row["instances"]:
+        raise BadRow("there are no instances")
+    return [alpaca({"instruction": row["instruction"], **instance}) for instance in row["instances"]]
 
 
-@schema("human_assistant", "sft", "conversation")
-def human_assistant(row: dict[str, Any]) -> dict[str, Any]:
-    pairs = [(pair["human"], pair["assistant"]) for pair in row["conversation"]]
-    return with_context(row, [turn(*item) for q, a in pairs for item in (("user", q), ("assistant", a))])
-
-
-@schema("messages", "sft", "messages")
-def messages(row: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(row.get("label"), bool):
-        raise BadRow("an answer labelled good or bad (KTO), not an instruction")
-    return with_context(row, read_turns(row["messages"]))
+@schema("q_a", "sft", "q a")
+def q_a(row: dict[str, Any]) -> dict[str, Any]:
+    return instruction(row, join_input(row, "q"), row["a"])
 
 
 @schema("prompt_response", "sft", "prompt response")
 def prompt_response(row: dict[str, Any]) -> dict[str, Any]:
-    return with_context(row, [turn("user", row["prompt"]), turn("assistant", row["response"])])
+    return instruction(row, row["prompt"], row["response"])
 
 
 @schema("input_target", "sft", "input target")
 def input_target(row: dict[str, Any]) -> dict[str, Any]:
-    return with_context(row, [turn("user", row["input"]), turn("assistant", row["target"])])
+    return instruction(row, row["input"], row["target"])
 
 
 @schema("question_answer", "sft", "question answer")
 def question_answer(row: dict[str, Any]) -> dict[str, Any]:
-    return with_context(row, [turn("user", row["question"]), turn("assistant", row["answer"])])
+    return instruction(row, row["question"], row["answer"])
 
 
-def pair(prompt: list, chosen: list, rejected: list) -> dict[str, Any]:
+def refuse_label(row: dict[str, Any]) -> None:
+    if isinstance(row.get("label"), bool):
+        raise BadRow("an answer labelled good or bad (kto), not an instruction")
+
+
+@schema("sharegpt", "sft", "conversations")
+def sharegpt(row: dict[str, Any]) -> dict[str, Any]:
+    refuse_label(row)
+    return with_context(row, {"messages": read_turns(row["conversations"])})
+
+
+@schema("messages", "sft", "messages")
+def messages(row: dict[str, Any]) -> dict[str, Any]:
+    refuse_label(row)
+    return with_context(row, {"messages": read_turns(row["messages"])})
+
+
+@schema("human_assistant", "sft", "conversation")
+def human_assistant(row: dict[str, Any]) -> dict[str, Any]:
+    pairs = [exchange(pair["human"], pair["assistant"]) for pair in row["conversation"]]
+    return with_context(row, {"messages": sum(pairs, [])})
+
+
+@schema("moss", "sft", "chat")
+def moss(row: dict[str, Any]) -> dict[str, Any]:
+    """MOSS-003: turn_1, turn_2, ... of marked texts, `<|Human|>: ...<eoh>`; thoughts are left out.
+
+    A turn with commands to plugins is refused: they are no JSON that a tool call could be made of.
+    """
+    result = []
+    for item in sorted(row["chat"].items(), key=lambda item: int(item[0].removeprefix("turn_"))):
+        texts = {key: MOSS_TURN.fullmatch(text)[1] for key, text in item[1].items()}
+        if texts.get("Commands", "None") != "None":
+            raise BadRow("a turn commands plugins, which is no tool call")
+        result += exchange(texts["Human"], texts["MOSS"])
+    return with_context({"system": row.get("meta_instruction")}, {"messages": result})
+
+
+def label(row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Split off the answer that is labelled good or bad."""
+    standard = {"prompt": messages[:-1], "completion": messages[-1:], "label": row["label"]}
+    return with_context(row, standard, "prompt")
+
+
+@schema("messages_label", "kto", "messages label", label=bool)
+def messages_label(row: dict[str, Any]) -> dict[str, Any]:
+    return label(row, read_turns(row["messages"]))
+
+
+@schema("sharegpt_label", "kto", "conversations label", label=bool)
+def sharegpt_label(row: dict[str, Any]) -> dict[str, Any]:
+    return label(row, read_turns(row["conversations"]))
+
+
+@schema("kto", "kto", "prompt completion label", label=bool)
+def kto(row: dict[str, Any]) -> dict[str, Any]:
+    return label(row, read_answer(row["prompt"], "user") + read_answer(row["completion"], "assistant"))
+
+
+def read_answer(value: Any, role: str) -> list[dict[str, Any]]:
+    """A text, a turn, or a list of turns."""
+    if isinstance(value, str):
+        return [turn(role, value)]
+    return [read_turn(value)] if isinstance(value, dict) else read_turns(value)
+
+
+def pair(row: dict[str, Any], prompt: list, chosen: list, rejected: list) -> dict[str, Any]:
     """Join a prompt and two answers; the answers may repeat the prompt's turns and bring the turns before it."""
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("chosen and rejected differ before the last turn")
     context = chosen[:-1]
     if context and context[len(context) - len(prompt) :] != prompt:
         raise BadRow("chosen does not begin with the prompt")
-    return {"prompt": context or prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    standard = {"prompt": context or prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    return with_context(row, standard, "prompt")
 
 
 @schema("preference", "preference", "prompt chosen rejected")
 def preference(row: dict[str, Any]) -> dict[str, Any]:
-    def read(value: Any, role: str) -> list[dict[str, Any]]:
-        return [turn(role, value)] if isinstance(value, str) else read_turns(value)
+    answers = (read_answer(row[key], "assistant") for key in ("chosen", "rejected"))
+    return pair(row, read_answer(row["prompt"], "user"), *answers)
 
-    return pair(read(row["prompt"], "user"), read(row["chosen"], "assistant"), read(row["rejected"], "assistant"))
+
+@schema("prompt_reject", "preference", "prompt chosen reject")
+def prompt_reject(row: dict[str, Any]) -> dict[str, Any]:
+    return preference(row | {"rejected": row["reject"]})
+
+
+@schema("instruction_preference", "preference", "instruction chosen rejected")
+def instruction_preference(row: dict[str, Any]) -> dict[str, Any]:
+    return preference(row | {"prompt": join_input(row, "instruction")})
 
 
 @schema("sharegpt_preference", "preference", "conversations chosen rejected")
 def sharegpt_preference(row: dict[str, Any]) -> dict[str, Any]:
-    prompt = with_context(row, read_turns(row["conversations"]))["messages"]
-    return pair(prompt, [read_turn(row["chosen"])], [read_turn(row["rejected"])])
+    answers = (read_answer(row[key], "assistant") for key in ("chosen", "rejected"))
+    return pair(row, read_turns(row["conversations"]), *answers)
 
 
 @schema("message_pair", "preference", "chosen_messages rejected_messages")
 def message_pair(row: dict[str, Any]) -> dict[str, Any]:
-    return pair([], read_turns(row["chosen_messages"]), read_turns(row["rejected_messages"]))
+    return pair(row, [], read_turns(row["chosen_messages"]), read_turns(row["rejected_messages"]))
 
 
 @schema("dialogue_pair", "preference", "chosen rejected")
 def dialogue_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """hh-rlhf: one string a dialogue, turns opened by "\\n\\nHuman: " and "\\n\\nAssistant: "."""
+    """hh-rlhf: one string a dialogue, turns opened by "\\n\\nHuman: " and "\\n\\nAssistant: "; or lists of turns."""
 
     def read(text: Any) -> list[dict[str, Any]]:
         if not isinstance(text, str):
             return read_turns(text)
         parts = DIALOGUE_TURN.split(text)[1:]
+        if not parts:
+            raise BadRow("a dialogue has no turn that opens with a blank line and `Human:`")
         roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
         return [turn(role, content.strip()) for role, content in zip(roles, parts[1::2], strict=True)]
 
-    return pair([], read(row["chosen"]), read(row["rejected"]))
+    return pair(row, [], read(row["chosen"]), read(row["rejected"]))
 
 
-def neutralise(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Return `row` with spaces inside every text that is spelt like a special token, and how many there were.
-
-    A tokenizer would read `<|im_end|>` in the text as the end of the turn, so that a row could open turns of its own.
-    `<| im_end |>` stays legible and is made of ordinary tokens.
+@schema("hc3", "preference", "question human_answers chatgpt_answers")
+def hc3(row: dict[str, Any]) -> dict[str, Any]:
+    """HC3 compares who wrote, not how well. Here ChatGPT's first answer is chosen over the first human one, which
+    readers found the less helpful more often than not (arXiv:2301.07597); so the pair teaches ChatGPT's manner.
     """
-    text, count = SPECIAL_TOKEN.subn(r"<| \1 |>", json.dumps(row, ensure_ascii=False))
-    return (json.loads(text), count) if count else (row, 0)
-
-
-def check_messages(messages: Any) -> None:
-    """Raise [`BadRow`] unless the turns alternate as in `NEXT`, none is empty, and the last is the assistant's."""
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("no messages")
-    last = "start"
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise BadRow(f"turn {number} is not an object with role and content")
-        role, content = message["role"], message["content"]
-        if not isinstance(content, str):
-            raise BadRow(f"the content of turn {number} is not a string")
-        this = "call" if role == "assistant" and message.get("tool_calls") else role
-        if this not in NEXT[last]:
-            raise BadRow(f"turn {number} is `{this}` after `{last}`, expected {' or '.join(NEXT[last])}")
-        if this != "call" and not content.strip():
-            raise BadRow(f"turn {number} ({role}) is empty")
-        last = this
-    if last not in ("assistant", "call"):
-        raise BadRow(f"the last turn is `{last}`, not the assistant's")
-
-
-def check_row(row: dict[str, Any], kind: str) -> None:
-    """Raise [`BadRow`] unless `row` is in the standard form of `kind` ("sft" or "preference") and fit to train on."""
-    keys = ("messages",) if kind == "sft" else ("prompt", "chosen", "rejected")
-    if not all(isinstance(row.get(key), list) for key in keys):
-        raise BadRow(f"not in the standard form: {', '.join(keys)} must be lists of messages; keys: {', '.join(row)}")
-    if kind == "sft":
-        check_messages(row["messages"])
-    else:
-        check_messages(row["prompt"] + row["chosen"])
-        check_messages(row["prompt"] + row["rejected"])
-        if len(row["chosen"]) != 1 or len(row["rejected"]) != 1 or not row["prompt"]:
-            raise BadRow("chosen and rejected must be one turn each, after a prompt")
-        if row["chosen"] == row["rejected"]:
-            raise BadRow("chosen equals rejected")
-    text = json.dumps(row, ensure_ascii=False)
-    if token := SPECIAL_TOKEN.search(text):
-        raise BadRow(f"the text holds the special token {token[0]}")
-    if re.search("[\ud800-\udfff]", text):
-        raise BadRow("the text holds half a surrogate pair")
+    chatgpt, human = row["chatgpt_answers"], row["human_answers"]
+    if not chatgpt or not human:
+        raise BadRow("one side has no answers")
+    return preference({"prompt": row["question"], "chosen": chatgpt[0], "rejected": human[0]})
