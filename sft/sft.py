@@ -24,16 +24,26 @@ class SFTArguments:
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Questions to answer at each evaluation."}
     )
+    train_on_unfit_data: bool = field(
+        default=False,
+        metadata={"help": "Leave bad rows out, counted, and go on whatever else data/doctor.py finds unfit."},
+    )
 
 
 def main() -> None:
     args, training_args, model_args = parse_arguments(SFTArguments, SFTConfig, ModelConfig, description=__doc__)
     tokenizer = prepare_for_trl(model_args, training_args)
+    verdict = {
+        "tokenizer": tokenizer,
+        "max_length": training_args.max_length,
+        "assistant_only": training_args.assistant_only_loss,
+        "force": args.train_on_unfit_data,
+    }
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_messages(args.train_files),
-        eval_dataset=load_messages(args.eval_files) if args.eval_files else None,
+        train_dataset=load_messages(args.train_files, **verdict),
+        eval_dataset=load_messages(args.eval_files, **verdict) if args.eval_files else None,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
