@@ -96,7 +96,7 @@ class TokeniseStage:
     """Documents of the clean stage -> shuffled shard with index, hash and table of documents."""
 
     def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, args: DataCostArguments, work: Path):
-        self.work, self.args = work, args
+        self.work, self.args, self.dtype = work, args, token_dtype(tokenizer.get_vocab()).name
         (work / "tokenizer.json").write_text(raw_text_tokenizer(tokenizer, args.separator), encoding="utf-8")
         documents = (Document(text, id=f"a.jsonl:{i}", metadata={"source": "a"}) for i, text in enumerate(texts))
         for _ in DocumentWriter(work / "documents").run(documents):
@@ -112,6 +112,7 @@ class TokeniseStage:
             shuffle_seed=42,
             shard_bytes=100_000_000,
             batch_chars=50_000,
+            dtype=self.dtype,
         )
         writer.run(DocumentReader(self.work / "documents").run())
 

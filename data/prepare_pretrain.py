@@ -234,6 +234,7 @@ def make_stages(
             shuffle_seed=args.shuffle_seed,
             shard_bytes=args.shard_bytes,
             batch_chars=args.batch_chars,
+            dtype=plan["tokens"]["dtype"],
         )
 
     stages, clean = (
@@ -262,8 +263,8 @@ def make_stages(
     return [*stages, Stage("publish", [Publisher(work, output)], 1)]
 
 
-def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> bool:
-    """Make `output`, or add to it; return whether all is done."""
+def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> tuple[list[Stage], Path] | None:
+    """Return the stages that make `output`, or add to it, and their work folder; None where all is done."""
     sources = read_sources(args.sources, text_key=args.text_key, txt_sample_by=args.txt_sample_by, clean=args.clean)
     tokenizer = load_text_tokenizer(args.tokenizer, args.document_separator)
     base = None
@@ -276,13 +277,12 @@ def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> bool:
         check_base(plan, base, output)
         if not plan["inputs"]:
             print(f"{output} holds all these input files already")
-            return True
+            return None
     elif is_made_already(output, plan):
         print(f"{output} was already made from this config and these files")
-        return True
+        return None
     work = open_work_folder(partial, plan, raw_text_tokenizer(tokenizer, args.document_separator))
-    stages = make_stages(args, sources, plan, work, output)
-    return run_stages(stages, args.executor, args.workers, work / "logs", args.slurm or {})
+    return make_stages(args, sources, plan, work, output), work
 
 
 def main() -> None:
@@ -293,7 +293,8 @@ def main() -> None:
     try:
         with lock(partial / "lock", wait=False):
             try:
-                is_done = prepare(args, output, partial)
+                prepared = prepare(args, output, partial)
+                is_done = not prepared or run_stages(*prepared, args.executor, args.workers, args.slurm or {})
             finally:
                 if is_done or not any(map(Path.is_dir, partial.iterdir())):
                     shutil.rmtree(partial)

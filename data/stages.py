@@ -129,14 +129,14 @@ class _Slurm(_OneAtATime, SlurmPipelineExecutor):
         """Do without a job that sums up what nobody reads."""
 
 
-def run_stages(stages: list[Stage], executor: str, workers: int, logs: Path, slurm: dict[str, Any]) -> bool:
+def run_stages(stages: list[Stage], work: Path, executor: str, workers: int, slurm: dict[str, Any]) -> bool:
     """Run the stages in turn, each without the tasks that an earlier call has completed.
 
     Args:
         stages: In their order.
+        work: In its `logs` it is remembered which tasks are completed.
         executor: `local`, `slurm`, or `ray`: the cluster that RAY_ADDRESS names, or one of this machine.
         workers: Tasks at work at the same time.
-        logs: Where it is remembered which tasks are completed.
         slurm: Arguments of datatrove's `SlurmPipelineExecutor`.
 
     Returns:
@@ -145,6 +145,7 @@ def run_stages(stages: list[Stage], executor: str, workers: int, logs: Path, slu
     Raises:
         UserError: As a task has raised it, or Slurm cannot be reached.
     """
+    logs = work / "logs"
     if executor == "slurm":
         _submit(stages, workers, logs, slurm)
         return False

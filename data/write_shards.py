@@ -24,6 +24,8 @@ from buddygpt.data.stages import documents_path, write_document
 from buddygpt.data.token_shards import documents_file
 from buddygpt.launch import UserError, file_sha256, load_tokenizer
 
+pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps what it has freed
+
 
 def load_text_tokenizer(name_or_path: str, separator: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer; UserError where the separator is no special token of it."""
@@ -91,6 +93,7 @@ class ShardWriter(PipelineStepWithTokenizer):
         shuffle_seed: None keeps the order.
         shard_bytes: UTF-8 bytes of text after which another shard begins, as soon as a batch is complete.
         batch_chars: Characters tokenised at once.
+        dtype: Of a token: `uint16` or `uint32`.
     """
 
     type, name = "WRITER", "shards"
@@ -105,10 +108,12 @@ class ShardWriter(PipelineStepWithTokenizer):
         shuffle_seed: int | None,
         shard_bytes: int,
         batch_chars: int,
+        dtype: str,
     ) -> None:
         super().__init__(str(tokenizer), separator)
         self.folder, self.lists, self.prefix = folder, lists, prefix
         self.shuffle_seed, self.shard_bytes, self.batch_chars = shuffle_seed, shard_bytes, batch_chars
+        self.dtype = np.dtype(dtype).newbyteorder("<")
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -117,10 +122,6 @@ class ShardWriter(PipelineStepWithTokenizer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
-
-    @cached_property
-    def dtype(self) -> np.dtype:
-        return token_dtype(self.tokenizer.get_vocab())
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
         for folder in (self.folder, self.lists):
