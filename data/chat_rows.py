@@ -59,17 +59,19 @@ def require_fit(
         UserError: The rows are not fit; with the command that shows why.
     """
     trained_on, uncut = False, max_length is None
+    limit = f" --max_length {max_length}" if max_length else ""
+    see = f"See: {_doctor(' '.join(files), kind)} --tokenizer {tokenizer.name_or_path}{limit}"
     for row in dataset:
-        for ids, loss in tokenise(row, kind, tokenizer, assistant_only):
+        try:
+            sequences = tokenise(row, kind, tokenizer, assistant_only)
+        except BadRow as error:
+            raise UserError(f"{', '.join(files)}: {error}. {see}") from error
+        for ids, loss in sequences:
             trained_on = trained_on or any(loss[:max_length])
             uncut = uncut or len(ids) <= max_length
         if trained_on and uncut:
             return
-    limit = f" --max_length {max_length}" if max_length else ""
-    fault = (
-        f"{', '.join(files)}: not fit: {'; '.join(find_faults(0, trained_on, uncut, max_length))}. See: "
-        f"{_doctor(' '.join(files), kind)} --tokenizer {tokenizer.name_or_path}{limit}"
-    )
+    fault = f"{', '.join(files)}: not fit: {'; '.join(find_faults(0, trained_on, uncut, max_length))}. {see}"
     if not force:
         raise UserError(f"{fault}. Mend the rows, or give --train_on_unfit_data true")
     _warn(fault)

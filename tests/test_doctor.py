@@ -117,7 +117,7 @@ def test_pairs_and_labels_are_judged_on_their_answers(tmp_path, doctor, tokenize
     assert status == 1 and "an answer labelled good or bad (kto), not an instruction" in text
 
 
-def test_a_template_without_marks_or_that_refuses_rows_is_found(tmp_path, doctor, tokenizer):
+def test_a_template_without_marks_or_that_refuses_rows_is_found(tmp_path, cache, doctor, tokenizer):
     file = write(tmp_path / "a.jsonl", [{"messages": [{"role": "system", "content": "s"}, *ZH]}, {"messages": ZH}])
     other = AutoTokenizer.from_pretrained(tokenizer)
     other.chat_template = other.chat_template.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
@@ -129,6 +129,8 @@ def test_a_template_without_marks_or_that_refuses_rows_is_found(tmp_path, doctor
     other.save_pretrained(tmp_path / "refusing")
     status, text = doctor(file, "--tokenizer", tmp_path / "refusing")
     assert status == 1 and f"the chat template refuses it: no system turns ({file}:1)" in text
+    with pytest.raises(UserError, match=f"{file}: the chat template refuses it.*doctor.py"):
+        chat_rows.load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "refusing"))
 
 
 def test_text_of_the_data_cannot_command_the_terminal(tmp_path, doctor, tokenizer):
