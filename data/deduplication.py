@@ -58,8 +58,8 @@ def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None 
     Raises:
         UserError: `index` has no index of this method.
     """
-    folder, config = work / "duplicates", _config(method)
-    signatures, new_index, old_index = folder / "signatures", folder / "index" / method, None
+    folder, config = _folder(work, method), _config(method)
+    signatures, new_index, old_index = folder / "signatures", work / "duplicates" / "index" / method, None
     generation = 0
     if index is not None:
         old_index = index / method
@@ -85,12 +85,16 @@ def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None 
     ]
 
 
-def duplicate_filter(work: Path, exclusion_writer: DiskWriter | None = None) -> "DuplicateFilter":
+def duplicate_filter(method: Method, work: Path, exclusion_writer: DiskWriter | None = None) -> "DuplicateFilter":
     """Return the step that drops the duplicates which [`duplicate_stages`] found, as `dropped_duplicate`.
 
     It counts the documents: it has to stand right behind the reader of WORK/documents.
     """
-    return DuplicateFilter(work / "duplicates" / "removed", exclusion_writer)
+    return DuplicateFilter(_folder(work, method) / "removed", exclusion_writer)
+
+
+def _folder(work: Path, method: Method) -> Path:
+    return work / "duplicates" / method
 
 
 def shingles(text: str) -> np.ndarray:
