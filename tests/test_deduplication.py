@@ -1,0 +1,190 @@
+"""Duplicates: what is found among planted ones, what is kept, and that neither order nor a kill changes it."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from buddygpt.data.deduplication import duplicate_filter, duplicate_stages, link_to_first, shingles
+from buddygpt.data.stages import DocumentReader, Stage
+from buddygpt.data.text_units import PIECE, hash_ngrams, hash_units
+from buddygpt.launch import UserError
+
+HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
+WORDS = [f"{start}{end}" for start in ("con", "re", "tra", "mo", "sil", "ver") for end in ("ta", "ner", "lid", "mos")]
+
+OUTPUTS = {"signatures": ["signatures", "sketches"], "buckets": ["pairs", "index"], "clusters": ["removed"]}
+
+
+def write_documents(work: Path, tasks: list[list[str]]) -> None:
+    (work / "documents").mkdir(parents=True)
+    for rank, texts in enumerate(tasks):
+        rows = [{"text": text, "id": f"{rank}:{row}", "metadata": {}} for row, text in enumerate(texts)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (work / "documents" / f"{rank:05d}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def run_stage(stage: Stage, ranks: list[int] | None = None) -> None:
+    for rank in range(stage.tasks) if ranks is None else ranks:
+        data = None
+        for step in stage.steps:
+            data = step(data, rank, stage.tasks)
+
+
+def kept(work: Path, method: str, tasks: list[list[str]], index: Path | None = None) -> list[list[int]]:
+    """Return the rows of every task that are left."""
+    write_documents(work, tasks)
+    for stage in duplicate_stages(method, work, len(tasks), index):
+        run_stage(stage)
+    return read_kept(work, method, len(tasks))
+
+
+def read_kept(work: Path, method: str, tasks: int) -> list[list[int]]:
+    rows = []
+    for rank in range(tasks):
+        documents = duplicate_filter(method, work)(DocumentReader(work / "documents")(None, rank, tasks), rank, tasks)
+        rows.append([int(document.id.split(":")[1]) for document in documents])
+    return rows
+
+
+def jaccard(first: list[str], second: list[str]) -> float:
+    """Of runs of five units: an implementation of its own."""
+    a, b = ({tuple(units[i : i + 5]) for i in range(len(units) - 4)} for units in (first, second))
+    return len(a & b) / len(a | b)
+
+
+def planted_pair(rng: random.Random, alphabet: list[str], similarity: float) -> tuple[list[str], list[str], float]:
+    """Return two texts as units, the second edited (replaced, dropped, doubled) until it is less similar."""
+    first = [rng.choice(alphabet) for _ in range(rng.randint(150, 600))]
+    second, last = list(first), 1.0
+    while last > similarity:
+        place = rng.randrange(len(second))
+        second[place : place + 1] = rng.choice([[rng.choice(alphabet)], [], [second[place]] * 2])
+        last = jaccard(first, second)
+    return first, second, last
+
+
+@pytest.mark.parametrize("alphabet, separator", [(HAN, ""), (["q" + word for word in WORDS] + HAN[:200], " ")])
+def test_planted_near_duplicates_are_found_across_tasks(tmp_path, alphabet, separator):
+    rng = random.Random(7)
+    pairs = [planted_pair(rng, alphabet, 0.8) for _ in range(400)]
+    assert np.mean([similarity for *_, similarity in pairs]) < 0.8
+    originals, copies = ([separator.join(units) for units in side] for side in list(zip(*pairs, strict=True))[:2])
+    unrelated = [separator.join(rng.choice(alphabet) for _ in range(300)) for _ in range(400)]
+    first, second = kept(tmp_path, "minhash", [originals, copies + unrelated])
+    assert first == list(range(400))
+    assert 400 - len([row for row in second if row < 400]) >= 0.95 * 400
+    assert [row for row in second if row >= 400] == list(range(400, 800))
+
+
+def test_documents_of_one_frame_are_kept(tmp_path):
+    """Pages that share a third of their text meet in a bucket by chance where there are many; each stays."""
+    rng = random.Random(3)
+    frame = "".join(rng.choices(HAN, k=120))
+    pages = [frame + "".join(rng.choices(HAN, k=150)) for _ in range(600)]
+    assert kept(tmp_path, "minhash", [pages]) == [list(range(600))]
+    pairs = sum(file.stat().st_size for file in (tmp_path / "duplicates" / "minhash" / "pairs").iterdir())
+    assert pairs > 0  # so the sketches were asked
+
+
+def test_short_and_wordless_copies_are_found(tmp_path):
+    texts = ["你好", "！？……", "hello", "", "a b c d e f", "再见"]
+    assert kept(tmp_path, "minhash", [texts, texts[::-1]]) == [list(range(6)), []]
+
+
+def test_width_case_and_punctuation_make_no_difference(tmp_path):
+    texts = ["机器学习ABC是研究算法的学科，2024年。", "机器学习ａｂｃ是研究 算法的学科 ２０２４年"]
+    assert kept(tmp_path / "minhash", "minhash", [texts]) == [[0]]
+    assert kept(tmp_path / "exact", "exact", [texts]) == [[0, 1]]
+
+
+def test_exact_keeps_the_first_by_task_and_row(tmp_path):
+    """datatrove's own exact stage goes by row before task."""
+    tasks = [["甲", "乙乙", "丙丙丙"], ["丙丙丙", "丁"], ["丁", "甲", "甲 "]]
+    assert kept(tmp_path, "exact", tasks) == [[0, 1, 2], [1], [2]]
+
+
+def test_a_chain_keeps_its_first_document():
+    pairs = np.array([[7 << 32, 9], [9, 3 << 32 | 5], [1 << 32, 2 << 32]], np.uint64)
+    assert link_to_first(pairs).tolist() == [[1 << 32, 2 << 32], [9, 3 << 32 | 5], [9, 7 << 32]]
+    pairs = np.array([[7, 9], [2**64 - 1, 9]], np.uint64)  # one of them is like a document of an index
+    assert link_to_first(pairs)[:, 1].tolist() == [7, 9]
+
+
+def test_order_and_split_of_the_work_change_nothing(tmp_path):
+    rng = random.Random(5)
+    texts = ["".join(rng.choices(HAN, k=rng.randint(3, 200))) for _ in range(60)] * 2
+    rng.shuffle(texts)
+    outcome = {}
+    for name, size in {"one": 120, "four": 30, "many": 9}.items():
+        tasks = [texts[start : start + size] for start in range(0, 120, size)]
+        rows = kept(tmp_path / name, "minhash", tasks)
+        outcome[name] = [task[row] for task, numbers in zip(tasks, rows, strict=True) for row in numbers]
+    assert outcome["one"] == outcome["four"] == outcome["many"] == list(dict.fromkeys(texts))
+
+    work = tmp_path / "reversed"
+    write_documents(work, [texts[start : start + 30] for start in range(0, 120, 30)])
+    for stage in duplicate_stages("minhash", work, 4):
+        run_stage(stage, list(reversed(range(stage.tasks))))
+    assert contents(work) == contents(tmp_path / "four")
+
+
+def test_a_stage_run_again_after_a_kill_leaves_the_same_bytes(tmp_path):
+    texts = [[f"{'长' * (row % 7)}文{row // 2}章" for row in range(50)] for _ in range(3)]
+    kept(tmp_path / "whole", "minhash", texts)
+    write_documents(tmp_path / "killed", texts)
+    for stage in duplicate_stages("minhash", tmp_path / "killed", 3):
+        run_stage(stage)
+        for path in (tmp_path / "killed" / "duplicates").rglob("*"):
+            if path.is_file() and set(OUTPUTS[stage.name]) & set(path.parts):
+                path.write_bytes(path.read_bytes()[:-3] + b"rubbish")  # as if it had been stopped while writing
+        run_stage(stage)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def contents(work: Path) -> dict[Path, bytes]:
+    return {path.relative_to(work): path.read_bytes() for path in sorted(work.rglob("*")) if path.is_file()}
+
+
+def test_appended_text_is_compared_with_what_was_there(tmp_path):
+    rng = random.Random(1)
+    old, new, newer = (["".join(rng.choices(HAN, k=100)) for _ in range(20)] for _ in range(3))
+    published = tmp_path / "index"
+    for method in ("minhash", "exact"):
+        assert kept(tmp_path / f"1{method}", method, [old]) == [list(range(20))]
+        (tmp_path / f"1{method}" / "duplicates" / "index").rename(published)
+        assert kept(tmp_path / f"2{method}", method, [old[:3] + new, [new[0], old[5]]], published) == [
+            list(range(3, 23)),
+            [],
+        ]
+        for file in (tmp_path / f"2{method}" / "duplicates" / "index").rglob("*.index"):
+            target = published / file.relative_to(tmp_path / f"2{method}" / "duplicates" / "index")
+            assert not target.exists()  # every generation has a name of its own
+            file.rename(target)
+        assert kept(tmp_path / f"3{method}", method, [newer + old[:1] + new[:1]], published) == [list(range(20))]
+        published.rename(tmp_path / f"index_{method}")
+
+
+def test_an_index_of_another_method_is_refused(tmp_path):
+    kept(tmp_path, "exact", [["甲"]])
+    with pytest.raises(UserError, match="no index of `deduplicate: minhash`"):
+        duplicate_stages("minhash", tmp_path, 1, tmp_path / "duplicates" / "index")
+
+
+def test_units_are_those_of_a_plain_implementation():
+    text = "Hello，世界！ＡＢＣ1２３ de\u3000f-g 𠀀ｱ ½ ①\n\n「東京」tower's end"
+    plain = ["hello", "世", "界", "abc123", "de", "f", "g", "𠀀", "ア", "1", "2", "1", "東", "京", "tower", "s", "end"]
+    hashes = hash_units(text)
+    assert hashes.tolist() == [hash_units(unit)[0] for unit in plain]
+    assert len(set(hashes.tolist())) == len(set(plain))
+    assert len(hash_ngrams(hashes, 5)) == len(plain) - 4
+    assert hash_ngrams(hashes[:3], 5).tolist() == hash_ngrams(hashes[:3], 3).tolist()
+
+
+def test_a_text_of_many_pieces_has_the_shingles_of_its_parts():
+    text = "".join(random.Random(2).choices(HAN, k=PIECE + 1000))
+    assert len(re.sub(r"\s", "", text)) == len(hash_units(text))
+    assert np.isin(shingles(text[PIECE - 50 : PIECE + 50]), shingles(text)).all()
