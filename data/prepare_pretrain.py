@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buddygpt.data.cleaning import Cleaner, load_profile
 from buddygpt.data.cleaning_report import ExampleWriter
+from buddygpt.data.decontamination import Decontaminator, ExamIndexer
 from buddygpt.data.deduplication import duplicate_filter, duplicate_stages
 from buddygpt.data.finish_shards import ManifestWriter, Publisher
 from buddygpt.data.stages import DocumentReader, DocumentWriter, Stage, lock, run_stages
@@ -216,17 +217,37 @@ def make_stages(
     args: PretrainDataArguments, sources: list[Source], plan: dict[str, Any], work: Path, output: Path
 ) -> list[Stage]:
     """Return the stages from input files to `output`; the tasks of all that handle documents are the same."""
+    tasks = len(plan["assignments"])
+    stages = cleaning_stages(args, sources, plan, work)
+    if args.deduplicate != "none":
+        stages += duplicate_stages(args.deduplicate, work, tasks, output / "index" if args.append else None)
+    stages += shard_stages(args, plan, work)
+    stages.append(Stage("manifest", [ManifestWriter(plan, work, output)], 1))
+    return [*stages, Stage("publish", [Publisher(work, output)], 1)]
+
+
+def cleaning_stages(
+    args: PretrainDataArguments, sources: list[Source], plan: dict[str, Any], work: Path
+) -> list[Stage]:
+    """Return the stages from input files to WORK/documents."""
     named = {source.name: source for source in sources}
     assignments = [(named[name], tuple(files)) for name, files in plan["assignments"]]
     profiles = {source.name: load_profile(source.clean) for source in sources}
-    tasks, documents, held_out, result = len(assignments), work / "documents", work / "held_out", work / "result"
+    examples, exams = work / "examples", work / "exams"
+    stages, steps = [], [SourceReader(assignments, args.on_bad_row, ExampleWriter(examples / "read"))]
+    steps.append(Cleaner(profiles, ExampleWriter(examples / "clean")))
+    if args.decontaminate:
+        stages.append(Stage("index", [ExamIndexer(args.decontaminate, exams)], 1))
+        steps.append(Decontaminator(exams, ExampleWriter(examples / "exams")))
+    return [*stages, Stage("clean", [*steps, DocumentWriter(work / "documents")], len(assignments))]
 
-    def examples(of: str) -> ExampleWriter:
-        return ExampleWriter(work / "examples" / of)
+
+def shard_stages(args: PretrainDataArguments, plan: dict[str, Any], work: Path) -> list[Stage]:
+    """Return the stages from WORK/documents to WORK/result/train, and to WORK/result/eval."""
 
     def writer(split: str) -> ShardWriter:
         return ShardWriter(
-            folder=result / split,
+            folder=work / "result" / split,
             lists=work / split,
             tokenizer=work / "tokenizer.json",
             separator=args.document_separator,
@@ -237,30 +258,18 @@ def make_stages(
             dtype=plan["tokens"]["dtype"],
         )
 
-    stages, clean = (
-        [],
-        [SourceReader(assignments, args.on_bad_row, examples("read")), Cleaner(profiles, examples("clean"))],
-    )
-    if args.decontaminate:
-        from buddygpt.data.decontamination import Decontaminator, ExamIndexer
-
-        stages.append(Stage("index", [ExamIndexer(args.decontaminate, work / "exams")], 1))
-        clean.append(Decontaminator(work / "exams", examples("exams")))
-    stages.append(Stage("clean", [*clean, DocumentWriter(documents)], tasks))
-    tokenise = [DocumentReader(documents)]
+    ranks: dict[str, list[int]] = {}
+    for rank, (source, _) in enumerate(plan["assignments"]):
+        ranks.setdefault(source, []).append(rank)
+    steps = [DocumentReader(work / "documents")]
     if args.deduplicate != "none":
-        stages += duplicate_stages(args.deduplicate, work, tasks, output / "index" if args.append else None)
-        tokenise.append(duplicate_filter(args.deduplicate, work, examples("duplicates")))
-    if args.eval_fraction:
-        tokenise.append(HoldOut(args.eval_fraction, held_out))
-    stages.append(Stage("tokenise", [*tokenise, writer("train")], tasks))
-    if args.eval_fraction:
-        ranks: dict[str, list[int]] = {}
-        for rank, (source, _) in enumerate(assignments):
-            ranks.setdefault(source.name, []).append(rank)
-        stages.append(Stage("eval", [DocumentReader(held_out, list(ranks.values())), writer("eval")], len(ranks)))
-    stages.append(Stage("manifest", [ManifestWriter(plan, work, output)], 1))
-    return [*stages, Stage("publish", [Publisher(work, output)], 1)]
+        steps.append(duplicate_filter(args.deduplicate, work, ExampleWriter(work / "examples" / "duplicates")))
+    if not args.eval_fraction:
+        return [Stage("tokenise", [*steps, writer("train")], len(plan["assignments"]))]
+    aside = DocumentReader(work / "held_out", list(ranks.values()))
+    steps.append(HoldOut(args.eval_fraction, work / "held_out"))
+    tokenise = Stage("tokenise", [*steps, writer("train")], len(plan["assignments"]))
+    return [tokenise, Stage("eval", [aside, writer("eval")], len(ranks))]
 
 
 def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> tuple[list[Stage], Path] | None:

@@ -87,6 +87,19 @@ def test_the_table_beside_a_shard_names_its_documents_in_its_order(config, monke
     assert (out / "report.md").exists()
 
 
+def test_a_document_with_an_exam_question_is_dropped_and_shown(config, monkeypatch, tmp_path):
+    question = "下列哪一项不是唐代诗人李白创作的五言绝句作品名称"
+    (tmp_path / "poems").mkdir()
+    (tmp_path / "poems" / "test.csv").write_text(f"Question,A,B,C,D,Answer\n{question},静夜思,登高,独坐,秋浦,B\n")
+    rows = texts(0)
+    write_jsonl(tmp_path / "0.jsonl", [*rows, f"今天的题目：{question}？请作答。"])
+    out = prepare(config("out", decontaminate=[str(tmp_path / "poems")]), monkeypatch)
+    manifest = TokenShards(out / "train").manifest
+    assert manifest["cleaning"]["0"]["dropped_exam_poems"] == 1 and manifest["cleaning"]["0"]["read"] == len(rows) + 1
+    assert manifest["generations"][0]["exams"][0]["file"].endswith("test.csv")
+    assert question in (out / "report.md").read_text("utf-8")
+
+
 KILLS = [  # when the n-th call of a function begins, stage by stage
     (stages, "write_document", 40),
     (DuplicateSignature, "get_signature", 200),
