@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -224,6 +225,8 @@ def _submit(stages: list[Stage], workers: int, logs: Path, options: dict[str, An
             if error.filename != "sbatch":
                 raise
             is_reached, job.job_id = False, -1
+        except subprocess.CalledProcessError as error:  # it has said why
+            raise UserError(f"sbatch refused {folder / 'launch_script.slurm'}; mend `slurm` and run again") from error
         previous = job
         scripts.append(f"{folder / 'launch_script.slurm'}: {stage.tasks} tasks")
     print("\n".join(["job scripts:", *scripts]))

@@ -322,6 +322,9 @@ def test_slurm_gets_chained_jobs_that_make_the_same(config, monkeypatch, tmp_pat
     assert [script.parent.name for script in scripts][:2] == ["clean", "signatures"]
     assert all("#SBATCH --partition=cpu" in script.read_text() for script in scripts)
     write_command(tmp_path / "bin" / "scontrol", "echo here")
+    write_command(tmp_path / "bin" / "sbatch", "exit 1")
+    with pytest.raises(UserError, match=r"sbatch refused .*clean/launch_script\.slurm; mend `slurm`"):
+        prepare(path, monkeypatch)
     calls = tmp_path / "calls"
     write_command(tmp_path / "bin" / "sbatch", f'echo "$@" >> {calls}; echo Submitted batch job $(wc -l < {calls})')
     prepare(path, monkeypatch)
