@@ -38,6 +38,7 @@ from buddygpt.data.text_units import hash_ngrams, hash_units
 from buddygpt.launch import UserError
 
 QUESTION_KEYS = ("question", "problem", "prompt", "query", "q_main", "instruction", "content", "text", "问题", "题目")
+SPLITS = ("test", "val", "valid", "dev", "train", "data")
 OPTION_KEY = re.compile("(option_?|选项)?[a-h]")
 NGRAM = 6  # units: the length of the shortest items of MMLU
 COVERED = 0.75
@@ -70,7 +71,7 @@ def read_exams(exams: list[str]) -> Iterator[ExamItem]:
         for file in find_files([exam]):
             count = 0
             for number, row in _read_rows(file):
-                question = next((row[key] for key in QUESTION_KEYS if isinstance(row.get(key), str)), "")
+                question = next((row[key] for key in QUESTION_KEYS if isinstance(row.get(key), str)), "").strip()
                 if question:
                     count += 1
                     yield ExamItem(name, f"{name}/{file.name}:{number}: {question[:40]}", question, _find_options(row))
@@ -82,10 +83,12 @@ def read_exams(exams: list[str]) -> Iterator[ExamItem]:
 
 
 def _name_exams(exams: list[str]) -> list[str]:
-    """Call each exam by its file or folder, and by the folder above where two are called alike."""
+    """Call each exam by its file or folder, with the folder above where that says too little, or two are alike."""
     paths = [Path(exam).absolute() for exam in exams]
     for parts in (1, 2, 3):
-        names = [re.sub(r"[^\w-]+", "_", "_".join(path.parts[-parts:])) for path in paths]
+        words = [[*path.parts[:-1], path.name.split(".")[0]] for path in paths]
+        words = [each[-parts - (each[-1] in SPLITS) :] for each in words]
+        names = [re.sub(r"[^\w-]+", "_", "_".join(each)) for each in words]
         if len(set(names)) == len(names):
             return names
     raise UserError(f"exams are named twice, or alike: {', '.join(exams)}")
@@ -110,16 +113,16 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="") as stream:
-            rows = csv.reader(stream)
-            first = next(rows, [])
+            reader = rows = csv.reader(stream)
+            first = next(reader, [])
             header = [cell.strip().lower() for cell in first]
             if not set(header) & set(QUESTION_KEYS):
                 if not re.fullmatch("[a-h]", header[-1] if header else ""):
                     return
-                rows = chain([first], rows)
+                rows = chain([first], reader)
                 header = ["question", *"abcdefgh"[: len(first) - 2], "answer"]
-            for number, row in enumerate(rows, start=1):
-                yield number, dict(zip(header, row, strict=False))
+            for row in rows:
+                yield reader.line_num, dict(zip(header, row, strict=False))
     except (csv.Error, OSError, EOFError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
