@@ -94,7 +94,7 @@ def test_pretraining_with_an_existing_tokenizer(workspace, tmp_path):
 
 def test_sft_answers_are_what_is_learned(workspace, base, chat_model):
     check_folder(chat_model, "sft")
-    losses = [row["loss"] for row in history(chat_model) if "loss" in row]
+    losses = [row["eval_loss"] for row in history(chat_model) if "eval_loss" in row]
     assert losses[-1] < losses[0]
 
 
