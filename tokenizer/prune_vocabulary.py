@@ -89,7 +89,8 @@ def with_ancestors(entries: Iterable[str], ranks: dict[tuple[str, str], int], fi
 def choose_entries(state: dict, counts: Counter[int], size: int) -> set[str]:
     """Return the at most `size` entries to keep: all that are used, less the least used, one after the other.
 
-    Only an entry that no other is merged from can go. Each time it occurred, its two parents occur instead.
+    Only an entry that no other is merged from can go: leaf-based pruning (Purason et al., 2025), but with the counts
+    kept up to date. Each time the entry occurred, its two parents occur instead.
     """
     vocab, fixed = state["model"]["vocab"], fixed_entries(state)
     ranks = {tuple(pair): rank for rank, pair in enumerate(state["model"]["merges"])}
