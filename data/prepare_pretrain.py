@@ -31,6 +31,7 @@ from buddygpt.data.cleaning_report import ExampleWriter
 from buddygpt.data.decontamination import Decontaminator, ExamIndexer
 from buddygpt.data.deduplication import duplicate_filter, duplicate_stages
 from buddygpt.data.finish_shards import ManifestWriter, Publisher
+from buddygpt.data.mixture import achieve_mixture
 from buddygpt.data.stages import DocumentReader, DocumentWriter, Stage, lock, run_stages
 from buddygpt.data.text_files import find_files
 from buddygpt.data.text_sources import Source, SourceReader, describe_file, read_sources
@@ -275,6 +276,8 @@ def shard_stages(args: PretrainDataArguments, plan: dict[str, Any], work: Path) 
 def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> tuple[list[Stage], Path] | None:
     """Return the stages that make `output`, or add to it, and their work folder; None where all is done."""
     sources = read_sources(args.sources, text_key=args.text_key, txt_sample_by=args.txt_sample_by, clean=args.clean)
+    sizes = {"tokens": 1, "documents": 1, "text_bytes": 1}
+    achieve_mixture([vars(source) | sizes for source in sources], args.languages)  # an impossible one is told now
     tokenizer = load_text_tokenizer(args.tokenizer, args.document_separator)
     base = None
     if args.append:

@@ -293,6 +293,12 @@ def test_neither_another_tokenizer_nor_a_changed_file_is_added(grown, config, mo
     assert not (tmp_path / "none.partial").exists()
 
 
+def test_an_impossible_mixture_is_told_before_any_work(config, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="`languages` asks for zh, and its language is not given"):
+        prepare(config("out", languages={"zh": 1}), monkeypatch)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
 def run_on_slurm(scripts: list[Path], monkeypatch) -> None:
     """Do what the cluster would: every job of an array by itself."""
     for script in scripts:
