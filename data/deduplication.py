@@ -3,11 +3,12 @@
 datatrove's MinHash stages, with four things of our own.
 
 - A shingle is `SHINGLE` units of `text_units`, Han characters or words: datatrove's word tokenizers need to know the
-  language, and libraries for it.
+  language, and libraries for it. Pages that have nothing to do with each other are then no more than 0.07 similar in
+  Chinese and 0.11 in English, where shingles of five letters would make it 0.28 (500 pages of each, all pairs).
 - The hashes of a bucket are folded into one, which finds the same pairs in a third of the space.
-- Pairs that meet in a bucket are compared by their sketches, the low bytes of all 160 hashes (b-bit minwise hashing,
+- Pairs that meet in a bucket are compared by their sketches, the low bytes of all 192 hashes (b-bit minwise hashing,
   Li and Konig 2010). Two documents whose shingles have the Jaccard similarity s meet with probability
-  1 - (1 - s^8)^20: 0.975 at 0.8 (datatrove's 14 buckets: 0.924), but still 0.001 at 0.3, and a site with 1,000 pages
+  1 - (1 - s^8)^24: 0.988 at 0.8 (datatrove's 14 buckets: 0.924), but still 0.002 at 0.3, and a site with 1,000 pages
   of one frame has many such pairs.
 - Of every cluster the first document by task and row is kept, whatever the executor and the number of workers.
 
@@ -36,8 +37,8 @@ from buddygpt.launch import UserError
 
 Method = Literal["exact", "minhash"]
 SHINGLE = 5  # units
-BUCKETS, HASHES = 20, 8
-SIMILAR = 0.6  # Jaccard similarity from which a pair counts; the estimate's standard error is 0.04
+BUCKETS, HASHES = 24, 8
+SIMILAR = 0.65  # Jaccard similarity from which a pair counts; the estimate's standard error is 0.03
 CHUNK = 256  # shingles permuted at once: what stays in a core's cache
 COMPARED = 2**16  # pairs compared at once
 READ_AHEAD = 1000  # signatures of each task that a bucket reads at once
@@ -46,7 +47,7 @@ READ_AHEAD = 1000  # signatures of each task that a bucket reads at once
 def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None = None) -> list[Stage]:
     """Return the stages that find what [`duplicate_filter`] removes among WORK/documents.
 
-    Leaves an index of the documents in WORK/duplicates/index, 160 bytes a document (`exact`: 8). Copied into one
+    Leaves an index of the documents in WORK/duplicates/index, 192 bytes a document (`exact`: 8). Copied into one
     folder, the indexes of a corpus and of all that was appended to it are what the next text is compared with.
 
     Args:
