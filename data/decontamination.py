@@ -44,14 +44,13 @@ NGRAM = 6  # units: the length of the shortest items of MMLU
 COVERED = 0.75
 COVERED_ALONE, MIN_UNITS, MAX_LENGTH = 0.9, 10, 4000  # of a question without its options; of the text, in n-grams
 OPTION_MARKS = hash_units("a b c d")
-FILTER_BITS = 24  # of a hash, to tell most n-grams of a text that no exam has at the cost of one look
+FILTER_BITS = 23  # of a hash, to tell most n-grams of a text that no exam has at the cost of one look
 
 
 class ExamItem(NamedTuple):
     """A question with its options."""
 
-    exam: str
-    place: str  # exam, file, row and how it begins
+    place: str  # EXAM/FILE:ROW: how the question begins
     question: str
     options: list[str]
 
@@ -74,7 +73,7 @@ def read_exams(exams: list[str]) -> Iterator[ExamItem]:
                 question = next((row[key] for key in QUESTION_KEYS if isinstance(row.get(key), str)), "").strip()
                 if question:
                     count += 1
-                    yield ExamItem(name, f"{name}/{file.name}:{number}: {question[:40]}", question, _find_options(row))
+                    yield ExamItem(f"{name}/{file.name}:{number}: {question[:40]}", question, _find_options(row))
             if not count:
                 tqdm.write(f"{file}: no questions found; left out", file=sys.stderr)
             found |= bool(count)
@@ -141,23 +140,31 @@ def _hash_words(text: str) -> np.ndarray:
     return units[~np.isin(units, OPTION_MARKS)]
 
 
-def build_index(exams: list[str], folder: Path) -> "ExamIndex":
-    """Write the n-grams of the exams' items to a folder and open it; items too short to be told are named.
-
-    Raises:
-        UserError: As [`read_exams`].
-    """
-    items: dict[bytes, tuple[ExamItem, np.ndarray, np.ndarray]] = {}  # each once
+def _hash_items(exams: list[str]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Return place, units of the question and units of all of each item, once; those too short to tell are named."""
+    items: dict[bytes, tuple[str, np.ndarray, np.ndarray]] = {}
     for item in read_exams(exams):
         question = _hash_words(item.question)
         units = np.concatenate([question, _hash_words("\n".join(item.options))])
         if len(units) < (NGRAM if item.options else MIN_UNITS):
             tqdm.write(f"{item.place}: too short to look for", file=sys.stderr)
         else:
-            items.setdefault(units.tobytes(), (item, question, units))
-    uses = Counter(question.tobytes() for _, question, _ in items.values())
+            items.setdefault(units.tobytes(), (item.place, question, units))
+    if not items:
+        raise UserError(f"{', '.join(exams)}: every question is too short to look for")
+    return list(items.values())
+
+
+def build_index(exams: list[str], folder: Path) -> "ExamIndex":
+    """Write the n-grams of the exams' items to a folder and open it.
+
+    Raises:
+        UserError: As [`read_exams`], or every question is too short.
+    """
+    items = _hash_items(exams)
+    uses = Counter(question.tobytes() for _, question, _ in items)
     table, grams = [], []
-    for _, question, units in items.values():
+    for _, question, units in items:
         grams.append(hash_ngrams(units, NGRAM))
         alone = len(question) >= MIN_UNITS and uses[question.tobytes()] == 1
         table.append((max(0, len(question) - NGRAM + 1), len(grams[-1]), alone))
@@ -169,8 +176,8 @@ def build_index(exams: list[str], folder: Path) -> "ExamIndex":
     np.save(folder / "hashes.npy", hashes[order])
     np.save(folder / "postings.npy", postings[order].astype(np.uint32))
     np.save(folder / "items.npy", np.array(table, np.uint32))
-    places = [{"exam": item.exam, "place": item.place} for item, _, _ in items.values()]
-    (folder / "items.json").write_text(json.dumps(places, ensure_ascii=False, indent=1), encoding="utf-8")
+    places = json.dumps([place for place, _, _ in items], ensure_ascii=False, indent=1)
+    (folder / "items.json").write_text(places, encoding="utf-8")
     return ExamIndex(folder)
 
 
@@ -183,12 +190,12 @@ class ExamIndex:
         self.hashes = np.load(folder / "hashes.npy", mmap_mode="r")
         self.postings = np.load(folder / "postings.npy", mmap_mode="r")
         self.items = np.load(folder / "items.npy").astype(np.int64)
-        self.names = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+        self.places = json.loads((folder / "items.json").read_text(encoding="utf-8"))
         self.known = np.zeros(2**FILTER_BITS, bool)
         self.known[self.hashes >> np.uint64(64 - FILTER_BITS)] = True
 
-    def find(self, text: str) -> list[dict[str, str]]:
-        """Return the `exam` and `place` of every item that the text holds."""
+    def find(self, text: str) -> list[str]:
+        """Return the place of every item that the text holds: `EXAM/FILE:ROW: BEGINNING`."""
         grams = hash_ngrams(_hash_words(text), NGRAM)
         spots = np.flatnonzero(self.known[grams >> np.uint64(64 - FILTER_BITS)])
         if not spots.size:
@@ -203,7 +210,7 @@ class ExamIndex:
             for item in self._candidates(items, positions)
             if self._holds(item, places[items == item], positions[items == item], len(grams))
         ]
-        return [self.names[item] for item in held]
+        return [self.places[item] for item in held]
 
     def _candidates(self, items: np.ndarray, positions: np.ndarray) -> list[int]:
         """Return the items of which enough is anywhere in the text."""
@@ -228,8 +235,8 @@ class ExamIndex:
 
 
 def find_exam_items(index: ExamIndex, text: str) -> list[str]:
-    """Return exam, file, row and beginning of every exam item that the text holds."""
-    return [item["place"] for item in index.find(text)]
+    """As [`ExamIndex.find`]."""
+    return index.find(text)
 
 
 class ExamIndexer(PipelineStep):
@@ -267,5 +274,5 @@ class Decontaminator(BaseFilter):
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         items = self.index.find(doc.text)
         if items:
-            doc.metadata["exam_item"] = items[0]["place"]
-        return (False, f"exam_{items[0]['exam']}") if items else True
+            doc.metadata["exam_item"] = items[0]
+        return (False, f"exam_{items[0].split('/')[0]}") if items else True

@@ -147,6 +147,7 @@ def test_every_form_of_exam_is_read(tmp_path):
     "name, content, message",
     [
         ("exam.jsonl", '{"question": "' + "问" * 20 + '"}\n{"question": \n', r"exam\.jsonl:2: not valid JSON"),
+        ("exam.txt", "1+1=?\n", "every question is too short"),
         ("exam.csv", "id,title\n1,two\n", "no file has a column of questions"),
         ("exam.csv", b"question,A\n\xff\xfe,1\n", r"exam\.csv: cannot be read"),
         ("other.txt", "question", "no file matches"),
