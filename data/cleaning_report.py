@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -15,7 +17,6 @@ EXAMPLES = 3  # of each rule: kept by every task, and shown
 EXCERPT = 240  # characters
 RULES_IN_PICTURE = 9  # the others are summed up
 HELD_OUT = "held_out"  # set aside, not lost
-COLORS = ["#c8ccd0", "#7fa8cf", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#5a9367", "#b5651d", "#3d405b", "#e07a9b"]
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
 
@@ -189,34 +190,20 @@ def _block(text: str) -> str:
 
 def _draw(counts: dict[str, Counter], path: Path) -> None:
     """Draw for each source a bar of 100%: what was written, held out, and dropped by rule."""
-    from matplotlib.figure import Figure  # 40 MB that no worker needs
-
     total = sum((_dropped(count) for count in counts.values()), Counter())
     rules = [rule for rule, _ in total.most_common(RULES_IN_PICTURE - 1 if len(total) > RULES_IN_PICTURE else None)]
     parts: dict[str, Callable[[Counter], int]] = {
         "written": lambda count: count["written"],
         "held out": lambda count: count[f"dropped_{HELD_OUT}"],
-        **{rule: lambda count, rule=rule: _dropped(count)[rule] for rule in rules},
+        **{rule.replace("_", " "): lambda count, rule=rule: _dropped(count)[rule] for rule in rules},
     }
     if len(rules) < len(total):
         parts["other rules"] = lambda count: sum(n for rule, n in _dropped(count).items() if rule not in rules)
     # Fonts may lack Han; the number is the row in the report's first tables.
     names = [name if name.isascii() else f"source {number}" for number, name in enumerate(counts, 1)]
-    figure = Figure(figsize=(10, 1.6 + 0.34 * max(len(names), len(parts) / 1.6)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(names)
-    for (label, part), color in zip(parts.items(), [*COLORS, "#222222"], strict=False):
-        widths = [100 * part(count) / max(count["read"], 1) for count in counts.values()]
-        axes.barh(range(len(names)), widths, left=left, color=color, label=label.replace("_", " "), height=0.72)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("share of the rows read, %")
-    axes.set_title("What became of the rows of each source", loc="left", fontsize=11)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
-    for text in (*axes.get_yticklabels(), *legend.get_texts()):
-        text.set_parse_math(False)  # a name may hold $
-    figure.savefig(path, dpi=120)
+    bars = {
+        label: [100 * part(count) / max(count["read"], 1) for count in counts.values()]
+        for label, part in parts.items()
+    }
+    command = [sys.executable, "-I", str(Path(__file__).with_name("plot_bars.py")), str(path)]
+    subprocess.run(command, input=json.dumps({"names": names, "bars": bars}), text=True, check=True)
