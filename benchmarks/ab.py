@@ -115,10 +115,17 @@ class Report:
             return
         RESULTS.mkdir(exist_ok=True)
         content = {"benchmark": self.name, "machine": where, "date": time.strftime("%Y-%m-%d")}
-        content |= {"settings": vars(args), "rows": self.rows}
+        content |= {"settings": {key: _anywhere(value) for key, value in vars(args).items()}, "rows": self.rows}
         _replace(RESULTS / f"{self.name}.json", json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
         document = DOCUMENT.read_text(encoding="utf-8")
         _replace(DOCUMENT, insert_table(document, self.name, f"{self.table()}\n\n{self.how} on {note}."))
+
+
+def _anywhere(value: Any) -> Any:
+    """Return a setting without the folders of this machine: of an absolute path, the name."""
+    if isinstance(value, list):
+        return [_anywhere(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def insert_table(document: str, name: str, text: str) -> str:
