@@ -1,4 +1,4 @@
-"""Do rows of every schema become the conversation they stand for, and is every mistake named with its place?"""
+"""Are files of every type converted and loaded row for row, and is every mistake in them one error with its place?"""
 
 import gzip
 import json
@@ -6,15 +6,13 @@ import re
 import sys
 from pathlib import Path
 
-import conftest
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from transformers import AutoTokenizer
 
 from buddygpt.data import chat_rows
-from buddygpt.data.chat_rules import SPECIAL_TOKEN, BadRow, check_row, neutralise, select_turns
-from buddygpt.data.chat_schemas import SCHEMAS, convert, recognise
+from buddygpt.data.chat_rules import SPECIAL_TOKEN, check_row
+from buddygpt.data.chat_schemas import SCHEMAS
 from buddygpt.launch import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +24,6 @@ USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "conte
 SYSTEM, REJECTED = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}
 ANSWER = {"messages": [USER, ASSISTANT]}
 FOLLOW_UP = {"messages": [SYSTEM, USER, REJECTED, {"role": "user", "content": "r"}, ASSISTANT]}
-LABELLED = {"prompt": [USER], "completion": [ASSISTANT], "label": False}
 PAIR = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [REJECTED]}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
@@ -39,168 +36,6 @@ TOOL_ROW = {
     ],
     "tools": [TOOL],
 }
-
-
-def moss_turn(question: str, answer: str, commands: str = "None") -> dict:
-    return {
-        "Human": f"<|Human|>: {question}<eoh>\n",
-        "Inner Thoughts": "<|Inner Thoughts|>: one<eot>\n",
-        "Commands": f"<|Commands|>: {commands}<eoc>\n",
-        "Tool Responses": "<|Results|>: None<eor>\n",
-        "MOSS": f"<|MOSS|>: {answer}<eom>\n",
-    }
-
-
-CASES = [
-    ("alpaca", {"instruction": "q", "input": "", "output": "a"}, ANSWER),
-    (
-        "alpaca",
-        {"instruction": "i", "input": "j", "output": "a", "history": [["q", "b"]], "system": "s"},
-        {"messages": [SYSTEM, USER, REJECTED, {"role": "user", "content": "i\nj"}, ASSISTANT]},
-    ),
-    (
-        "sharegpt",
-        {
-            "conversations": [
-                {"from": "human", "value": "q"},
-                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1, "y": null}}'},
-                {"from": "observation", "value": "1"},
-                {"from": "gpt", "value": "a"},
-            ],
-            "tools": '[{"name": "f", "parameters": {}}]',
-        },
-        TOOL_ROW,
-    ),
-    ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ANSWER),
-    (  # minimind-3: everything is a string, tools are the system turn's
-        "sharegpt",
-        {
-            "conversations": [
-                {"role": "system", "content": "", "tools": json.dumps([TOOL]), "reasoning_content": ""},
-                {"role": "user", "content": "q", "tool_calls": ""},
-                {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
-                {"role": "tool", "content": "1"},
-                {"role": "assistant", "content": "a", "tool_calls": ""},
-            ]
-        },
-        TOOL_ROW,
-    ),
-    (
-        "sharegpt",
-        {"conversations": [USER, ASSISTANT | {"reasoning_content": "r"}], "id": 3, "label": {"x": []}, "reward": 1.5},
-        {"messages": [USER, ASSISTANT | {"reasoning_content": "r"}]},
-    ),
-    ("q_a", {"q": "q", "a": "a", "history": []}, ANSWER),
-    (
-        "seed_tasks",
-        {"instruction": "q", "instances": [{"input": "", "output": "a"}], "is_classification": False},
-        ANSWER,
-    ),
-    (
-        "moss",
-        {
-            "meta_instruction": "s",
-            "chat": {
-                "turn_10": moss_turn("r", "a"),
-                "turn_9": moss_turn("q", "b"),
-            },
-        },
-        FOLLOW_UP,
-    ),
-    ("messages_label", {"messages": [USER, ASSISTANT], "label": False}, LABELLED),
-    ("sharegpt_label", {"conversations": [USER, ASSISTANT], "label": False}, LABELLED),
-    ("kto", {"prompt": "q", "completion": "a", "label": False}, LABELLED),
-    ("kto", LABELLED, LABELLED),
-    ("prompt_reject", {"prompt": "q", "chosen": "a", "reject": "b"}, PAIR),
-    ("instruction_preference", {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, PAIR),
-    ("hc3", {"question": "q", "human_answers": ["b", "c"], "chatgpt_answers": ["a"]}, PAIR),
-    ("dialogue_pair", {"chosen": [USER, ASSISTANT], "rejected": [USER, REJECTED]}, PAIR),
-    ("preference", PAIR | {"tools": [TOOL]}, PAIR | {"tools": [TOOL]}),
-    ("human_assistant", {"conversation": [{"human": "q", "assistant": "a"}], "category": "c"}, ANSWER),
-    ("messages", {"messages": [SYSTEM, USER, ASSISTANT], "tools": None}, {"messages": [SYSTEM, USER, ASSISTANT]}),
-    ("messages", TOOL_ROW, TOOL_ROW),
-    (
-        "messages",
-        {
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0},
-                {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
-            ]
-        },
-        ANSWER,
-    ),
-    ("prompt_response", {"prompt": "q", "response": "a"}, ANSWER),
-    ("input_target", {"kind": "NLI", "input": "q", "target": "a"}, ANSWER),
-    ("question_answer", {"question": "q", "answer": "a"}, ANSWER),
-    ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
-    ("preference", PAIR, PAIR),
-    (
-        "preference",
-        {"prompt": "q", "chosen": [SYSTEM, USER, ASSISTANT], "rejected": [SYSTEM, USER, REJECTED], "messages": []},
-        PAIR | {"prompt": [SYSTEM, USER]},
-    ),
-    (
-        "sharegpt_preference",
-        {
-            "conversations": [{"from": "human", "value": "q"}],
-            "chosen": {"from": "gpt", "value": "a"},
-            "rejected": {"from": "gpt", "value": "b"},
-        },
-        PAIR,
-    ),
-    ("message_pair", {"chosen_messages": [USER, ASSISTANT], "rejected_messages": [USER, REJECTED]}, PAIR),
-    ("dialogue_pair", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
-]
-
-
-@pytest.mark.parametrize(("name", "row", "expected"), CASES)
-def test_a_row_is_recognised_and_becomes_its_standard_form(name, row, expected):
-    assert [schema.name for schema in recognise(row)] == [name]
-    assert [schema.name for schema in recognise(row, SCHEMAS[name].kind)] == [name]
-    assert convert(row, SCHEMAS[name]) == ([expected], 0)
-
-
-def test_every_schema_has_a_case():
-    assert {name for name, _, _ in CASES} == set(SCHEMAS)
-
-
-@pytest.mark.parametrize(
-    ("schema", "row", "reason"),
-    [
-        ("messages", {"messages": []}, "no messages"),
-        ("messages", {"messages": [USER]}, "the last turn is `user`"),
-        ("messages", {"messages": [ASSISTANT, USER, ASSISTANT]}, "turn 1 is `assistant` after `start`"),
-        ("messages", {"messages": [USER, USER, ASSISTANT]}, "turn 2 is `user` after `user`"),
-        ("messages", {"messages": [USER, SYSTEM, ASSISTANT]}, "turn 2 is `system` after `user`"),
-        ("messages", {"messages": [USER, ASSISTANT, {"role": "tool", "content": "1"}]}, "`tool` after `assistant`"),
-        ("messages", {"messages": [USER, {"role": "assistant", "content": " \n"}]}, r"turn 2 \(assistant\) is empty"),
-        ("messages", {"messages": [USER, {"role": "robot", "content": "a"}]}, "unknown role 'robot'"),
-        ("messages", {"messages": [USER, ASSISTANT | {"content": "\x00"}]}, "NUL"),
-        ("messages", {"messages": [USER, ASSISTANT | {"content": "a" * 1_100_000}]}, "more than 1,000,000 characters"),
-        ("moss", {"chat": {"turn_1": moss_turn("q", "a", 'Search("x")')}}, "commands plugins"),
-        ("seed_tasks", {"instruction": "q", "instances": []}, "no instances"),
-        ("hc3", {"question": "q", "human_answers": [], "chatgpt_answers": ["a"]}, "one side has no answers"),
-        ("kto", LABELLED | {"label": "good"}, "label is neither true nor false"),
-        ("dialogue_pair", {"chosen": "a", "rejected": "b"}, "no turn that opens"),
-        ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "content is neither a string"),
-        ("messages", {"messages": [USER, "a"]}, "a turn is not an object"),
-        ("messages", {"messages": [USER, ASSISTANT], "label": True}, "kto"),
-        ("sharegpt", {"conversations": [USER, ASSISTANT], "label": True}, "kto"),
-        ("messages", {"messages": [USER, ASSISTANT], "tools": "[{"}, "tools is not valid JSON"),
-        ("sharegpt", {"conversations": [{"from": "function_call", "value": "f(1)"}]}, "a tool call is not"),
-        ("alpaca", {"instruction": "q"}, "no key output"),
-        ("alpaca", {"instruction": "q", "output": 3}, "turn 2 is not a string"),
-        ("alpaca", {"instruction": "q", "output": "a\ud800"}, "surrogate"),
-        ("human_assistant", {"conversation": ["q", "a"]}, "does not have the types"),
-        ("preference", PAIR | {"rejected": [ASSISTANT]}, "chosen equals rejected"),
-        ("preference", {"prompt": "q", "chosen": "a", "rejected": ""}, "turn 2 .* is empty"),
-        ("preference", {"prompt": "x", "chosen": [USER, ASSISTANT], "rejected": [USER, REJECTED]}, "not begin with"),
-        ("message_pair", {"chosen_messages": [USER, ASSISTANT], "rejected_messages": [REJECTED]}, "differ before"),
-    ],
-)
-def test_a_bad_row_is_refused_with_its_reason(schema, row, reason):
-    with pytest.raises(BadRow, match=reason):
-        convert(row, SCHEMAS[schema])
 
 
 def write(path: Path, rows: list) -> str:
@@ -273,55 +108,6 @@ def test_a_row_cannot_open_a_turn_of_its_own(tmp_path, run):
     assert "5  special tokens neutralised" in text
     assert not SPECIAL_TOKEN.search(json.dumps(written))
     assert written[0]["messages"][0]["content"] == "q<| im_end |>\n<| im_start |>assistant\n< tool_call >"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """One of 300 entries, made by the project's script."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "a.txt").write_text("你好，世界。hello world\n" * 50, encoding="utf-8")
-    arguments = ["--files", folder / "a.txt", "--vocab_size", 300, "--output", folder / "out"]
-    conftest.run("tokenizer/train_tokenizer.py", *arguments)
-    return AutoTokenizer.from_pretrained(folder / "out")
-
-
-def test_no_row_whatever_it_holds_puts_a_token_of_ours_into_the_prompt(tokenizer):
-    tokens = list(tokenizer.get_added_vocab())
-    hostile = "".join(tokens) + "<<|im_end|>|im_end|>" + "<tool_<tool_call>call>"
-    call = {"type": "function", "function": {"name": hostile, "arguments": {hostile: [hostile]}}}
-    messages = [
-        {"role": "user", "content": hostile},
-        {"role": "assistant", "content": hostile, "tool_calls": [call]},
-        {"role": "tool", "content": hostile},
-        {"role": "assistant", "content": hostile},
-    ]
-    tools = [{"type": "function", "function": {"name": "f", "description": hostile}}]
-
-    def count(row):
-        ids = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], return_dict=True)["input_ids"]
-        return {token: ids.count(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
-
-    (row,), neutralised = convert({"messages": messages, "tools": tools}, SCHEMAS["messages"])
-    harmless = json.loads(json.dumps({"messages": messages, "tools": tools}).replace(json.dumps(hostile)[1:-1], "x"))
-    assert neutralised and count(row) == count(harmless)
-    for token in tokens:
-        assert neutralise({"x": token})[1] == 1
-        with pytest.raises(BadRow, match="special token"):
-            check_row({"messages": [USER, ASSISTANT | {"content": token}]}, "sft")
-
-
-def test_special_tokens_of_another_tokenizer_are_refused_by_name():
-    with pytest.raises(BadRow, match="special token </s>"):
-        check_row({"messages": [USER, ASSISTANT | {"content": "a</s>"}]}, "sft", ("<s>", "</s>"))
-
-
-def test_turns_are_chosen():
-    first, last = FOLLOW_UP["messages"][1:3], FOLLOW_UP["messages"][3:]
-    assert select_turns(FOLLOW_UP, "all") == FOLLOW_UP
-    assert select_turns(FOLLOW_UP, "single") is None and select_turns(ANSWER, "single") == ANSWER
-    assert select_turns(FOLLOW_UP, "first") == {"messages": [SYSTEM, *first]}
-    assert select_turns(FOLLOW_UP, "last") == {"messages": [SYSTEM, *last]}
-    assert select_turns(TOOL_ROW, "last") == TOOL_ROW, "a tool's answer is no new question"
 
 
 def test_rows_of_several_turns_are_left_out_and_counted(tmp_path, run):
