@@ -3,11 +3,14 @@
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def file_sha256(path: str | Path, flush: bool = False) -> str:
@@ -27,20 +30,24 @@ def checkpoint_sha256(name_or_path: str) -> str:
     return hashlib.sha256("".join(map(file_sha256, weights)).encode()).hexdigest() if weights else name_or_path
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     """`AutoTokenizer.from_pretrained`, whose failure is a [`UserError`]."""
+    from transformers import AutoTokenizer  # imports torch, which not every script that is told a checkpoint needs
+
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a tokenizer from {name_or_path}: {str(error).splitlines()[0]}") from error
 
 
-def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
     """Return the config of a causal language model, from a local folder or the Hub.
 
     Raises:
         UserError: The folder is missing, holds no model, holds only a LoRA adapter, or a model of another kind.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM  # import the model
+
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
