@@ -11,6 +11,7 @@ each optionally with "tools": [{"type": "function", "function": {...}}].
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -29,11 +30,30 @@ NEXT = {
 }
 SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>|<(/?tool_(?:call|response))>")  # ours, and their like in other templates
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 LONGEST_ROW = 1_000_000  # characters; beyond any context, and minutes of tokenisation
 
 
 class BadRow(ValueError):
     """A row that cannot be trained on; the message is the reason."""
+
+
+def read_label(row: dict[str, Any]) -> bool | None:
+    """Return whether the answer of a row is labelled good; None where `label` says nothing of the kind."""
+    return LABELS.get(str(row.get("label", row.get("kto_tag"))).lower())
+
+
+def refuse_label(row: dict[str, Any]) -> None:
+    """Raise [`BadRow`] if the answer of an instruction row is labelled, for it may be a bad one."""
+    if read_label(row) is not None:
+        raise BadRow(
+            "an answer labelled good or bad (kto), not an instruction; drop the key if it says something else"
+        )
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing but spaces and zero-width characters."""
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def fill_placeholders(row: dict[str, Any], values: dict[str, str]) -> dict[str, Any]:
@@ -104,7 +124,7 @@ def check_messages(messages: Any) -> None:
         this = "call" if role == "assistant" and message.get("tool_calls") else role
         if this not in NEXT[last]:
             raise BadRow(f"turn {number} is `{this}` after `{last}`, expected {' or '.join(NEXT[last])}")
-        if this != "call" and not content.strip():
+        if this != "call" and is_blank(content):
             raise BadRow(f"turn {number} ({role}) is empty")
         last = this
     if last not in ("assistant", "call"):
@@ -121,6 +141,7 @@ def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = 
     if not all(isinstance(row.get(key), list) for key in keys):
         raise BadRow(f"not in the standard form: {', '.join(keys)} must be lists of messages; keys: {', '.join(row)}")
     if kind == "sft":
+        refuse_label(row)
         check_messages(row["messages"])
     else:
         _check_answers(row, keys[1:])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from buddygpt.launch import UserError
 
-from .chat_rules import FORMS, BadRow, check_row, neutralise
+from .chat_rules import FORMS, BadRow, check_row, neutralise, read_label, refuse_label
 from .text_files import Row
 
 ROLES = {
@@ -24,27 +24,28 @@ ROLES = {
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 MOSS_TURN = re.compile(r"(?:<\|[\w ]+\|>:)?\s*(.*?)\s*(?:<eo[a-z]>)?\s*", re.DOTALL)
 ROWS_LOOKED_AT = 100  # to recognise a file's schema
+EMPTY_ROW = "the row is empty"
 
 
 class Schema(NamedTuple):
-    """One form of row: rows with all `keys`, of the types named, are read by `read` into rows of `kind`."""
+    """One form of row: rows with all `keys`, and if `judged` a true or false label, are read into rows of `kind`."""
 
     name: str
     kind: str
     keys: frozenset[str]
-    types: dict[str, type]
+    judged: bool
     read: Callable[[dict[str, Any]], dict[str, Any] | list[dict[str, Any]]]
 
     def fits(self, row: dict[str, Any]) -> bool:
-        return self.keys <= row.keys() and all(isinstance(row[key], type) for key, type in self.types.items())
+        return self.keys <= row.keys() and (not self.judged or read_label(row) is not None)
 
 
 SCHEMAS: dict[str, Schema] = {}
 
 
-def schema(name: str, kind: str, keys: str, **types: type) -> Callable:
+def schema(name: str, kind: str, keys: str, judged: bool = False) -> Callable:
     def register(read: Callable) -> Callable:
-        SCHEMAS[name] = Schema(name, kind, frozenset(keys.split()), types, read)
+        SCHEMAS[name] = Schema(name, kind, frozenset(keys.split()), judged, read)
         return read
 
     return register
@@ -76,7 +77,7 @@ def find_schema(path: Path, rows: Iterable[Row], kind: str | None = None) -> Sch
     """
     first, found, unreadable = None, None, None
     for row in islice(rows, ROWS_LOOKED_AT):
-        if row.error:
+        if row.error or not row.content:
             unreadable = unreadable or row
             continue
         first = first or row
@@ -88,7 +89,8 @@ def find_schema(path: Path, rows: Iterable[Row], kind: str | None = None) -> Sch
             _refuse_mixture(path, row, found, matches[0])
         found = found or (matches[0] if matches else None)
     if first is None:
-        raise UserError(f"{path}:{unreadable.number}: {unreadable.error}" if unreadable else f"{path} is empty")
+        fault = f":{unreadable.number}: {unreadable.error or EMPTY_ROW}" if unreadable else " is empty"
+        raise UserError(f"{path}{fault}")
     if found is None:
         entries = [entry for entry in SCHEMAS.values() if kind in (None, entry.kind)]
         known = "; ".join(f"{entry.name} ({', '.join(sorted(entry.keys))})" for entry in entries)
@@ -117,6 +119,10 @@ def convert(row: dict[str, Any], schema: Schema) -> tuple[list[dict[str, Any]], 
     Raises:
         BadRow: It does not have the keys or types of the schema, or breaks a rule; with the reason.
     """
+    if not row:
+        raise BadRow(EMPTY_ROW)
+    if schema.kind == "sft":
+        refuse_label(row)
     if missing := schema.keys - row.keys():
         raise BadRow(f"no key {' and '.join(sorted(missing))}, unlike the schema {schema.name}")
     try:
@@ -177,7 +183,9 @@ def read_turn(item: Any) -> dict[str, Any]:
         raise BadRow(f"unknown role {name!r:.40}")
     content = item.get("value", item.get("content"))
     if name == "function_call":
-        return turn("assistant", "") | {"tool_calls": [read_call(content)]}
+        calls = read_json(content, "a tool call")
+        calls = calls if isinstance(calls, list) else [calls]
+        return turn("assistant", "") | {"tool_calls": [read_call(call) for call in calls]}
     calls = read_json(item.get("tool_calls"), "tool_calls")
     message = turn(ROLES[name], read_text("" if content is None and calls else content))
     if item.get("reasoning_content"):
@@ -215,12 +223,18 @@ def read_tool(tool: Any) -> dict[str, Any]:
 
 def instruction(row: dict[str, Any], question: str, answer: str) -> dict[str, Any]:
     """A question and its answer, after the row's `history` of [question, answer]."""
-    pairs = [*(row.get("history") or []), (question, answer)]
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise BadRow("history is not a list of [question, answer]")
+    pairs = [*history, (question, answer)]
     return with_context(row, {"messages": [message for pair in pairs for message in exchange(*pair)]})
 
 
 def join_input(row: dict[str, Any], key: str) -> str:
-    return "\n".join(text for text in (row[key], row.get("input")) if text)
+    texts = [text for text in (row[key], row.get("input")) if text]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"{key} or input is not a string")
+    return "\n".join(texts)
 
 
 @schema("alpaca", "sft", "instruction output")
@@ -256,27 +270,23 @@ def question_answer(row: dict[str, Any]) -> dict[str, Any]:
     return instruction(row, row["question"], row["answer"])
 
 
-def refuse_label(row: dict[str, Any]) -> None:
-    if isinstance(row.get("label"), bool):
-        raise BadRow("an answer labelled good or bad (kto), not an instruction")
-
-
 @schema("sharegpt", "sft", "conversations")
 def sharegpt(row: dict[str, Any]) -> dict[str, Any]:
-    refuse_label(row)
     return with_context(row, {"messages": read_turns(row["conversations"])})
 
 
 @schema("messages", "sft", "messages")
 def messages(row: dict[str, Any]) -> dict[str, Any]:
-    refuse_label(row)
     return with_context(row, {"messages": read_turns(row["messages"])})
 
 
 @schema("human_assistant", "sft", "conversation")
 def human_assistant(row: dict[str, Any]) -> dict[str, Any]:
-    pairs = [exchange(pair["human"], pair["assistant"]) for pair in row["conversation"]]
-    return with_context(row, {"messages": sum(pairs, [])})
+    pairs = row["conversation"]
+    if not isinstance(pairs, list) or not all({"human", "assistant"} <= set(pair) for pair in pairs):
+        raise BadRow("conversation is not a list of objects with human and assistant")
+    turns = [message for pair in pairs for message in exchange(pair["human"], pair["assistant"])]
+    return with_context(row, {"messages": turns})
 
 
 @schema("moss", "sft", "chat")
@@ -296,21 +306,21 @@ def moss(row: dict[str, Any]) -> dict[str, Any]:
 
 def label(row: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
     """Split off the answer that is labelled good or bad."""
-    standard = {"prompt": messages[:-1], "completion": messages[-1:], "label": row["label"]}
+    standard = {"prompt": messages[:-1], "completion": messages[-1:], "label": read_label(row)}
     return with_context(row, standard, "prompt")
 
 
-@schema("messages_label", "kto", "messages label", label=bool)
+@schema("messages_label", "kto", "messages label", judged=True)
 def messages_label(row: dict[str, Any]) -> dict[str, Any]:
     return label(row, read_turns(row["messages"]))
 
 
-@schema("sharegpt_label", "kto", "conversations label", label=bool)
+@schema("sharegpt_label", "kto", "conversations label", judged=True)
 def sharegpt_label(row: dict[str, Any]) -> dict[str, Any]:
     return label(row, read_turns(row["conversations"]))
 
 
-@schema("kto", "kto", "prompt completion label", label=bool)
+@schema("kto", "kto", "prompt completion label")
 def kto(row: dict[str, Any]) -> dict[str, Any]:
     return label(row, read_answer(row["prompt"], "user") + read_answer(row["completion"], "assistant"))
 
@@ -333,10 +343,22 @@ def pair(row: dict[str, Any], prompt: list, chosen: list, rejected: list) -> dic
     return with_context(row, standard, "prompt")
 
 
+def read_dialogue(text: str) -> list[dict[str, Any]]:
+    """hh-rlhf: turns opened by "\\n\\nHuman: " and "\\n\\nAssistant: "."""
+    parts = DIALOGUE_TURN.split(text)[1:]
+    if not parts:
+        raise BadRow("a dialogue has no turn that opens with a blank line and `Human:`")
+    roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
+    return [turn(role, content.strip()) for role, content in zip(roles, parts[1::2], strict=True)]
+
+
 @schema("preference", "preference", "prompt chosen rejected")
 def preference(row: dict[str, Any]) -> dict[str, Any]:
-    answers = (read_answer(row[key], "assistant") for key in ("chosen", "rejected"))
-    return pair(row, read_answer(row["prompt"], "user"), *answers)
+    """A prompt may be the hh-rlhf dialogue that the answers continue: up to an open "\\n\\nAssistant:"."""
+    prompt, answers = row["prompt"], (read_answer(row[key], "assistant") for key in ("chosen", "rejected"))
+    if isinstance(prompt, str) and DIALOGUE_TURN.match(prompt):
+        prompt = [message for message in read_dialogue(prompt) if message != turn("assistant", "")]
+    return pair(row, read_answer(prompt, "user"), *answers)
 
 
 @schema("prompt_reject", "preference", "prompt chosen reject")
@@ -362,18 +384,9 @@ def message_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 @schema("dialogue_pair", "preference", "chosen rejected")
 def dialogue_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """hh-rlhf: one string a dialogue, turns opened by "\\n\\nHuman: " and "\\n\\nAssistant: "; or lists of turns."""
-
-    def read(text: Any) -> list[dict[str, Any]]:
-        if not isinstance(text, str):
-            return read_turns(text)
-        parts = DIALOGUE_TURN.split(text)[1:]
-        if not parts:
-            raise BadRow("a dialogue has no turn that opens with a blank line and `Human:`")
-        roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
-        return [turn(role, content.strip()) for role, content in zip(roles, parts[1::2], strict=True)]
-
-    return pair(row, [], read(row["chosen"]), read(row["rejected"]))
+    """hh-rlhf: one string a dialogue; or lists of turns."""
+    sides = (row["chosen"], row["rejected"])
+    return pair(row, [], *(read_dialogue(side) if isinstance(side, str) else read_turns(side) for side in sides))
 
 
 @schema("hc3", "preference", "question human_answers chatgpt_answers")

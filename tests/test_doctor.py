@@ -242,7 +242,8 @@ def test_a_recipe_refuses_what_the_doctor_rejects_unless_forced(tmp_path, cache,
 def test_a_recipe_and_the_doctor_agree(tmp_path, cache, doctor, tokenizer):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     rows = {"messages": [*ZH, *EN]}, {"messages": ZH}, {"messages": ZH[:1]}, {"messages": []}
-    for number, chosen in enumerate([rows[:1], rows[1:2], rows[:2], rows[:3], rows[3:]]):
+    labelled, blank = {"messages": ZH, "label": 0}, {"messages": [ZH[0], ZH[1] | {"content": "\u200b"}]}
+    for number, chosen in enumerate([rows[:1], rows[1:2], rows[:2], rows[:3], rows[3:], [labelled], [blank]]):
         file = write(tmp_path / f"{number}.jsonl", list(chosen))
         for length in (10, 40, 60, 200):
             status, text = doctor(file, "--stage", "sft", "--tokenizer", tokenizer, "--max_length", length)
