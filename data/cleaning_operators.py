@@ -99,6 +99,7 @@ def _opencc(config: str) -> opencc.OpenCC:
 
 EMAIL = re.compile(r"[A-Za-z0-9](?<![\w.%+-].)[\w.%+-]{0,63}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{2,63})+", re.ASCII)
 IP_ADDRESS = re.compile(r"[0-9](?<![0-9A-Za-z.].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?::[0-9]{1,5})?(?![0-9A-Za-z]|\.[0-9])")
+IPV6_ADDRESS = re.compile(r"[0-9A-Fa-f](?<![0-9A-Za-z:].)[0-9A-Fa-f]{0,3}(?::[0-9A-Fa-f]{1,4}){7}(?![0-9A-Za-z:])")
 URL = r"(?:https?://|HTTPS?://|ftp://|www\.)[A-Za-z0-9\-._~:/?#\[\]@!$&'*+,;=%]+"
 MARKDOWN_LINK = re.compile(rf"!?\[([^\[\]\n]*)\]\({URL}(?: [^()\n]*)?\)")
 LINK = re.compile(rf"{URL}(?<![.,;:!?'\]])")
@@ -125,14 +126,15 @@ def remove_emails(text: str) -> str:
 
 @mapper
 def remove_ips(text: str) -> str:
-    """Remove IPv4 addresses of seven digits or more; fewer may as well be a section or a version, 3.2.1.12."""
+    """Remove IPv6 addresses written in full, and IPv4 ones of seven digits or more: 3.2.1.12 may be a section."""
 
     def replace(match: re.Match) -> str:
         numbers = match[0].split(":")[0].split(".")
         is_address = all(int(n) < 256 for n in numbers) and len("".join(numbers)) >= 7
         return "" if is_address else match[0]
 
-    return IP_ADDRESS.sub(replace, text)
+    text = IP_ADDRESS.sub(replace, text)
+    return IPV6_ADDRESS.sub("", text) if text.count(":") >= 7 else text
 
 
 @mapper
@@ -163,9 +165,14 @@ def remove_id_numbers(text: str) -> str:
 
 # --- Mappers: markup, boilerplate, repeats ---
 
-HTML_HIDDEN = re.compile(r"<!--[^<]*-->|<(script|style)\b[^<>]*>[^<]*</\1>", re.IGNORECASE)
+HTML_HIDDEN = re.compile(r"<!--|<(script|style)\b[^<>]*>", re.IGNORECASE)
+HTML_HIDDEN_END = {
+    None: re.compile("-->"),
+    "script": re.compile("</script>", re.I),
+    "style": re.compile("</style>", re.I),
+}
 HTML_TAG = re.compile(
-    r"<(/?)(a|abbr|article|b|blockquote|body|br|button|center|code|dd|div|dl|dt|em|font|footer|form|h[1-6]|head|header|"
+    r"<(/?)(!doctype|a|abbr|article|b|blockquote|body|br|button|center|code|dd|div|dl|dt|em|font|footer|form|h[1-6]|head|header|"
     r"hr|html|i|iframe|img|input|label|li|link|main|meta|nav|ol|p|pre|script|section|small|span|strong|style|sub|sup|"
     r"table|tbody|td|th|thead|title|tr|u|ul|video)(?:\s[^<>]*)?/?>",
     re.IGNORECASE,
@@ -190,9 +197,25 @@ def remove_html(text: str) -> str:
         name = match[2].lower()
         if name == "li":
             return "" if match[1] else "\n* "
+        if name in ("td", "th"):
+            return " " if match[1] else ""
         return "\n" if HTML_BLOCK.fullmatch(name) else ""
 
-    return HTML_TAG.sub(replace, HTML_HIDDEN.sub("", text))
+    return HTML_TAG.sub(replace, _remove_hidden_html(text))
+
+
+def _remove_hidden_html(text: str) -> str:
+    """Remove comments, scripts and styles that have an end; each end is looked for once, so that time is linear."""
+    kept, done, start, endless = [], 0, 0, set()
+    while opening := HTML_HIDDEN.search(text, start):
+        start, name = opening.end(), opening[1] and opening[1].lower()
+        closing = None if name in endless else HTML_HIDDEN_END[name].search(text, start)
+        if closing:
+            kept.append(text[done : opening.start()])
+            done = start = closing.end()
+        else:
+            endless.add(name)
+    return "".join(kept) + text[done:]
 
 
 @mapper
