@@ -1,5 +1,6 @@
 """What data preparation has dropped and changed, as report.md and report.png that a person can read and judge."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.writers import JsonlWriter
+
+from buddygpt.data.cleaning_operators import MEASURES
 
 EXAMPLES = 3  # of each rule: kept by every task, and shown
 EXCERPT = 240  # characters
@@ -43,7 +46,7 @@ class ExampleWriter(JsonlWriter):
 
 def _example(writer: ExampleWriter, document: Document) -> dict[str, Any]:
     rule = document.metadata.get("filter_reason", "")
-    measure = re.sub("_(below|above)$", "", rule)
+    measure = re.sub("^low_|_(below|above)$", "", rule)
     return {
         "rule": rule,
         "id": document.id,
@@ -58,22 +61,23 @@ def write_report(folder: Path, manifest: dict[str, Any], examples: Path) -> None
 
     Args:
         folder: It exists.
-        manifest: With `sources`, and `cleaning`: by source, the counts `read`, `written`, `dropped_*`, `changed_*`,
-            `changed_chars_*` and `language_*`.
+        manifest: With `sources`, the `profiles` of its `generations`, and `cleaning`: by source, the counts `read`,
+            `written`, `dropped_*`, `changed_*`, `changed_chars_*` and `language_*`.
         examples: Folder of folders that [`ExampleWriter`]s have written to.
     """
     counts = {name: Counter(rules) for name, rules in manifest["cleaning"].items()}
+    profiles = {name: profile for run in manifest["generations"] for name, profile in run["profiles"].items()}
     sections = [
         f"# Data report\n\n{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
         f"{manifest['text_bytes'] / 1e6:,.1f} MB of text from {len(manifest['sources'])} sources.",
         f"## Mixture\n\n{_mixture(manifest['sources'])}",
-        f"## What became of the rows\n\n{_rows(counts)}\n\n![dropped by source and rule](report.png)",
+        f"## What became of the rows\n\n{_rows(counts)}\n\n![not written, by source and rule](report.png)",
         f"## Dropped by rule\n\nRows, and their share of those read.\n\n{_matrix(counts, 'dropped_')}",
         f"## Changed by operator\n\nDocuments, dropped ones too, and their share of the rows read.\n\n"
         f"{_matrix(counts, 'changed_', 'changed_chars_')}",
         f"## Languages\n\nDocuments that cleaning has let pass, where it looks for the language.\n\n"
         f"{_matrix(counts, 'language_')}",
-        f"## Examples\n\n{_examples(examples)}",
+        f"## Examples\n\n{_examples(examples, profiles)}",
     ]
     (folder / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     _draw(counts, folder / "report.png")
@@ -146,7 +150,7 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _examples(folder: Path) -> str:
+def _examples(folder: Path, profiles: dict[str, dict[str, Any]]) -> str:
     rules: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.rglob("*.jsonl")):
         with open(path, "rb") as file:
@@ -155,13 +159,29 @@ def _examples(folder: Path) -> str:
                 rules[example["rule"]].append(example)
     sections = []
     for rule, found in sorted(rules.items()):
-        sections.append(f"### {_escape(rule)}")
+        sections.append(f"### {_escape(rule)}{_meaning(rule, profiles)}")
         for example in islice(_spread(found), EXAMPLES):
             value = "" if example["value"] is None else f": {_escape(str(example['value']))}"
             sections.append(f"{_escape(example['id'])}{value}\n\n{_block(example['text'])}")
             if example["exam_item"]:
                 sections.append(f"Exam item:\n\n{_block(str(example['exam_item']))}")
     return "\n\n".join(sections) or "None."
+
+
+def _meaning(rule: str, profiles: dict[str, dict[str, Any]]) -> str:
+    """Say what a rule of a measure measures, and its bound in each profile; nothing of rules of another step."""
+    measure, _, side = rule.rpartition("_")
+    if measure not in MEASURES:
+        return ""
+    bound = {"below": "min", "above": "max"}.get(side, "keep")
+    bounds = [
+        f"{_escape(str(step['bounds'][bound]))} in {_escape(name)}"
+        for name, profile in profiles.items()
+        for step in profile["steps"]
+        if step["operator"] == measure and bound in step["bounds"]
+    ]
+    about = " ".join(inspect.getdoc(MEASURES[measure]).partition("\n\n")[0].split())
+    return f"\n\n{about} `{bound}` is {', '.join(bounds)}."
 
 
 def _spread(examples: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -189,11 +209,10 @@ def _block(text: str) -> str:
 
 
 def _draw(counts: dict[str, Counter], path: Path) -> None:
-    """Draw for each source a bar of 100%: what was written, held out, and dropped by rule."""
+    """Draw for each source a bar of what was not written: held out, and dropped by rule."""
     total = sum((_dropped(count) for count in counts.values()), Counter())
     rules = [rule for rule, _ in total.most_common(RULES_IN_PICTURE - 1 if len(total) > RULES_IN_PICTURE else None)]
     parts: dict[str, Callable[[Counter], int]] = {
-        "written": lambda count: count["written"],
         "held out": lambda count: count[f"dropped_{HELD_OUT}"],
         **{rule.replace("_", " "): lambda count, rule=rule: _dropped(count)[rule] for rule in rules},
     }

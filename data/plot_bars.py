@@ -8,11 +8,11 @@ import sys
 
 from matplotlib.figure import Figure
 
-COLORS = ["#c8ccd0", "#7fa8cf", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#5a9367", "#b5651d", "#3d405b", "#e07a9b"]
+COLORS = ["#c8ccd0", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#5a9367", "#b5651d", "#3d405b", "#e07a9b"]
 
 
 def draw(names: list[str], bars: dict[str, list[float]], path: str) -> None:
-    """Draw for each name a bar of 100%, its parts side by side."""
+    """Draw for each name a bar, its parts side by side."""
     figure = Figure(figsize=(10, 1.6 + 0.34 * max(len(names), len(bars) / 1.6)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(names)
@@ -21,9 +21,9 @@ def draw(names: list[str], bars: dict[str, list[float]], path: str) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, max(*left, 1))
     axes.set_xlabel("share of the rows read, %")
-    axes.set_title("What became of the rows of each source", loc="left", fontsize=11)
+    axes.set_title("Rows that were not written, by source", loc="left", fontsize=11)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)

@@ -70,12 +70,15 @@ def write_profile(path: Path, text: str) -> Path:
         ("convert_chinese", {"config": "t2s"}, "「漢字」後來，皇后", "「汉字」后来，皇后"),
         ("remove_emails", {}, "来信a.b-c+d@mail.example.com.cn，或x@y.org。", "来信，或。"),
         ("remove_ips", {}, "服务器192.168.10.2:8080和10.120.33.4。", "服务器和。"),
+        ("remove_ips", {}, "地址2001:0db8:85a3:0000:0000:8a2e:0370:7334。", "地址。"),
         ("remove_links", {}, "见https://a.cn/b?c=1&d=%E4，和www.x.com/y。", "见，和。"),
         ("remove_links", {}, "[文档](https://a.cn/b 'c')与![图](http://a.cn/d.png)。", "文档与。"),
         ("remove_phone_numbers", {}, "电话13812345678、+86 138-1234-5678或138 1234 5678。", "电话、或。"),
         ("remove_phone_numbers", {}, "(010)62345678，0571-87654321-802，0898—66638118，400-810-1234", "，，，"),
         ("remove_id_numbers", {}, "身份证11010519491231002X，男", "身份证，男"),
         ("remove_html", {}, "<p class='a'>一<br/>二<b>三</b></p><script>x()</script><!-- y -->", "\n一\n二三\n"),
+        ("remove_html", {}, "一<script>if (a<b) x('</p>')</SCRIPT>二<!-- <p>y</p> -->三<style>", "一二三"),
+        ("remove_html", {}, "<!DOCTYPE html><tr><td>name</td><td>age</td></tr>", "\nname age \n"),
         ("remove_html", {}, "<ul><li>一</li><LI>二</LI></ul>", "\n\n* 一\n* 二\n"),
         ("remove_spans", {"patterns": ["◆+", "a.c"]}, "◆◆一abc二", "一二"),
         ("remove_sentences", {"patterns": ["扫码"], "max_chars": 9}, "好。快扫码！\n扫码领\n好", "好。\n好"),
@@ -100,7 +103,7 @@ def test_a_mapper_changes_what_it_is_for(operator, parameters, before, after):
     "operator, text",
     [
         ("remove_emails", "@property 与 a@b，微博@张三，价格3@5"),
-        ("remove_ips", "第3.2.1.12节，版本1.2.3.4，见999.888.777.666与1.234.567.890.1"),
+        ("remove_ips", "第3.2.1.12节，版本1.2.3.4，见999.888.777.666与1.234.567.890.1，12:30:45，1:2:3:4:5:6:7:8:9"),
         ("remove_links", "比值http与www，a//b，[1](2)，冒号://"),
         ("remove_phone_numbers", "共13812345678元，￥13812345678，12812345678，138123456789，0.13812345678"),
         (
@@ -373,6 +376,7 @@ MANIFEST = {
         },
         "书 $x_": {"read": 4, "written": 4},
     },
+    "generations": [{"profiles": {name: asdict(load_profile(name)) for name in ("text", "zh-web")}}],
 }
 
 
@@ -385,7 +389,8 @@ def test_examples_are_few_short_and_of_every_rule(tmp_path):
 
 
 def test_the_report_says_what_was_counted(tmp_path):
-    drop(tmp_path / "examples" / "clean", 0, ["太短"])
+    drop(tmp_path / "examples" / "clean", 0, ["太短"], text_length=2)
+    drop(tmp_path / "examples" / "read", 0, ["不好"], "low_score", score=0.5)
     drop(tmp_path / "examples" / "exams", 0, ["考题"], "exam_cmmlu", exam_item="下列哪一项")
     write_report(tmp_path, MANIFEST, tmp_path / "examples")
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -396,6 +401,8 @@ def test_the_report_says_what_was_counted(tmp_path):
         "| text_length_below | 5 (20.83%) | 5 (25.00%) |  |",
         "| remove_links | 77 | 4 (16.67%) | 4 (20.00%) |  |",
         "| zh | 12 (50.00%) | 12 (60.00%) |  |",
+        "### text_length_below\n\nCharacters. `min` is 5 in text, 100 in zh-web.\n\nweb.jsonl:0: 2\n\n```text\n太短",
+        "### low_score\n\nweb.jsonl:0: 0.5\n\n```text\n不好",
         "### exam_cmmlu\n\nweb.jsonl:0\n\n```text\n考题\n```\n\nExam item:\n\n```text\n下列哪一项\n```",
     ):
         assert line in report
