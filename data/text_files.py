@@ -90,7 +90,11 @@ def remote_errors(url: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{url}: cannot be read: {error}") from error
+        raise UserError(f"{url}: cannot be read: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def file_size(file: Path | str) -> int:
@@ -146,7 +150,7 @@ def read_rows(
         known = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, csv.Error)
         if not isinstance(error, known) and not is_url(path):  # remote file systems have errors of their own
             raise
-        raise UserError(f"{path}{f':{number}' if number else ''}: cannot be read: {error}") from error
+        raise UserError(f"{path}{f':{number}' if number else ''}: cannot be read: {one_line(error)}") from error
 
 
 def _decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
@@ -249,7 +253,7 @@ def _read_csv(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[s
 def _read_lines(stream: Iterable[bytes], text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:
     for number, line in enumerate(stream, start=1):
         row = _decode(number, line)
-        yield row._replace(content={text_key[0]: row.content})
+        yield row if row.error else row._replace(content={text_key[0]: row.content})
 
 
 def _read_document(stream: BinaryIO, text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:

@@ -53,7 +53,7 @@ def wanjuan(row: dict[str, Any]) -> Text:
     if "q_main" not in row:
         return row["content"], {}
     options = [f"{letter.upper()}. {row[key]}" for letter in "abcde" if row.get(key := f"option_{letter}")]
-    answer, detail = row.get("std_ans"), row.get("answer_detail")
+    answer, detail = row.get("std_ans") or row.get("answer"), row.get("answer_detail")
     question = "\n".join([row["q_main"].strip(), *options])
     return paragraphs(question, answer and f"答案：{answer}", detail and f"解析：{detail}"), {}
 

@@ -30,12 +30,25 @@ from tqdm import tqdm
 
 from buddygpt.launch import UserError, file_sha256
 
-from .text_files import Row, find_files, is_data_file, is_url, progress_bar, read_rows, remote_errors, text_error
+from .text_files import (
+    FILE_TYPES,
+    Row,
+    file_type,
+    find_files,
+    is_data_file,
+    is_url,
+    progress_bar,
+    read_rows,
+    remote_errors,
+    text_error,
+)
 from .text_readers import COLUMNS, HUB_NAMES, READERS, Reader
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and bool(value.strip())
 
 
 def is_texts(value: Any) -> bool:
@@ -120,6 +133,8 @@ def _read_source(entry: dict[str, Any], defaults: dict[str, Any], taken: Collect
     files = list(dict.fromkeys(file for path in paths for file in find_source_files(path)))
     if "languages" in entry:
         files = _in_folders(files, _as_list(entry["languages"]))
+    if unknown := [file for file in files if file_type(file) not in FILE_TYPES]:
+        raise ValueError(f"{unknown[0]}: unknown type; use one of {', '.join(FILE_TYPES)}, or these as .gz or .zst")
     name = entry.get("name") or _free_name(paths[0] if reader is COLUMNS else reader.name, taken)
     if name in taken:
         raise ValueError(f"another source is called `{name}`; give each its own `name`")
@@ -194,6 +209,9 @@ def find_source_files(path: str) -> list[str]:
     if path.startswith("ms://"):
         return _download_from_modelscope(path)
     if not is_url(path):
+        if HUB_NAME.fullmatch(path) and not is_data_file(path) and not Path(path).exists():
+            hubs = f"a data set of the Hub is `hf://datasets/{path}`, of ModelScope `ms://{path}`"
+            raise UserError(f"no file matches `{path}`; {hubs}")
         return [str(file) for file in find_files([path])]
     with remote_errors(path):
         system, pattern = fsspec.url_to_fs(path)
@@ -208,15 +226,26 @@ def find_source_files(path: str) -> list[str]:
 
 
 def _download_from_modelscope(url: str) -> list[str]:
-    """Fetch ms://OWNER/NAME/GLOB into ModelScope's cache, what is there already excepted, and return the files."""
+    """Fetch ms://OWNER/NAME/PATH, a file, glob or folder, into ModelScope's cache, and return the files.
+
+    What is there already is not fetched again.
+    """
     from modelscope import dataset_snapshot_download  # takes seconds to import
 
     owner, name, pattern = f"{url.removeprefix('ms://')}//".split("/", 2)
+    if not (owner and name):
+        raise UserError(f"{url}: write ms://OWNER/NAME, or ms://OWNER/NAME/GLOB")
     pattern = pattern.rstrip("/")
-    allowed = [pattern, pattern.replace("**/", "")] if pattern else None  # its ** wants at least one folder
+    allowed, ignored = [pattern, f"{pattern}/*"] if pattern else [], []
+    if glob.has_magic(pattern):  # its patterns are fnmatch's, where ** wants at least one folder, and * crosses them
+        allowed = [pattern, pattern.replace("**/", "")]
+        ignored = [] if "**" in pattern else ["/".join("*" * (pattern.count("/") + 2))]
     with remote_errors(url):
-        folder = dataset_snapshot_download(f"{owner}/{name}", allow_patterns=allowed)
-    return [str(file) for file in find_files([str(Path(glob.escape(folder), pattern))])]
+        folder = dataset_snapshot_download(f"{owner}/{name}", allow_patterns=allowed, ignore_patterns=ignored)
+    try:
+        return [str(file) for file in find_files([str(Path(glob.escape(folder), pattern))])]
+    except UserError:  # it names the cache
+        raise UserError(f"no file matches `{url}`") from None
 
 
 def describe_file(file: str) -> dict[str, Any]:
@@ -239,7 +268,7 @@ class SourceReader(PipelineStep):
     Args:
         assignments: What each rank reads: a source, and those of its files that are meant.
         on_bad_row: A row that cannot be read stops the run (`stop`), or is named and counted (`skip`).
-        exclusion_writer: Takes the documents below a threshold of their source.
+        exclusion_writer: Takes the documents below a threshold of their source, and what is wrong with bad rows.
     """
 
     type, name = "READER", "sources"
@@ -263,21 +292,24 @@ class SourceReader(PipelineStep):
                     document = _make_document(source, file, row)
                     low = _below_minimum(source, document)
                 except ValueError as error:
-                    self._bad_row(f"{file}:{row.number}: {error}")
-                    continue
-                if not low:
+                    document, low = self._bad_row(f"{file}:{row.number}", error), "bad_row"
+                if low:
+                    self._drop(document, low, rank)
+                else:
                     yield document
-                    continue
-                self.stat_update(f"dropped_{low}")
-                if self.exclusion_writer:
-                    document.metadata["filter_reason"] = low
-                    self.exclusion_writer.write(document, rank)
 
-    def _bad_row(self, message: str) -> None:
+    def _bad_row(self, place: str, error: ValueError) -> Document:
+        """Stop, or return the error as a document that stands for the row."""
         if self.on_bad_row == "stop":
-            raise UserError(f"{message}. Mend it, or set `on_bad_row: skip`.")
-        self.stat_update("dropped_bad_row")
-        tqdm.write(f"skipped {message}", file=sys.stderr)
+            raise UserError(f"{place}: {error}. Mend it, or set `on_bad_row: skip`.")
+        tqdm.write(f"skipped {place}: {error}", file=sys.stderr)
+        return Document(str(error), id=place)
+
+    def _drop(self, document: Document, rule: str, rank: int) -> None:
+        self.stat_update(f"dropped_{rule}")
+        if self.exclusion_writer:
+            document.metadata["filter_reason"] = rule
+            self.exclusion_writer.write(document, rank)
 
 
 def _rows(source: Source, files: tuple[str, ...], bar: tqdm) -> Iterator[tuple[str, Row]]:
