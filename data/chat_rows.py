@@ -1,6 +1,7 @@
 """Instruction and preference rows in their standard forms (see chat_rules.py) as memory-mapped data sets."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from buddygpt.launch import UserError
 
-from .chat_rules import FORMS, BadRow, check_row
-from .chat_tokens import find_faults, special_tokens, tokenise
+from .chat_exams import open_exams, refuse_exam_items
+from .chat_rules import FORMS, BadRow, check_row, special_tokens
+from .chat_tokens import find_faults, tokenise
 from .text_files import find_files, read_rows
 
 STAGES = {"sft": "sft", "preference": "dpo"}  # as data/doctor.py names them
@@ -23,7 +25,8 @@ def load_messages(files: list[str], **options: Any) -> Dataset:
 
     Args:
         files: Names or globs of jsonl or parquet files in the standard form. Read once, then mapped from the cache.
-        options: Those of [`require_fit`], to refuse what data/doctor.py finds not fit.
+        options: `exams`, whose items no row may hold, and those of [`require_fit`], to refuse what data/doctor.py
+            finds not fit.
 
     Raises:
         UserError: A missing, empty or malformed file, a row that is not in the standard form, with file and row; or
@@ -81,21 +84,25 @@ def _load(
     patterns: list[str],
     kind: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    exams: tuple[str, ...] = (),
     force: bool = False,
     **options: Any,
 ) -> Dataset:
     tokens = special_tokens(tokenizer) if tokenizer else ()
+    flags = f" --tokenizer {shlex.quote(tokenizer.name_or_path)}" if tokenizer else ""
+    flags += f" --exams {shlex.join(exams)}" if exams else ""
     parts = []
     for path in find_files(patterns):
         # The time of the last change is part of the cache's key, so that an edited file is read anew.
         version = path.stat().st_mtime_ns
-        source = {"path": path.absolute(), "kind": kind, "tokens": tokens, "force": force, "version": version}
+        rules = {"tokens": tokens, "exams": exams, "force": force, "flags": flags}
+        source = {"path": path.absolute(), "kind": kind, "version": version, **rules}
         try:
             parts.append(Dataset.from_generator(_standard_rows, features=_features(kind), gen_kwargs=source))
         except DatasetGenerationError as error:
             raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
         if force:
-            parts[-1] = _without_bad_rows(parts[-1], path, kind)
+            parts[-1] = _without_bad_rows(parts[-1], path, kind, flags)
     dataset = concatenate_datasets(parts).remove_columns("fault")
     if tokenizer:
         require_fit(dataset, kind, patterns, tokenizer, force=force, **options)
@@ -107,19 +114,22 @@ def _features(kind: str) -> Features:
     return Features({**{key: List(Json()) for key in (*FORMS[kind], "tools")}, "fault": Value("string")})
 
 
-def _standard_rows(path: Path, kind: str, tokens: tuple[str, ...], force: bool, version: int) -> Iterator[dict]:
-    row = None
+def _standard_rows(
+    path: Path, kind: str, version: int, tokens: tuple[str, ...], exams: tuple[str, ...], force: bool, flags: str
+) -> Iterator[dict]:
+    row, items = None, open_exams(exams)
     for row in read_rows(path):
         content, fault = row.content, row.error
         try:
             if fault:
                 raise BadRow(fault)
             check_row(content, kind, tokens)
+            refuse_exam_items(content, kind, items)
         except BadRow as error:
             if not force:
                 raise UserError(
-                    f"{path}:{row.number}: {error}. See all bad rows: {_doctor(path, kind)}. Mend or convert the "
-                    f"file: python data/convert_chat.py --kind {kind} --input {path} --output NEW.jsonl; "
+                    f"{path}:{row.number}: {error}. See all bad rows: {_doctor(path, kind)}{flags}. Mend or convert "
+                    f"the file: python data/convert_chat.py --kind {kind} --input {path} --output NEW.jsonl{flags}; "
                     "or leave bad rows out with --train_on_unfit_data true"
                 ) from error
             content, fault = {}, f"{row.number}: {error}"
@@ -128,11 +138,11 @@ def _standard_rows(path: Path, kind: str, tokens: tuple[str, ...], force: bool, 
         raise UserError(f"{path} is empty")
 
 
-def _without_bad_rows(rows: Dataset, path: Path, kind: str) -> Dataset:
+def _without_bad_rows(rows: Dataset, path: Path, kind: str, flags: str) -> Dataset:
     faults = rows["fault"][:]
     bad = [fault for fault in faults if fault]
     if len(bad) == len(faults):
-        raise UserError(f"{path}: every row is bad, first {path}:{bad[0]}. See: {_doctor(path, kind)}")
+        raise UserError(f"{path}: every row is bad, first {path}:{bad[0]}. See: {_doctor(path, kind)}{flags}")
     if bad:
         _warn(f"{path}: {len(bad):,} of {len(faults):,} rows are bad and left out, first {path}:{bad[0]}")
     return rows.select([number for number, fault in enumerate(faults) if not fault])

@@ -13,7 +13,11 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The lists of messages in a standard row, by kind. Where a row fits schemas of several kinds, the later kind is meant:
 # pairs and labels say more than the `messages` that some sets repeat beside them.
@@ -28,7 +32,9 @@ NEXT = {
     "tool": ("tool", "assistant", "call"),
     "assistant": ("user",),
 }
-SPECIAL_TOKEN = re.compile(r"<\|(\w+)\|>|<(/?tool_(?:call|response))>")  # ours, and their like in other templates
+# Ours, and their like in the templates of Qwen, Llama 3, GLM and (with full-width bars) DeepSeek.
+SPECIAL_TOKEN = r'<[|｜][^\s<>|｜"\\]+[|｜]>|</?tool_(?:call|response)>'
+EDGES = re.compile(r"(<[|｜]|\W?)(.*?)([|｜]>|\W?)", re.DOTALL)  # of such a token, around its name
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 LONGEST_ROW = 1_000_000  # characters; beyond any context, and minutes of tokenisation
@@ -67,8 +73,21 @@ def fill_placeholders(row: dict[str, Any], values: dict[str, str]) -> dict[str, 
     return json.loads(PLACEHOLDER.sub(fill, text))
 
 
-def neutralise(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """Return the tokens that text must not spell, else it is read as structure."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+@cache
+def _find_special(tokens: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join([SPECIAL_TOKEN, *map(re.escape, sorted(tokens, key=len, reverse=True))]))
+
+
+def neutralise(row: dict[str, Any], tokens: tuple[str, ...] = ()) -> tuple[dict[str, Any], int]:
     """Return `row` with spaces inside every text that is spelt like a special token, and how many there were.
+
+    Args:
+        tokens: The [`special_tokens`] of a tokenizer, beside ours and their like.
 
     A tokenizer would read `<|im_end|>` in the text as the end of the turn, and `<tool_call>` as the beginning of a
     call, so that a row could open turns and make calls of its own. Calls are made by `tool_calls` alone, whoever
@@ -76,9 +95,9 @@ def neutralise(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """
 
     def space(match: re.Match) -> str:
-        return f"<| {match[1]} |>" if match[1] else f"< {match[2]} >"
+        return " ".join(EDGES.fullmatch(match[0]).groups())
 
-    text, count = SPECIAL_TOKEN.subn(space, json.dumps(row, ensure_ascii=False))
+    text, count = _find_special(tokens).subn(space, json.dumps(row, ensure_ascii=False))
     return (json.loads(text), count) if count else (row, 0)
 
 
@@ -135,7 +154,7 @@ def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = 
     """Raise [`BadRow`] unless `row` is in the standard form of `kind` and fit to train on.
 
     Args:
-        special_tokens: Those of the tokenizer in use, for texts to hold none; ours are looked for anyway.
+        special_tokens: Of the tokenizer in use, for texts to hold none; ours and their like are looked for anyway.
     """
     keys = FORMS[kind]
     if not all(isinstance(row.get(key), list) for key in keys):
@@ -165,10 +184,8 @@ def _check_answers(row: dict[str, Any], keys: tuple[str, ...]) -> None:
 def _check_text(text: str, special_tokens: tuple[str, ...]) -> None:
     if len(text) > LONGEST_ROW:
         raise BadRow(f"the row has more than {LONGEST_ROW:,} characters")
-    token = SPECIAL_TOKEN.search(text)
-    token = token[0] if token else next((token for token in special_tokens if token in text), None)
-    if token:
-        raise BadRow(f"the text holds the special token {token}")
+    if token := _find_special(special_tokens).search(text):
+        raise BadRow(f"the text holds the special token {token[0]}")
     if re.search("[\ud800-\udfff]", text):
         raise BadRow("the text holds half a surrogate pair")
     if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):

@@ -113,8 +113,13 @@ def _refuse_mixture(path: Path, row: Row, schema: Schema, other: Schema) -> None
     )
 
 
-def convert(row: dict[str, Any], schema: Schema) -> tuple[list[dict[str, Any]], int]:
+def convert(
+    row: dict[str, Any], schema: Schema, special_tokens: tuple[str, ...] = ()
+) -> tuple[list[dict[str, Any]], int]:
     """Return what a row stands for in standard form, and how many special tokens were neutralised in it.
+
+    Args:
+        special_tokens: See [`neutralise`].
 
     Raises:
         BadRow: It does not have the keys or types of the schema, or breaks a rule; with the reason.
@@ -131,9 +136,9 @@ def convert(row: dict[str, Any], schema: Schema) -> tuple[list[dict[str, Any]], 
         if isinstance(error, BadRow):
             raise
         raise BadRow(f"does not have the types of the schema {schema.name}") from error
-    pairs = [neutralise(standard) for standard in (rows if isinstance(rows, list) else [rows])]
+    pairs = [neutralise(standard, special_tokens) for standard in (rows if isinstance(rows, list) else [rows])]
     for standard, _ in pairs:
-        check_row(standard, schema.kind)
+        check_row(standard, schema.kind, special_tokens)
     return [standard for standard, _ in pairs], sum(count for _, count in pairs)
 
 

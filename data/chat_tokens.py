@@ -19,11 +19,6 @@ class TokenSequence(NamedTuple):
     loss: list[int]
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the tokens that text must not spell, else it is read as structure."""
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-
-
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the chat template with marks around what the assistant says: the tokenizer's own, or TRL's like it.
 

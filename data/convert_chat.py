@@ -14,16 +14,17 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from buddygpt.data.chat_rules import BadRow, count_remarks, fill_placeholders, select_turns
+from buddygpt.data.chat_exams import open_exams, refuse_exam_items
+from buddygpt.data.chat_rules import BadRow, count_remarks, fill_placeholders, select_turns, special_tokens
 from buddygpt.data.chat_schemas import SCHEMAS, Schema, convert, find_schema, require_schema
 from buddygpt.data.text_files import find_files, progress_bar, read_rows
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.launch import UserError, load_tokenizer, parse_arguments, run_script
 
 
 @dataclass
@@ -39,7 +40,13 @@ class ConvertArguments:
         default="all",
         metadata={"help": "Of instructions: all exchanges, rows of a single one, the first or the last alone."},
     )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder of the one to train with, if it has special tokens unlike <|...|>."}
+    )
     fill: list[str] = field(default_factory=list, metadata={"help": "name=Buddy puts Buddy where {{name}} stands."})
+    exams: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of exams; a row that holds an item of theirs is a bad row."}
+    )
     eval_fraction: float = field(default=0.0, metadata={"help": "Share of the questions that is held out."})
     eval_output: str | None = field(default=None, metadata={"help": "The .jsonl file for the held-out rows."})
 
@@ -60,11 +67,30 @@ def is_held_out(row: dict[str, Any], fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(question.encode()).digest()[:8], "big") < fraction * 2**64
 
 
+def make_converter(args: ConvertArguments) -> Callable[[dict[str, Any], Schema], tuple[list[dict[str, Any]], int]]:
+    """Return `convert` with the placeholders, tokenizer and exams of the arguments, each read once."""
+    values = dict(entry.split("=", 1) for entry in args.fill)
+    tokens = special_tokens(load_tokenizer(args.tokenizer)) if args.tokenizer else ()
+    exams = open_exams(args.exams)
+
+    def convert_row(row: dict[str, Any], schema: Schema) -> tuple[list[dict[str, Any]], int]:
+        standard, neutralised = convert(fill_placeholders(row, values) if values else row, schema, tokens)
+        for each in standard:
+            refuse_exam_items(each, schema.kind, exams)
+        return standard, neutralised
+
+    return convert_row
+
+
 def standard_rows(
-    path: Path, schema: Schema, args: ConvertArguments, counts: Counter, first_line: dict[str, int]
+    path: Path,
+    schema: Schema,
+    args: ConvertArguments,
+    convert_row: Callable,
+    counts: Counter,
+    first_line: dict[str, int],
 ) -> Iterator[dict[str, Any]]:
     """Yield every good row of one file in standard form; count them all, and note where each reason comes first."""
-    values = dict(entry.split("=", 1) for entry in args.fill)
     with progress_bar([path], desc=path.name) as bar:
         for row in read_rows(path, bar=bar):
             counts["read"] += 1
@@ -73,8 +99,7 @@ def standard_rows(
                     raise BadRow(row.error)
                 if not args.schema:
                     require_schema(path, row, schema, args.kind)
-                content = fill_placeholders(row.content, values) if values else row.content
-                standard, neutralised = convert(content, schema)
+                standard, neutralised = convert_row(row.content, schema)
             except BadRow as error:
                 if args.on_bad_row == "stop":
                     raise UserError(
@@ -90,10 +115,12 @@ def standard_rows(
             yield from filter(None, standard)
 
 
-def convert_file(path: Path, schema: Schema, args: ConvertArguments, train: Any, held_out: Any) -> Counter:
+def convert_file(
+    path: Path, schema: Schema, args: ConvertArguments, convert_row: Callable, train: Any, held_out: Any
+) -> Counter:
     """Write the rows of one file, print and return the counts."""
     counts, first_line = Counter(), {}
-    for row in standard_rows(path, schema, args, counts, first_line):
+    for row in standard_rows(path, schema, args, convert_row, counts, first_line):
         split = held_out if held_out and is_held_out(row, args.eval_fraction) else train
         split.write(json.dumps(row, ensure_ascii=False) + "\n")
         counts["held out" if split is held_out else "written"] += 1
@@ -127,6 +154,7 @@ def main() -> None:
     schemas = find_schemas(inputs, args)
     if args.turns != "all" and schemas[0].kind != "sft":
         raise UserError(f"--turns {args.turns} is for instructions; {inputs[0]} holds {schemas[0].kind} rows")
+    convert_row = make_converter(args)
     partials = [path.with_name(path.name + ".partial") for path in outputs]
     total = Counter()
     try:
@@ -136,7 +164,7 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 files.append(stack.enter_context(open(path, "w", encoding="utf-8", newline="\n")))
             for path, schema in zip(inputs, schemas, strict=True):
-                total += convert_file(path, schema, args, files[0], files[1] if len(files) > 1 else None)
+                total += convert_file(path, schema, args, convert_row, files[0], files[1] if len(files) > 1 else None)
         if not total["written"]:
             raise UserError(f"no row is left for {args.output}: {total['read']} read; see the reasons above")
         for partial, path in zip(partials, outputs, strict=True):

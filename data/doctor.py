@@ -5,7 +5,7 @@
     python data/doctor.py 'corpus/*.jsonl.gz' --stage pretrain --exams ../exams/cmmlu ../exams/gsm8k
 
 Instruction, preference and labelled rows are judged as data/convert_chat.py would write them, pretraining text as it
-stands. The recipes refuse what is not fit unless forced; overlap with exams is found here alone.
+stands. The recipes refuse what is not fit unless forced; overlap with exams, if they are given the same `exams`.
 
 Exit status: 0 fit, 1 not fit, 2 the files cannot be examined.
 """
@@ -16,18 +16,16 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ftfy.badness import is_bad
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from buddygpt.data.chat_rules import FORMS, BadRow, check_row, count_remarks
+from buddygpt.data.chat_exams import open_exams, row_text
+from buddygpt.data.chat_rules import FORMS, BadRow, count_remarks, special_tokens
 from buddygpt.data.chat_schemas import (
     ROWS_LOOKED_AT,
     SCHEMAS,
@@ -37,8 +35,7 @@ from buddygpt.data.chat_schemas import (
     recognise,
     require_schema,
 )
-from buddygpt.data.chat_tokens import TokenSequence, special_tokens, tokenise
-from buddygpt.data.decontamination import build_index, find_exam_items
+from buddygpt.data.chat_tokens import TokenSequence, tokenise
 from buddygpt.data.doctor_report import CONTROL, Findings, format_examples, format_findings, format_verdict
 from buddygpt.data.text_files import Row, file_type, find_files, progress_bar, read_rows
 from buddygpt.launch import UserError, load_tokenizer, run_script
@@ -92,16 +89,14 @@ class Doctor:
         self.kind, self.tokenizer = kind, tokenizer
         self.special_tokens = special_tokens(tokenizer) if tokenizer else ()
         self.findings = Findings(kind, max_length, tokenizer, list(exams))
-        self.find_exam_items = open_exams(list(exams)) if exams else None
+        self.exams = open_exams(exams)
 
     def examine_chat(self, place: tuple, row: Row, schema: Schema) -> None:
         """Examine all that a row stands for, once converted; a bad row is noted with its place."""
         try:
             if row.error:
                 raise BadRow(row.error)
-            standard, neutralised = convert(row.content, schema)
-            for each in standard:
-                check_row(each, self.kind, self.special_tokens)
+            standard, neutralised = convert(row.content, schema, self.special_tokens)
             tokenised = [tokenise(each, self.kind, self.tokenizer) if self.tokenizer else [] for each in standard]
         except BadRow as error:
             self.findings.add_fault(str(error), place)
@@ -111,10 +106,9 @@ class Doctor:
             keys = (*FORMS[self.kind], "tools")
             self.findings.not_standard += any((row.content.get(key) or None) != each.get(key) for key in keys)
             self.findings.remarks.update(count_remarks(each))
-            turns = [turn for key in FORMS[self.kind] for turn in each[key]]
-            question = next(turn["content"] for turn in turns if turn["role"] == "user")
+            question = next(turn["content"] for turn in each[keys[0]] if turn["role"] == "user")
             self.findings.add_text("questions", fingerprint(question.strip()), place)
-            self._examine(place, "\n".join(turn["content"] for turn in turns), sequences)
+            self._examine(place, row_text(each, self.kind), sequences)
 
     def examine_text(self, place: tuple, row: Row) -> None:
         """Examine a document; one that is empty or cannot be read is noted with its place."""
@@ -137,17 +131,11 @@ class Doctor:
             self.findings.add_sequence(*sequence)
         if not sequences:
             self.findings.lengths.append(len(text))
-        if self.find_exam_items and (items := self.find_exam_items(text)):
+        if self.exams and (items := self.exams.find(text)):
             self.findings.exam_rows += 1
             self.findings.note("exams", (*place, items[0]))
-        if language != "other" and share >= SHARE_OF_AN_EXAMPLE:
-            self.findings.examples.setdefault(language, (place, text, sequences))
-
-
-def open_exams(exams: list[str]) -> Callable[[str], list[str]]:
-    """Return a function that names the exam items a text holds."""
-    with TemporaryDirectory() as folder:  # the index stays open, and its files with it
-        return partial(find_exam_items, build_index(exams, Path(folder)))
+        of = language if share >= SHARE_OF_AN_EXAMPLE else "other"
+        self.findings.add_example(of, (place, text, sequences))
 
 
 def find_schema_or_text(path: Path, args: argparse.Namespace) -> Schema | None:
@@ -205,6 +193,8 @@ def main() -> None:
         tqdm.write(f"file         {path} ({f'schema {schema.name}, kind {kind}' if schema else 'text'})")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     command = f"python data/convert_chat.py --kind {kind} --input {shlex.join(args.paths)} --output NEW.jsonl"
+    for name in ("schema", "tokenizer"):
+        command += f" --{name} {shlex.quote(value)}" if (value := getattr(args, name)) else ""
     print("\n".join(format_findings(doctor.findings) + format_examples(doctor.findings, colour)))
     print("\n" + format_verdict(doctor.findings, command))
     sys.exit(1 if doctor.findings.reasons() else 0)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .chat_tokens import TokenSequence, find_faults
 
 PLACES = 5  # shown of each fault
+EXAMPLES = 2  # shown, of two languages if there are two
 HEAD, TAIL = 240, 80  # characters shown of a piece of an example
 GREEN, DIM, RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # also what turns text round
@@ -39,12 +40,17 @@ class Findings:
     tokens_kept: int = 0
     tokens_with_loss: int = 0
     seen: dict[str, set[int]] = field(default_factory=lambda: {"rows": set(), "questions": set()})
-    examples: dict[str, tuple] = field(default_factory=dict)  # language: place, text, sequences
+    examples: dict[str, list[tuple]] = field(default_factory=dict)  # language: place, text, sequences of the first
 
     def note(self, what: str, place: tuple) -> None:
         """Remember the first few places of something."""
         if len(places := self.places.setdefault(what, [])) < PLACES:
             places.append(place)
+
+    def add_example(self, language: str, example: tuple) -> None:
+        """Remember the first rows of each language."""
+        if len(examples := self.examples.setdefault(language, [])) < EXAMPLES:
+            examples.append(example)
 
     def add_fault(self, reason: str, place: tuple) -> None:
         self.faults[reason] += 1
@@ -128,9 +134,17 @@ def _format_lengths(findings: Findings) -> list[str]:
 
 
 def format_examples(findings: Findings, colour: bool) -> list[str]:
-    """Return a Chinese and an English row as the model reads them; what carries loss is green, or between ⟦ ⟧."""
+    """Return two rows as the model reads them, the first Chinese and the first English one where there are both.
+
+    What carries loss is green, or between ⟦ ⟧.
+    """
     lines = []
-    for language, ((path, number), text, sequences) in sorted(findings.examples.items(), reverse=True):
+    ranks = [
+        (rank, language, example)
+        for language in ("zh", "en", "other")
+        for rank, example in enumerate(findings.examples.get(language, ()))
+    ]
+    for _, language, ((path, number), text, sequences) in sorted(ranks, key=lambda entry: entry[0])[:EXAMPLES]:
         title = printable(f"\nexample      {language}, {path}:{number}")
         if findings.kind == "text":
             lines += [title, _shorten(text)]

@@ -25,6 +25,9 @@ class DPOArguments:
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Questions to answer at each evaluation."}
     )
+    exams: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of exams; a row that holds an item of theirs is a bad row."}
+    )
     train_on_unfit_data: bool = field(
         default=False,
         metadata={"help": "Leave bad rows out, counted, and go on whatever else data/doctor.py finds unfit."},
@@ -34,7 +37,12 @@ class DPOArguments:
 def main() -> None:
     args, training_args, model_args = parse_arguments(DPOArguments, DPOConfig, ModelConfig, description=__doc__)
     tokenizer = prepare_for_trl(model_args, training_args)
-    verdict = {"tokenizer": tokenizer, "max_length": training_args.max_length, "force": args.train_on_unfit_data}
+    verdict = {
+        "tokenizer": tokenizer,
+        "max_length": training_args.max_length,
+        "exams": tuple(args.exams),
+        "force": args.train_on_unfit_data,
+    }
     trainer = DPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -24,6 +24,9 @@ class SFTArguments:
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Questions to answer at each evaluation."}
     )
+    exams: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of exams; a row that holds an item of theirs is a bad row."}
+    )
     train_on_unfit_data: bool = field(
         default=False,
         metadata={"help": "Leave bad rows out, counted, and go on whatever else data/doctor.py finds unfit."},
@@ -37,6 +40,7 @@ def main() -> None:
         "tokenizer": tokenizer,
         "max_length": training_args.max_length,
         "assistant_only": training_args.assistant_only_loss,
+        "exams": tuple(args.exams),
         "force": args.train_on_unfit_data,
     }
     trainer = SFTTrainer(

@@ -258,6 +258,25 @@ def test_no_row_whatever_it_holds_puts_a_token_of_ours_into_the_prompt(tokenizer
             check_row({"messages": [USER, ASSISTANT | {"content": token}]}, "sft")
 
 
+@pytest.mark.parametrize(
+    ("token", "neutral"),
+    [
+        ("<|eot_id|>", "<| eot_id |>"),
+        ("<|im-end|>", "<| im-end |>"),
+        ("<｜begin▁of▁sentence｜>", "<｜ begin▁of▁sentence ｜>"),
+        ("</tool_response>", "< /tool_response >"),
+        ("[INST]", "[ INST ]"),
+        ("</s>", "< /s >"),
+        ("<\u200b|im_end|>", "<\u200b|im_end|>"),
+        ("<|im_\u200bend|>", "<| im_\u200bend |>"),
+        ("a <| b |> c || d |> e", "a <| b |> c || d |> e"),
+    ],
+)
+def test_a_special_token_gets_spaces_around_its_name_and_nothing_else_does(token, neutral):
+    row = {"messages": [USER, ASSISTANT | {"content": f'"{token}\n'}]}
+    assert neutralise(row, ("<s>", "</s>", "[INST]"))[0]["messages"][1]["content"] == f'"{neutral}\n'
+
+
 def test_special_tokens_of_another_tokenizer_are_refused_by_name():
     with pytest.raises(BadRow, match="special token </s>"):
         check_row({"messages": [USER, ASSISTANT | {"content": "a</s>"}]}, "sft", ("<s>", "</s>"))

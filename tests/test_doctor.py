@@ -64,6 +64,21 @@ def test_good_rows_are_fit_and_an_example_of_each_language_shows_the_loss(tmp_pa
     assert "⟦A small model.<|im_end|>⟧" in text and "\x1b" not in text
 
 
+def test_two_rows_of_one_language_or_of_none_are_examples_too(tmp_path, doctor, tokenizer):
+    for rows in ([ZH] * 3, [EN] * 3, [[*ZH, *EN]] * 3, [ZH, [*ZH, *EN], ZH]):
+        file = write(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
+        assert doctor(file, "--tokenizer", tokenizer)[1].count("\nexample ") == 2
+
+
+def test_loss_is_coloured_on_a_terminal_alone(tmp_path, doctor, tokenizer, monkeypatch):
+    file = write(tmp_path / "a.jsonl", [{"messages": ZH}])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "⟦" in doctor(file, "--tokenizer", tokenizer)[1], "NO_COLOR is set"
+    monkeypatch.delenv("NO_COLOR")
+    text = doctor(file, "--tokenizer", tokenizer)[1]
+    assert "\x1b[32m我是一个小模型。<|im_end|>\x1b[0m" in text and "⟦" not in text
+
+
 def test_lengths_truncation_and_loss_are_counted_in_tokens(tmp_path, doctor, tokenizer):
     rows = [{"messages": ZH}] * 3 + [{"messages": [*ZH, *EN]}]
     loaded = AutoTokenizer.from_pretrained(tokenizer)
@@ -104,6 +119,22 @@ def test_rows_that_the_converter_would_change_are_fit_once_converted(tmp_path, d
     hostile = write(tmp_path / "b.jsonl", [{"messages": [ZH[0], {"role": "assistant", "content": "<|im_end|>"}]}])
     status, text = doctor(hostile)
     assert "fit once converted" in text and "1 texts spelt like a special token" in text
+
+
+def test_special_tokens_of_the_tokenizer_in_use_are_neutralised(tmp_path, cache, doctor, tokenizer):
+    other = AutoTokenizer.from_pretrained(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<s>", "[INST]"]})
+    other.save_pretrained(tmp_path / "other")
+    rows = [{"messages": [{"role": "user", "content": "[INST]<s>你好<｜User｜>"}, ZH[1]]}]
+    file, converted = write(tmp_path / "a.jsonl", rows), tmp_path / "b.jsonl"
+    status, text = doctor(file, "--tokenizer", tmp_path / "other")
+    assert status == 0 and f"fit once converted: python data/convert_chat.py --kind sft --input {file}" in text
+    assert "3 texts spelt like a special token" in text and f"--tokenizer {tmp_path / 'other'}\n" in text
+    with pytest.raises(UserError, match=r"the special token .*convert_chat.py .* --tokenizer .*other; or"):
+        chat_rows.load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "other"))
+    conftest.run("data/convert_chat.py", "--input", file, "--output", converted, "--tokenizer", tmp_path / "other")
+    assert "[ INST ]< s >你好<｜ User ｜>" in converted.read_text()
+    assert doctor(converted, "--tokenizer", tmp_path / "other")[1].endswith("verdict: fit\n")
 
 
 def test_pairs_and_labels_are_judged_on_their_answers(tmp_path, doctor, tokenizer):
@@ -163,7 +194,7 @@ def test_pretraining_text_is_recognised_and_examined(tmp_path, doctor, tokenizer
     assert doctor(tmp_path / "b.txt")[0] == 0
 
 
-def test_exam_items_in_the_rows_make_them_unfit(tmp_path, doctor):
+def test_exam_items_in_the_rows_make_them_unfit_and_the_converter_leaves_them_out(tmp_path, cache, doctor):
     question = (
         "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many?"
     )
@@ -176,6 +207,12 @@ def test_exam_items_in_the_rows_make_them_unfit(tmp_path, doctor):
     status, text = doctor(file, "--exams", exam)
     assert status == 1 and f"{file}:2: " in text and "not fit: 1 rows hold exam items" in text
     assert doctor(write(tmp_path / "b.jsonl", [{"messages": EN}]), "--exams", exam)[0] == 0
+    with pytest.raises(UserError, match=f"a.jsonl:2: holds an item of exam/test.jsonl. .*doctor.py .* --exams {exam}"):
+        chat_rows.load_messages([str(file)], exams=(str(exam),))
+    assert len(chat_rows.load_messages([str(file)], exams=(str(exam),), force=True)) == 1
+    left = tmp_path / "left.jsonl"
+    conftest.run("data/convert_chat.py", "--input", file, "--output", left, "--exams", exam, "--on_bad_row", "skip")
+    assert doctor(left, "--exams", exam)[0] == 0
 
 
 @pytest.mark.parametrize(
