@@ -172,9 +172,9 @@ HTML_HIDDEN_END = {
     "style": re.compile("</style>", re.I),
 }
 HTML_TAG = re.compile(
-    r"<(/?)(!doctype|a|abbr|article|b|blockquote|body|br|button|center|code|dd|div|dl|dt|em|font|footer|form|h[1-6]|head|header|"
-    r"hr|html|i|iframe|img|input|label|li|link|main|meta|nav|ol|p|pre|script|section|small|span|strong|style|sub|sup|"
-    r"table|tbody|td|th|thead|title|tr|u|ul|video)(?:\s[^<>]*)?/?>",
+    r"<(/?)(!doctype|a|abbr|article|b|blockquote|body|br|button|center|code|dd|div|dl|dt|em|font|footer|form|h[1-6]|"
+    r"head|header|hr|html|i|iframe|img|input|label|li|link|main|meta|nav|ol|p|pre|script|section|small|span|strong|"
+    r"style|sub|sup|table|tbody|td|th|thead|title|tr|u|ul|video)(?:\s[^<>]*)?/?>",
     re.IGNORECASE,
 )
 HTML_BLOCK = re.compile("article|blockquote|br|d[dlt]|div|h[1-6]|hr|ol|p|pre|section|table|tr|ul")

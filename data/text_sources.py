@@ -290,11 +290,11 @@ class SourceReader(PipelineStep):
                 self.stat_update("read")
                 try:
                     document = _make_document(source, file, row)
-                    low = _below_minimum(source, document)
+                    rule = _below_minimum(source, document)
                 except ValueError as error:
-                    document, low = self._bad_row(f"{file}:{row.number}", error), "bad_row"
-                if low:
-                    self._drop(document, low, rank)
+                    document, rule = self._bad_row(f"{file}:{row.number}", error), "bad_row"
+                if rule:
+                    self._drop(document, rule, rank)
                 else:
                     yield document
 
