@@ -7,9 +7,10 @@ holds a question where, within a stretch of a few times its length, at least `CO
 question's 8-grams), not of the document, and no single n-gram as in GPT-3. So a statute or a novel that an exam
 quotes stays: it has the question's words, but not the wrong options.
 
-Questions are found without their options too, if they have `MIN_UNITS`, are no phrase that items share ("which of
-the following is true"), and are there nearly word by word in a text of up to `MAX_LENGTH`. In longer ones they are a
-quotation of the same source, as a rule.
+Questions are found without their options too, if they have `MIN_UNITS`, or `MIN_SHARED` where several items ask them
+("which of the following is true" is no question), and are there nearly word by word in a text of up to `MAX_LENGTH`.
+In longer ones they are a quotation of the same source, as a rule. Shorter stems ("the capital of China is") are what
+anybody writes.
 
 The whole document is removed: a text that holds an exam's items with their options seldom holds anything else.
 """
@@ -42,7 +43,8 @@ SPLITS = ("test", "val", "valid", "dev", "train", "data")
 OPTION_KEY = re.compile("(option_?|选项)?[a-h]")
 NGRAM = 6  # units: the length of the shortest items of MMLU
 COVERED = 0.75
-COVERED_ALONE, MIN_UNITS, MAX_LENGTH = 0.9, 10, 4000  # of a question without its options; of the text, in n-grams
+COVERED_ALONE, MIN_UNITS, MIN_SHARED = 0.9, 8, 12  # of a question without its options
+MAX_LENGTH = 4000  # of the text around it, in n-grams
 OPTION_MARKS = hash_units("a b c d")
 FILTER_BITS = 23  # of a hash, to tell most n-grams of a text that no exam has at the cost of one look
 
@@ -166,7 +168,7 @@ def build_index(exams: list[str], folder: Path) -> "ExamIndex":
     table, grams = [], []
     for _, question, units in items:
         grams.append(hash_ngrams(units, NGRAM))
-        alone = len(question) >= MIN_UNITS and uses[question.tobytes()] == 1
+        alone = len(question) >= (MIN_UNITS if uses[question.tobytes()] == 1 else MIN_SHARED)
         table.append((max(0, len(question) - NGRAM + 1), len(grams[-1]), alone))
     counts = np.array([len(each) for each in grams])
     postings = np.stack([np.repeat(np.arange(len(grams)), counts), np.concatenate([np.arange(n) for n in counts])], 1)

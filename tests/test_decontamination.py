@@ -11,9 +11,11 @@ import pytest
 from datatrove.data import Document
 
 from buddygpt.data.decontamination import (
+    MIN_SHARED,
     Decontaminator,
     ExamIndex,
     ExamIndexer,
+    _hash_words,
     build_index,
     find_exam_items,
     read_exams,
@@ -176,6 +178,15 @@ def test_every_item_of_the_real_exams_is_found_where_it_is_planted(real_index):
         for item, text in zip(items[start : start + 20], planted[start : start + 20], strict=True):
             # The index has what is there twice under one name: ask for that item alone.
             assert item.place in found or find_exam_items(real_index, f"{frame}{text}{frame}"), item
+
+
+@needs_data
+def test_every_question_that_can_be_told_is_found_without_its_options(real_index):
+    frame = "村里的人都说，那年的雨水比往年多，收成也好。The rain was good to us that year, people say. " * 3
+    questions = {item.question for item in read_exams(EXAMS)}
+    missed = [text for text in questions if not find_exam_items(real_index, f"{frame}{text}{frame}")]
+    assert max(len(_hash_words(text)) for text in missed) < MIN_SHARED
+    assert len(missed) < 0.05 * len(questions)
 
 
 @needs_data
