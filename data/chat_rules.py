@@ -45,16 +45,14 @@ class BadRow(ValueError):
 
 
 def read_label(row: dict[str, Any]) -> bool | None:
-    """Return whether the answer of a row is labelled good; None where `label` says nothing of the kind."""
+    """Return whether `label` (LLaMA-Factory: `kto_tag`) calls the answer good; None where it says neither."""
     return LABELS.get(str(row.get("label", row.get("kto_tag"))).lower())
 
 
 def refuse_label(row: dict[str, Any]) -> None:
-    """Raise [`BadRow`] if the answer of an instruction row is labelled, for it may be a bad one."""
+    """Raise [`BadRow`] if the answer of an instruction row is labelled: it may be a bad one."""
     if read_label(row) is not None:
-        raise BadRow(
-            "an answer labelled good or bad (kto), not an instruction; drop the key if it says something else"
-        )
+        raise BadRow("an answer labelled good or bad (kto), not an instruction; drop a label of another meaning")
 
 
 def is_blank(text: str) -> bool:

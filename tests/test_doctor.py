@@ -314,6 +314,9 @@ def test_recipes_refuse_and_may_be_forced(tmp_path, cache, tokenizer, capsys):
         conftest.run(*sft)
     with pytest.raises(UserError, match="b.jsonl: not fit: .*doctor.py .* --stage dpo .* --max_length 8"):
         conftest.run(*dpo, "--max_length", 8)
+    for recipe in (sft, dpo):
+        with pytest.raises(UserError, match="no file matches .*/exam"):
+            conftest.run(*recipe, "--exams", tmp_path / "exam")
     assert not (tmp_path / "out").exists()
     conftest.run(*sft, "--train_on_unfit_data", "true")
     assert "1 of 5 rows are bad and left out" in capsys.readouterr().out
