@@ -10,8 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, documents_file, tokenizer_fingerprint
-from buddygpt.launch import file_sha256
+from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, documents_file, hash_shard, tokenizer_fingerprint
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -34,9 +33,9 @@ def make_shards(folder: Path, tokens: int, vocab_size: int, document: int = 200)
     ids.astype(f"<{dtype[0]}{2 if dtype == 'uint16' else 4}").tofile(shards / "random.ds")
     ends.tofile(shards / "random.ds.index")
     sizes = {"tokens": tokens, "documents": len(ends), "text_bytes": 4 * tokens}
-    shard = {"file": "random.ds", "source": "random", **sizes, "sha256": file_sha256(shards / "random.ds")}
     rows = {"id": [f"random:{number}" for number in range(len(ends))], "chars": [4 * document] * len(ends)}
-    pq.write_table(pa.table(rows), shards / documents_file(shard))
+    pq.write_table(pa.table(rows), shards / documents_file({"file": "random.ds"}))
+    shard = {"file": "random.ds", "source": "random", **sizes, **hash_shard(shards, "random.ds")}
     source = {"name": "random", "language": None, **sizes, "epochs": 1, "share": 1}
     manifest = {"format_version": FORMAT_VERSION, "dtype": dtype, "eos_id": 0, "shards": [shard], "sources": [source]}
     manifest |= {"tokenizer": str(folder / "tokenizer"), "tokenizer_sha256": tokenizer_fingerprint(tokenizer), **sizes}

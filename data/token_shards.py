@@ -10,13 +10,11 @@ import hashlib
 import json
 import math
 from collections import Counter
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -25,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from buddygpt.launch import UserError, file_sha256
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REMEDY = "Make the shards again with data/prepare_pretrain.py."
 
 
@@ -79,8 +77,19 @@ def documents_file(shard: dict[str, Any]) -> str:
     return str(Path(shard["file"]).with_suffix(".documents.parquet"))
 
 
-def find_damage(folder: Path, shard: dict[str, Any], dtype: np.dtype, read: bool = False) -> str | None:
-    """Say what of a shard is not as the manifest has it, or None.
+def shard_files(shard: dict[str, Any]) -> dict[str, str]:
+    """Return the names of a shard's files, by the key of the manifest that has their sha256."""
+    file = shard["file"]
+    return {"sha256": file, "index_sha256": f"{file}.index", "documents_sha256": documents_file(shard)}
+
+
+def hash_shard(folder: Path, file: str) -> dict[str, str]:
+    """Return what the manifest says of the content of a shard's files."""
+    return {key: file_sha256(folder / name) for key, name in shard_files({"file": file}).items()}
+
+
+def find_damage(folder: Path, shard: dict[str, Any], dtype: np.dtype, read: bool = False) -> list[str]:
+    """Say of every file of a shard that is not as the manifest has it what is wrong.
 
     Args:
         folder: Where it lies.
@@ -88,46 +97,32 @@ def find_damage(folder: Path, shard: dict[str, Any], dtype: np.dtype, read: bool
         dtype: Of a token.
         read: Compare what the files hold, not only their sizes.
     """
-    sizes = {shard["file"]: shard["tokens"] * dtype.itemsize, f"{shard['file']}.index": shard["documents"] * 8}
-    for name in (*sizes, documents_file(shard)):
-        if not (folder / name).is_file():
-            return f"{folder / name} is missing, though {MANIFEST} names it"
-    for name, promised in sizes.items():
-        size = (folder / name).stat().st_size
-        if size != promised:
-            return f"{folder / name} holds {size} bytes where {MANIFEST} promises {promised}"
-    return _find_changed_content(folder, shard) if read else None
-
-
-def _find_changed_content(folder: Path, shard: dict[str, Any]) -> str | None:
-    if file_sha256(folder / shard["file"]) != shard["sha256"]:
-        return f"{folder / shard['file']} was changed: its sha256 is not the one in {MANIFEST}"
-    ends = np.fromfile(folder / f"{shard['file']}.index", "<u8")
-    if ends[-1] != shard["tokens"] or (ends[1:] <= ends[:-1]).any():
-        return f"{folder / shard['file']}.index was changed: it does not divide {shard['tokens']} tokens"
-    try:
-        rows = pq.read_metadata(folder / documents_file(shard)).num_rows
-    except (OSError, pa.ArrowException) as error:
-        return f"{folder / documents_file(shard)} cannot be read: {error}"
-    if rows != shard["documents"]:
-        return f"{folder / documents_file(shard)} has {rows} rows where the shard has {shard['documents']} documents"
-    return None
+    sizes = {"sha256": shard["tokens"] * dtype.itemsize, "index_sha256": shard["documents"] * 8}
+    found = []
+    for key, name in shard_files(shard).items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path} is missing, though {MANIFEST} names it")
+        elif (size := path.stat().st_size) != sizes.get(key, size):
+            found.append(f"{path} holds {size} bytes where {MANIFEST} promises {sizes[key]}")
+        elif read and file_sha256(path) != shard[key]:
+            found.append(f"{path} was changed: its sha256 is not the one in {MANIFEST}")
+    return found
 
 
 def verify_shards(folder: str | Path) -> dict[str, Any]:
     """Read every shard again; return the manifest.
 
     Raises:
-        UserError: Naming all damaged shards, or as [`read_manifest`].
+        UserError: Naming all damaged files, or as [`read_manifest`].
     """
     manifest = read_manifest(folder)
     shards = tqdm(manifest["shards"], desc=f"hashing {folder}", unit="shard", leave=False)
     dtype = np.dtype(manifest["dtype"])
     damages = [damage for shard in shards if (damage := find_damage(Path(folder), shard, dtype, read=True))]
     if damages:
-        raise UserError(
-            f"{len(damages)} of {len(manifest['shards'])} shards are damaged: {'; '.join(damages)}. {REMEDY}"
-        )
+        told = "; ".join(chain.from_iterable(damages))
+        raise UserError(f"{len(damages)} of {len(manifest['shards'])} shards are damaged: {told}. {REMEDY}")
     return manifest
 
 
@@ -153,7 +148,7 @@ class TokenShards:
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         for shard in self.shards:
             if damage := find_damage(self.folder, shard, self.dtype):
-                raise UserError(f"{damage}. {REMEDY}")
+                raise UserError(f"{damage[0]}. {REMEDY}")
 
     @property
     def eos_id(self) -> int:

@@ -21,8 +21,8 @@ from pyarrow.json import ParseOptions, ReadOptions, read_json
 from transformers import PreTrainedTokenizerBase
 
 from buddygpt.data.stages import documents_path, write_document
-from buddygpt.data.token_shards import documents_file
-from buddygpt.launch import UserError, file_sha256, load_tokenizer
+from buddygpt.data.token_shards import documents_file, hash_shard
+from buddygpt.launch import UserError, load_tokenizer
 
 pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps what it has freed
 
@@ -156,7 +156,7 @@ class ShardWriter(PipelineStepWithTokenizer):
         table.write(self.folder / documents_file({"file": name}), order)
         self.stat_update("written", value=len(ends))
         sizes = {"tokens": tokens, "documents": len(ends), "text_bytes": text_bytes}
-        return {"file": name, "source": table.source, **sizes, "sha256": file_sha256(path)}
+        return {"file": name, "source": table.source, **sizes, **hash_shard(self.folder, name)}
 
     def _batches(self, data: Iterator[Document]) -> Iterator[list[Document]]:
         """Yield documents of `batch_chars` together, or a longer one alone."""

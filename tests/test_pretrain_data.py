@@ -408,8 +408,8 @@ def test_a_damaged_folder_is_named(shards):
     with pytest.raises(UserError, match=f"{name} is missing"):
         TokenShards(shards)
     manifest = shards / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
-    with pytest.raises(UserError, match="format_version is 1, this code reads 2"):
+    manifest.write_text(manifest.read_text().replace('"format_version": 3', '"format_version": 2'))
+    with pytest.raises(UserError, match="format_version is 2, this code reads 3"):
         TokenShards(shards)
     manifest.write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):

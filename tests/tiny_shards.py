@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from buddygpt.data.mixture import achieve_mixture
-from buddygpt.data.token_shards import documents_file
-from buddygpt.launch import file_sha256
+from buddygpt.data.token_shards import FORMAT_VERSION, documents_file, hash_shard
 
 
 class Shard(NamedTuple):
@@ -31,10 +30,11 @@ def write_shards(folder: Path, shards: list[Shard], tokenizer_sha256: str = "", 
     entries, sources = [], {}
     for file, source, documents, language in shards:
         facts = _write(folder, file, source, documents)
-        entries.append({"file": file, "source": source, "sha256": file_sha256(folder / file), **facts})
+        entries.append({"file": file, "source": source, **hash_shard(folder, file), **facts})
         known = sources.setdefault(source, {"name": source, "language": language, "epochs": epochs.get(source, 1.0)})
         known |= {key: known.get(key, 0) + value for key, value in facts.items()}
-    manifest = {"format_version": 2, "tokenizer": "tiny", "tokenizer_sha256": tokenizer_sha256, "dtype": "uint16"}
+    manifest = {"format_version": FORMAT_VERSION, "dtype": "uint16"}
+    manifest |= {"tokenizer": "tiny", "tokenizer_sha256": tokenizer_sha256}
     manifest |= {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "text_bytes")}
     manifest |= {"eos_id": 0, "shards": entries, "sources": achieve_mixture([*sources.values()])}
     manifest["generations"] = [{"shards": [shard.file for shard in shards]}]
