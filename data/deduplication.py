@@ -1,6 +1,6 @@
 """Finds documents that are there twice: exact copies, or near-duplicates by MinHash, across all tasks and sources.
 
-datatrove's MinHash stages, with four things of our own.
+datatrove's MinHash stages, with five things of our own.
 
 - A shingle is `SHINGLE` units of `text_units`, Han characters or words: datatrove's word tokenizers need to know the
   language, and libraries for it. Pages that have nothing to do with each other are then no more than 0.07 similar in
@@ -11,20 +11,23 @@ datatrove's MinHash stages, with four things of our own.
   1 - (1 - s^8)^24: 0.988 at 0.8 (datatrove's 14 buckets: 0.924), but still 0.002 at 0.3, and a site with 1,000 pages
   of one frame has many such pairs.
 - Of every cluster the first document by task and row is kept, whatever the executor and the number of workers.
+- An index holds signatures and sketches, where datatrove's has hashes alone: what is added is compared as it would be
+  within one run.
 
 `exact` goes the same way with one bucket, a hash of the text, and no sketches.
 """
 
 import hashlib
+import resource
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+import fsspec
 import numpy as np
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import MinhashBuildIndex, MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
-from datatrove.pipeline.dedup.minhash import SENTINEL
+from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
@@ -42,12 +45,13 @@ SIMILAR = 0.65  # Jaccard similarity from which a pair counts; the estimate's st
 CHUNK = 256  # shingles permuted at once: what stays in a core's cache
 COMPARED = 2**16  # pairs compared at once
 READ_AHEAD = 1000  # signatures of each task that a bucket reads at once
+SPARE_FILES = 100  # that a process has open besides
 
 
-def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None = None) -> list[Stage]:
+def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None = None, known: int = 0) -> list[Stage]:
     """Return the stages that find what [`duplicate_filter`] removes among WORK/documents.
 
-    Leaves an index of the documents in WORK/duplicates/index, 192 bytes a document (`exact`: 8). Copied into one
+    Leaves an index of the documents in WORK/duplicates/index, 480 bytes a document (`exact`: 12). Copied into one
     folder, the indexes of a corpus and of all that was appended to it are what the next text is compared with.
 
     Args:
@@ -55,34 +59,20 @@ def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None 
         work: Holds documents/{rank:05d}.jsonl; everything goes to WORK/duplicates.
         tasks: Files of documents.
         index: Such a folder. Documents like those in it are removed too.
+        known: Tasks that left something in it.
 
     Raises:
-        UserError: `index` has no index of this method.
+        UserError: `index` lacks a task, or is of another method.
     """
-    folder, config = _folder(work, method), _config(method)
-    signatures, new_index, old_index = folder / "signatures", work / "duplicates" / "index" / method, None
-    generation = 0
-    if index is not None:
-        old_index = index / method
-        generation = len(list(old_index.glob("bucket_000/*.index")))
-        if not generation:
-            raise UserError(
-                f"{index} has no index of `deduplicate: {method}`; append with the method it was made with"
-            )
-    reader, buffer = DocumentReader(work / "documents"), {"lines_to_buffer": READ_AHEAD}
-    pairs = MinhashDedupBuckets(
-        str(signatures),
-        str(folder / "pairs"),
-        index_folder=old_index and str(old_index),
-        config=config,
-        only_dedup_in_index=False,
-        **buffer,
-    )
-    build_index = MinhashBuildIndex(str(signatures), str(new_index), f"{generation:05d}", config, **buffer)
+    index = Index(method, work / "duplicates" / "index", index, known)
+    for file in (index.signatures("bucket_000", number) for number in range(known)):
+        if not file.is_file():
+            raise UserError(f"{file} is missing: copies of what was there before cannot be found. Bring it back")
+    folder = _folder(work, method)
     return [
-        Stage("signatures", [reader, DuplicateSignature(folder, method)], tasks),
-        Stage("buckets", [pairs, build_index], config.num_buckets),
-        Stage("clusters", [DuplicateClusters(folder, method)], 1),
+        Stage("signatures", [DocumentReader(work / "documents"), DuplicateSignature(index)], tasks),
+        Stage("buckets", [DuplicatePairs(index, tasks, folder / "pairs")], _config(method).num_buckets),
+        Stage("clusters", [DuplicateClusters(index, folder)], 1),
     ]
 
 
@@ -113,39 +103,100 @@ def _config(method: Method) -> MinhashConfig:
     return MinhashConfig(num_buckets=BUCKETS if method == "minhash" else 1, hashes_per_bucket=1)
 
 
+class Index(NamedTuple):
+    """Where the signatures and sketches of a task lie; tasks are numbered through all that was ever appended.
+
+    Attributes:
+        method: By which they are made.
+        new: Folder for the tasks of this run.
+        old: Folder with those of what was there before.
+        known: How many these are.
+    """
+
+    method: Method
+    new: Path
+    old: Path | None
+    known: int
+
+    def signatures(self, bucket: str, number: int) -> Path:
+        """Return a file as datatrove writes it."""
+        return self._folder(number) / "signatures" / bucket / f"{number:05d}.minhash.sig"
+
+    def sketches(self, number: int) -> Path:
+        """Return a file with `BUCKETS` x `HASHES` bytes for every document of a task."""
+        return self._folder(number) / "sketches" / f"{number:05d}.sketch"
+
+    def _folder(self, number: int) -> Path:
+        return (self.old if number < self.known else self.new) / self.method
+
+
 class DuplicateSignature(MinhashDedupSignature):
-    """Writes a number for every document and bucket to FOLDER/signatures, and its sketch to FOLDER/sketches."""
+    """Writes for every document a number for each bucket, and its sketch, to the index."""
 
     name = "signatures"
 
-    def __init__(self, folder: Path, method: Method) -> None:
+    def __init__(self, index: Index) -> None:
         # The tokenizer is never asked; datatrove's default needs spaCy.
-        super().__init__(str(folder / "signatures"), _config(method), WhitespaceTokenizer())
-        self.folder, self.method, self.sketches = folder / "sketches", method, None
+        super().__init__(str(index.new / index.method / "signatures"), _config(index.method), WhitespaceTokenizer())
+        self.index, self.file = index, None
         random = np.random.RandomState(self.config.seed)
         self.factors, self.offsets = random.randint(0, 2**32, (2, BUCKETS * HASHES), dtype=np.uint32)
         self.factors |= np.uint32(1)  # x -> factor x + offset permutes the numbers below 2^32 if the factor is odd
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{rank:05d}.sketch", "wb") as self.sketches:
-            super().run(data, rank, world_size)
-        self.sketches = None
+        number = self.index.known + rank
+        self.index.sketches(number).parent.mkdir(parents=True, exist_ok=True)
+        with open(self.index.sketches(number), "wb") as self.file:
+            super().run(data, number, world_size)
+        self.file = None
 
     def get_shingles(self, text: str) -> np.ndarray:
         """Return [`shingles`], or for exact duplicates one hash of the text."""
-        return shingles(text) if self.method == "minhash" else np.array([_hash(text.encode())], np.uint64)
+        return shingles(text) if self.index.method == "minhash" else np.array([_hash(text.encode())], np.uint64)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """Return for every bucket a hash of its permutations' smallest values."""
-        if self.method == "exact":
+        if self.index.method == "exact":
             return [shingles.tolist()]
         values, smallest = shingles.astype(np.uint32), np.full(BUCKETS * HASHES, 2**32 - 1, np.uint32)
         for start in range(0, len(values), CHUNK):
             permuted = values[start : start + CHUNK, None] * self.factors + self.offsets
             np.minimum(smallest, permuted.min(axis=0), out=smallest)
-        self.sketches.write(smallest.astype(np.uint8).tobytes())
+        self.file.write(smallest.astype(np.uint8).tobytes())
         return [[_hash(bucket.tobytes())] for bucket in smallest.reshape(BUCKETS, HASHES)]
+
+
+class DuplicatePairs(MinhashDedupBuckets):
+    """Writes the pairs that meet in a bucket, of this run's documents and of those in the index."""
+
+    name = "buckets"
+
+    def __init__(self, index: Index, tasks: int, folder: Path) -> None:
+        super().__init__(str(index.new), str(folder), config=_config(index.method), lines_to_buffer=READ_AHEAD)
+        self.only_dedup_in_index = False
+        self.input_folder = _Signatures(index, index.known + tasks)
+
+
+class _Signatures:
+    """The files of both folders of an index, for datatrove to read as those of one."""
+
+    def __init__(self, index: Index, tasks: int) -> None:
+        self.index, self.tasks = index, tasks
+
+    def list_files(self, subdirectory: str) -> list[Path]:
+        return [self.index.signatures(subdirectory, number) for number in range(self.tasks)]
+
+    def open_files(self, paths: list[Path], **options: Any) -> list[Any]:
+        """Open all of them at once, for which a process has to be allowed many files."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = len(paths) + SPARE_FILES
+        if hard != resource.RLIM_INFINITY and needed > hard:
+            raise UserError(
+                f"{len(paths)} tasks need {needed} open files of {hard}; set fewer `tasks`, or `ulimit -Hn`"
+            )
+        if soft != resource.RLIM_INFINITY and needed > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return [fsspec.filesystem("file").open(str(path), **options) for path in paths]
 
 
 class DuplicateClusters(PipelineStep):
@@ -157,39 +208,41 @@ class DuplicateClusters(PipelineStep):
 
     type, name = "DEDUP", "clusters"
 
-    def __init__(self, folder: Path, method: Method) -> None:
+    def __init__(self, index: Index, folder: Path) -> None:
         super().__init__()
-        self.folder, self.method = folder, method
+        self.index, self.folder = index, folder
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
         links = np.empty((0, 2), np.uint64)
         for file in sorted((self.folder / "pairs").glob("*.dups")):
             pairs = np.fromfile(file, "<u4").reshape(-1, 2, 2)  # (task, row) of two documents
-            if self.method == "minhash":
+            pairs = pairs[pairs[:, :, 0].max(axis=1) >= self.index.known]  # the others are settled
+            if self.index.method == "minhash":
                 pairs = pairs[self._similarity(pairs) >= SIMILAR]
             pairs = pairs.astype(np.uint64)
             links = link_to_first(np.concatenate([links, pairs[:, :, 0] << np.uint64(32) | pairs[:, :, 1]]))
         removed = np.sort(links[:, 1])
+        removed = removed[removed >> np.uint64(32) >= self.index.known]
         tasks, starts = np.unique(removed >> np.uint64(32), return_index=True)
         (self.folder / "removed").mkdir(exist_ok=True)
-        for task, rows in zip(tasks, np.split(removed.astype("<u4"), starts[1:]), strict=False):
-            rows.tofile(self.folder / "removed" / f"{task:05d}.rows")
+        for task, rows in zip(tasks.tolist(), np.split(removed.astype("<u4"), starts[1:]), strict=False):
+            rows.tofile(self.folder / "removed" / f"{task - self.index.known:05d}.rows")
         self.stat_update("duplicates", value=len(removed))
 
     def _similarity(self, pairs: np.ndarray) -> np.ndarray:
-        """Estimate the Jaccard similarity by the hashes in common; 1 for what an index holds: it has no sketches."""
-        found = np.ones(len(pairs))
-        known = np.flatnonzero(pairs[:, 0, 0] != SENTINEL)
-        for part in np.array_split(known, -(-len(known) // COMPARED) or 1):
+        """Estimate the Jaccard similarity by the hashes in common."""
+        found = np.empty(len(pairs))
+        for start in range(0, len(pairs), COMPARED):
+            part = slice(start, start + COMPARED)
             first, second = (self._read_sketches(pairs[part, side]) for side in (0, 1))
             found[part] = (first == second).mean(axis=1)
         return found
 
     def _read_sketches(self, documents: np.ndarray) -> np.ndarray:
         sketches = np.empty((len(documents), BUCKETS * HASHES), np.uint8)
-        for task in np.unique(documents[:, 0]):
-            file = np.memmap(self.folder / "sketches" / f"{task:05d}.sketch", mode="r").reshape(-1, BUCKETS * HASHES)
-            sketches[documents[:, 0] == task] = file[documents[documents[:, 0] == task, 1]]
+        for number in np.unique(documents[:, 0]).tolist():
+            file = np.memmap(self.index.sketches(number), mode="r").reshape(-1, BUCKETS * HASHES)
+            sketches[documents[:, 0] == number] = file[documents[documents[:, 0] == number, 1]]
         return sketches
 
 
@@ -197,10 +250,8 @@ def link_to_first(pairs: np.ndarray) -> np.ndarray:
     """Turn pairs of documents into one pair (first of its cluster, document) for every document that is not first.
 
     Args:
-        pairs: uint64, (pairs, 2); a document is task << 32 | row, and all ones is any document of an index, which
-            comes before all others.
+        pairs: uint64, (pairs, 2); a document is task << 32 | row.
     """
-    pairs = pairs + np.uint64(1)  # all ones become zero
     nodes, ends = np.unique(pairs, return_inverse=True)
     ends = ends.reshape(pairs.shape)
     graph = coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
@@ -208,7 +259,7 @@ def link_to_first(pairs: np.ndarray) -> np.ndarray:
     _, firsts = np.unique(clusters, return_index=True)  # the smallest, because nodes are sorted
     first = firsts[clusters]
     is_other = first != np.arange(len(nodes))
-    return np.stack([nodes[first], nodes], axis=1)[is_other] - np.uint64(1)
+    return np.stack([nodes[first], nodes], axis=1)[is_other]
 
 
 class DuplicateFilter(BaseFilter):

@@ -9,12 +9,13 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 
 from buddygpt.data.cleaning_report import write_report
-from buddygpt.data.mixture import achieve_mixture
+from buddygpt.data.mixture import achieve_mixture, collect_wishes
 from buddygpt.data.stages import DocumentReader
 from buddygpt.data.token_shards import FORMAT_VERSION, MANIFEST, read_manifest
 from buddygpt.launch import UserError
 
 SIZES = ("tokens", "documents", "text_bytes")
+PUBLISHED = "published"  # folder in WORK with what is on its way to OUTPUT
 COUNTED = ("read", "written", "dropped_", "changed_", "language_")
 
 
@@ -43,7 +44,7 @@ class ManifestWriter(PipelineStep):
             if not self._write_manifest("eval", {})["shards"]:
                 raise UserError(f"eval_fraction {fraction} holds out none of {train['documents']} documents; raise it")
         if (index := self.work / "duplicates" / "index").exists():
-            shutil.copytree(index, self.work / "result" / "index", dirs_exist_ok=True)
+            index.rename(self.work / "result" / "index")
         write_report(self.work / "result", train, self.work / "examples")
 
     def _read_lists(self, split: str) -> list[dict[str, Any]]:
@@ -56,23 +57,24 @@ class ManifestWriter(PipelineStep):
         """Return the manifest of what is added to; an empty one where that is nothing."""
         if (self.output / split / MANIFEST).exists():
             return read_manifest(self.output / split)
-        return {"shards": [], "sources": [], "inputs": [], "generations": [], "cleaning": {}}
+        return {"shards": [], "inputs": [], "generations": [], "cleaning": {}}
 
     def _write_manifest(self, split: str, facts: dict[str, Any]) -> dict[str, Any]:
         folder, plan = self.work / "result" / split, self.plan
         old, new = self._old_manifest(split), self._read_lists(split)
         shards = [*old["shards"], *new]
-        generation = {key: plan[key] for key in ("inputs", "config", "clean", "profiles", "exams")}
+        generation = {key: plan[key] for key in ("sources", "inputs", "config", "clean", "profiles", "exams")}
+        generation |= {"tasks": len(plan["assignments"]), "shards": [shard["file"] for shard in new]}
         manifest = {
             "format_version": FORMAT_VERSION,
             **plan["tokens"],
             **{key: sum(shard[key] for shard in shards) for key in SIZES},
-            "sources": self._describe_sources(split, old["sources"], shards),
+            "sources": self._describe_sources(split, old["generations"], shards),
             **facts,
             "shards": shards,
             "inputs": [*old["inputs"], *plan["inputs"]],
             "config": plan["config"],
-            "generations": [*old["generations"], {"shards": [shard["file"] for shard in new]} | generation],
+            "generations": [*old["generations"], generation],
         }
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -80,8 +82,7 @@ class ManifestWriter(PipelineStep):
 
     def _describe_sources(self, split: str, old: list[dict], shards: list[dict]) -> list[dict[str, Any]]:
         """Return the sources with what they hold; held-out text is read once, whatever the mixture."""
-        wishes = {source["name"]: {key: source[key] for key in ("language", "epochs")} for source in old}
-        wishes |= self.plan["sources"]
+        wishes = collect_wishes(old, self.plan["sources"])
         sizes = {name: Counter() for name in wishes}
         for shard in shards:
             sizes[shard["source"]].update({key: shard[key] for key in SIZES})
@@ -124,10 +125,7 @@ def _read_counts(stats: Path) -> Counter:
 
 
 class Publisher(PipelineStep):
-    """Moves WORK/result to OUTPUT: as a whole, or file by file where that exists, its manifests last.
-
-    Until the last file is in its place, OUTPUT is what its old manifest says; what is moved already is not again.
-    """
+    """Moves WORK/result to OUTPUT: as a whole, or, where that exists, file by file as [`finish_publishing`] does."""
 
     type, name = "WRITER", "publisher"
 
@@ -139,9 +137,20 @@ class Publisher(PipelineStep):
         result = self.work / "result"
         if not self.output.exists():
             result.rename(self.output)
-            return
-        files = filter(Path.is_file, result.rglob("*"))
-        for file in sorted(files, key=lambda file: (file.name == MANIFEST, file.parent.name == "train", file)):
-            place = self.output / file.relative_to(result)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
+        elif result.exists():
+            result.rename(self.work / PUBLISHED)
+        finish_publishing(self.work, self.output)
+
+
+def finish_publishing(work: Path, output: Path) -> bool:
+    """Move what is to be added to its place, the manifests last; return whether this had begun.
+
+    Until the last file is in its place, OUTPUT is what its old manifest says; what is moved already is not again.
+    """
+    published = work / PUBLISHED
+    files = filter(Path.is_file, published.rglob("*"))
+    for file in sorted(files, key=lambda file: (file.name == MANIFEST, file.parent.name == "train", file)):
+        place = output / file.relative_to(published)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(place)
+    return published.exists()

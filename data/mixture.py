@@ -9,6 +9,19 @@ from buddygpt.launch import UserError
 FACTS = ("name", "language", "tokens", "documents", "text_bytes")
 
 
+def collect_wishes(generations: list[dict[str, Any]], sources: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return of each source `language`, `epochs` and `weight` as the last config that names it has them.
+
+    Args:
+        generations: Of the manifest that is added to.
+        sources: What the config says of the sources that it names.
+    """
+    wishes: dict[str, dict[str, Any]] = {}
+    for named in (*(generation["sources"] for generation in generations), sources):
+        wishes |= named
+    return wishes
+
+
 def achieve_mixture(sources: list[dict[str, Any]], languages: dict[str, float] | None = None) -> list[dict[str, Any]]:
     """Return what the manifest says of each source: its facts, `epochs`, and its `share` of the tokens read.
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -30,8 +31,8 @@ from buddygpt.data.cleaning import Cleaner, load_profile
 from buddygpt.data.cleaning_report import ExampleWriter
 from buddygpt.data.decontamination import Decontaminator, ExamIndexer
 from buddygpt.data.deduplication import duplicate_filter, duplicate_stages
-from buddygpt.data.finish_shards import ManifestWriter, Publisher
-from buddygpt.data.mixture import achieve_mixture
+from buddygpt.data.finish_shards import ManifestWriter, Publisher, finish_publishing
+from buddygpt.data.mixture import achieve_mixture, collect_wishes
 from buddygpt.data.stages import DocumentReader, DocumentWriter, Stage, lock, run_stages
 from buddygpt.data.text_files import find_files
 from buddygpt.data.text_sources import Source, SourceReader, describe_file, read_sources
@@ -121,13 +122,13 @@ def make_plan(
         inputs = find_new_inputs(inputs, base["inputs"])
     new = {entry["file"] for entry in inputs}
     parts = [(source.name, part) for source in sources for part in split_files(source, new, args.tasks, len(new))]
-    wishes = ("language", "epochs", "weight")
     return {
         "config": {key: value for key, value in asdict(args).items() if key not in MEANS_NOTHING_TO_SHARDS},
         "generation": len(base["generations"]) if base else 0,
+        "tasks_before": sum(generation["tasks"] for generation in base["generations"]) if base else 0,
         "inputs": inputs,
         "assignments": parts,
-        "sources": {source.name: {key: getattr(source, key) for key in wishes} for source in sources},
+        "sources": list_wishes(sources),
         "clean": {source.name: source.clean for source in sources},
         "exams": [describe_file(str(file)) for file in find_files(args.decontaminate)],
         "profiles": {name: asdict(load_profile(name)) for name in sorted({source.clean for source in sources})},
@@ -140,6 +141,12 @@ def make_plan(
             "eos_id": tokenizer.convert_tokens_to_ids(args.document_separator),
         },
     }
+
+
+def list_wishes(sources: list[Source]) -> dict[str, dict[str, Any]]:
+    """Return what the config says of how its sources are to be read."""
+    keys = ("language", "epochs", "weight")
+    return {source.name: {key: getattr(source, key) for key in keys} for source in sources}
 
 
 def split_files(source: Source, new: set[str], tasks: int | None, all_files: int) -> list[list[str]]:
@@ -158,6 +165,13 @@ def find_new_inputs(inputs: list[dict[str, Any]], known: list[dict[str, Any]]) -
                 f"{entry['file']} was changed since it was read into the shards; give what is new in a file of its own"
             )
     return [entry for entry in inputs if entry["sha256"] not in hashes.values()]
+
+
+def check_mixture(wishes: dict[str, dict], base: dict | None, languages: dict[str, float] | None) -> None:
+    """Raise UserError where the mixture is impossible whatever the sources hold: before any work."""
+    wishes = collect_wishes(base["generations"] if base else [], wishes)
+    sizes = {"tokens": 1, "documents": 1, "text_bytes": 1}
+    achieve_mixture([{"name": name, **wish, **sizes} for name, wish in wishes.items()], languages)
 
 
 def check_base(plan: dict[str, Any], base: dict[str, Any], output: Path) -> None:
@@ -221,7 +235,7 @@ def make_stages(
     tasks = len(plan["assignments"])
     stages = cleaning_stages(args, sources, plan, work)
     if args.deduplicate != "none":
-        stages += duplicate_stages(args.deduplicate, work, tasks, output / "index" if args.append else None)
+        stages += duplicate_stages(args.deduplicate, work, tasks, output / "index", plan["tasks_before"])
     stages += shard_stages(args, plan, work)
     stages.append(Stage("manifest", [ManifestWriter(plan, work, output)], 1))
     return [*stages, Stage("publish", [Publisher(work, output)], 1)]
@@ -275,15 +289,16 @@ def shard_stages(args: PretrainDataArguments, plan: dict[str, Any], work: Path) 
 
 def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> tuple[list[Stage], Path] | None:
     """Return the stages that make `output`, or add to it, and their work folder; None where all is done."""
+    for work in filter(Path.is_dir, partial.iterdir()):
+        if finish_publishing(work, output):
+            print(f"brought to its place what a stopped run had begun to add to {output}")
     sources = read_sources(args.sources, text_key=args.text_key, txt_sample_by=args.txt_sample_by, clean=args.clean)
-    sizes = {"tokens": 1, "documents": 1, "text_bytes": 1}
-    achieve_mixture([vars(source) | sizes for source in sources], args.languages)  # an impossible one is told now
+    there = TokenShards(output / "train") if args.append else None
+    base = there.manifest if there else None
+    check_mixture(list_wishes(sources), base, args.languages)
     tokenizer = load_text_tokenizer(args.tokenizer, args.document_separator)
-    base = None
-    if args.append:
-        there = TokenShards(output / "train")
+    if there:
         there.check_tokenizer(tokenizer)
-        base = there.manifest
     plan = make_plan(args, sources, tokenizer, base)
     if base:
         check_base(plan, base, output)
@@ -310,6 +325,9 @@ def main() -> None:
             finally:
                 if is_done or not any(map(Path.is_dir, partial.iterdir())):
                     shutil.rmtree(partial)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with what is done in {partial}", file=sys.stderr)
+        raise
     except BlockingIOError as error:
         raise UserError(f"{partial} is being worked on by another process; wait for its end") from error
     for folder in (output / "train", output / "eval") if is_done else ():

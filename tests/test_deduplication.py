@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from buddygpt.launch import UserError
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
 WORDS = [f"{start}{end}" for start in ("con", "re", "tra", "mo", "sil", "ver") for end in ("ta", "ner", "lid", "mos")]
 
-OUTPUTS = {"signatures": ["signatures", "sketches"], "buckets": ["pairs", "index"], "clusters": ["removed"]}
+OUTPUTS = {"signatures": ["signatures", "sketches"], "buckets": ["pairs"], "clusters": ["removed"]}
 
 
 def write_documents(work: Path, tasks: list[list[str]]) -> None:
@@ -34,10 +35,12 @@ def run_stage(stage: Stage, ranks: list[int] | None = None) -> None:
             data = step(data, rank, stage.tasks)
 
 
-def kept(work: Path, method: str, tasks: list[list[str]], index: Path | None = None) -> list[list[int]]:
+def kept(
+    work: Path, method: str, tasks: list[list[str]], index: Path | None = None, known: int = 0
+) -> list[list[int]]:
     """Return the rows of every task that are left."""
     write_documents(work, tasks)
-    for stage in duplicate_stages(method, work, len(tasks), index):
+    for stage in duplicate_stages(method, work, len(tasks), index, known):
         run_stage(stage)
     return read_kept(work, method, len(tasks))
 
@@ -110,8 +113,6 @@ def test_exact_keeps_the_first_by_task_and_row(tmp_path):
 def test_a_chain_keeps_its_first_document():
     pairs = np.array([[7 << 32, 9], [9, 3 << 32 | 5], [1 << 32, 2 << 32]], np.uint64)
     assert link_to_first(pairs).tolist() == [[1 << 32, 2 << 32], [9, 3 << 32 | 5], [9, 7 << 32]]
-    pairs = np.array([[7, 9], [2**64 - 1, 9]], np.uint64)  # one of them is like a document of an index
-    assert link_to_first(pairs)[:, 1].tolist() == [7, 9]
 
 
 def test_order_and_split_of_the_work_change_nothing(tmp_path):
@@ -152,26 +153,62 @@ def contents(work: Path) -> dict[Path, bytes]:
 def test_appended_text_is_compared_with_what_was_there(tmp_path):
     rng = random.Random(1)
     old, new, newer = (["".join(rng.choices(HAN, k=100)) for _ in range(20)] for _ in range(3))
-    published = tmp_path / "index"
     for method in ("minhash", "exact"):
+        published = tmp_path / f"index_{method}"
         assert kept(tmp_path / f"1{method}", method, [old]) == [list(range(20))]
-        (tmp_path / f"1{method}" / "duplicates" / "index").rename(published)
-        assert kept(tmp_path / f"2{method}", method, [old[:3] + new, [new[0], old[5]]], published) == [
-            list(range(3, 23)),
-            [],
-        ]
-        for file in (tmp_path / f"2{method}" / "duplicates" / "index").rglob("*.index"):
-            target = published / file.relative_to(tmp_path / f"2{method}" / "duplicates" / "index")
-            assert not target.exists()  # every generation has a name of its own
-            file.rename(target)
-        assert kept(tmp_path / f"3{method}", method, [newer + old[:1] + new[:1]], published) == [list(range(20))]
-        published.rename(tmp_path / f"index_{method}")
+        publish(tmp_path / f"1{method}", published)
+        second = [old[:3] + new, [new[0], old[5]]]
+        assert kept(tmp_path / f"2{method}", method, second, published, 1) == [list(range(3, 23)), []]
+        publish(tmp_path / f"2{method}", published)
+        assert kept(tmp_path / f"3{method}", method, [newer + old[:1] + new[:1]], published, 3) == [list(range(20))]
+        only_first = kept(
+            tmp_path / f"4{method}", method, [old[:1] + new], published, 1
+        )  # the others: of a stopped run
+        assert only_first == [list(range(1, 21))]
 
 
-def test_an_index_of_another_method_is_refused(tmp_path):
+def publish(work: Path, index: Path) -> None:
+    """Bring an index to those that were there before; every task has files of its own."""
+    new = work / "duplicates" / "index"
+    for file in filter(Path.is_file, new.rglob("*")):
+        target = index / file.relative_to(new)
+        assert not target.exists()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+
+
+def test_an_append_keeps_and_drops_what_one_run_would(tmp_path):
+    """Near copies at every similarity, and pages of one frame, which meet old ones by chance."""
+    rng = random.Random(3)
+    frame = "".join(rng.choices(HAN, k=120))
+    pages = [[frame + "".join(rng.choices(HAN, k=150)) for _ in range(600)] for _ in range(2)]
+    pairs = [planted_pair(rng, HAN, similarity) for similarity in np.linspace(0.3, 0.95, 200)]
+    old, new = (["".join(units) for units in side] for side in list(zip(*pairs, strict=True))[:2])
+    tasks = [old + pages[0], new + pages[1]]
+    whole = kept(tmp_path / "whole", "minhash", tasks)
+    assert whole[0] == list(range(800)) and set(range(200, 800)) < set(whole[1]) != set(range(800))
+    kept(tmp_path / "first", "minhash", tasks[:1])
+    publish(tmp_path / "first", tmp_path / "index")
+    assert kept(tmp_path / "second", "minhash", tasks[1:], tmp_path / "index", 1) == whole[1:]
+
+
+def test_an_index_that_lacks_something_is_refused(tmp_path):
     kept(tmp_path, "exact", [["甲"]])
-    with pytest.raises(UserError, match="no index of `deduplicate: minhash`"):
-        duplicate_stages("minhash", tmp_path, 1, tmp_path / "duplicates" / "index")
+    for method, known in (("minhash", 1), ("exact", 2)):
+        with pytest.raises(UserError, match=rf"{method}/signatures/bucket_000/0000{known - 1}\S+ is missing: copies"):
+            duplicate_stages(method, tmp_path, 1, tmp_path / "duplicates" / "index", known)
+
+
+def test_more_tasks_than_files_may_be_open(tmp_path, monkeypatch):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (150, limit[1]))
+        assert kept(tmp_path, "exact", [[str(number % 3)] for number in range(200)])[3:] == [[]] * 197
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 256))
+    with pytest.raises(UserError, match="200 tasks need 300 open files of 256; set fewer `tasks`"):
+        run_stage(duplicate_stages("exact", tmp_path, 200)[1])
 
 
 def test_units_are_those_of_a_plain_implementation():

@@ -1,10 +1,10 @@
-"""Is data the same whoever prepares it, however often that is killed, and does what is added leave the rest alone?"""
+"""Is data the same however often its preparation is killed, and does what is added leave the rest alone?"""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -12,20 +12,19 @@ import sys
 import time
 from pathlib import Path
 
-import dill
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from datatrove.pipeline.dedup import MinhashDedupBuckets
 from test_pretrain_data import byte_tokenizer, documents, write_jsonl
 from transformers import AutoTokenizer
 
-from buddygpt.data import finish_shards, prepare_pretrain, stages, write_shards
-from buddygpt.data.deduplication import DuplicateClusters, DuplicateSignature
+from buddygpt.data import deduplication, finish_shards, prepare_pretrain, stages, write_shards
+from buddygpt.data.deduplication import DuplicatePairs, DuplicateSignature
 from buddygpt.data.finish_shards import Publisher
 from buddygpt.data.stages import lock
 from buddygpt.data.token_shards import TokenShards, documents_file, read_manifest, verify_shards
 from buddygpt.data.write_shards import DocumentTable, HoldOut
-from buddygpt.launch import UserError
+from buddygpt.launch import UserError, run_script
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "prepare_pretrain.py"
 COMMON = {"eval_fraction": 0.1, "deduplicate": "exact", "shard_bytes": 20_000, "batch_chars": 2_000}
@@ -44,14 +43,18 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(tmp_path, tokenizer_folder):
-    """Write a config for two sources of three files; return it with `changes`."""
+    return make_config(tmp_path, tokenizer_folder)
+
+
+def make_config(folder: Path, tokenizer: Path):
+    """Write three files and return a function that writes a config for them, two sources, with changes."""
     for part in range(3):
-        write_jsonl(tmp_path / f"{part}.jsonl", texts(part))
+        write_jsonl(folder / f"{part}.jsonl", texts(part))
 
     def write(output: str, **changes) -> Path:
-        sources = [str(tmp_path / "0.jsonl"), {"name": "more", "path": str(tmp_path / "[12].jsonl"), "epochs": 2}]
-        values = {"sources": sources, "tokenizer": str(tokenizer_folder), "output": str(tmp_path / output)}
-        path = tmp_path / f"{output}.yaml"
+        sources = [str(folder / "0.jsonl"), {"name": "more", "path": str(folder / "[12].jsonl"), "epochs": 2}]
+        values = {"sources": sources, "tokenizer": str(tokenizer), "output": str(folder / output)}
+        path = folder / f"{output}.yaml"
         path.write_text(json.dumps(COMMON | values | changes))
         return path
 
@@ -100,32 +103,43 @@ def test_a_document_with_an_exam_question_is_dropped_and_shown(config, monkeypat
     assert question in (out / "report.md").read_text("utf-8")
 
 
-KILLS = [  # when the n-th call of a function begins, stage by stage
-    (stages, "write_document", 40),
-    (DuplicateSignature, "get_signature", 200),
-    (MinhashDedupBuckets, "run", 1),
-    (DuplicateClusters, "run", 1),
-    (HoldOut, "run", 2),
-    (DocumentTable, "add", 50),
-    (write_shards, "reorder_documents", 2),
-    (DocumentTable, "write", 3),
-    (write_shards, "file_sha256", 4),
-    (finish_shards, "achieve_mixture", 2),
-    (finish_shards, "write_report", 1),
-    (Publisher, "run", 1),
-    (shutil, "rmtree", 1),
+KILLS = [  # in which stage, and when the n-th call of a function begins there
+    ("index", np, "save", 2),
+    ("clean", stages, "write_document", 40),
+    ("signatures", DuplicateSignature, "get_signature", 200),
+    ("buckets", DuplicatePairs, "run", 1),
+    ("clusters", deduplication, "link_to_first", 1),
+    ("tokenise", HoldOut, "run", 2),
+    ("tokenise", DocumentTable, "add", 50),
+    ("tokenise", write_shards, "reorder_documents", 2),
+    ("tokenise", DocumentTable, "write", 1),
+    ("tokenise", write_shards, "hash_shard", 2),
+    ("eval", DocumentTable, "add", 5),
+    ("eval", write_shards, "reorder_documents", 2),
+    ("manifest", finish_shards, "achieve_mixture", 2),
+    ("manifest", finish_shards, "write_report", 1),
+    ("publish", Publisher, "run", 1),
+    ("publish", finish_shards, "finish_publishing", 1),  # OUT is there, the stage not completed
+    ("publish", shutil, "rmtree", 1),
 ]
 
 
-def is_killed(config: Path, owner: object, name: str, calls: int) -> bool:
-    """Run the script in a process of its own that is killed at such a call; return whether it came to that."""
+def stages_at_work(partial: Path) -> set[str]:
+    """The stages of which a task has begun and not ended."""
+    locks = [(path.parents[1], path.name) for path in partial.glob("*/logs/*/locks/*")]
+    return {stage.name for stage, task in locks if not (stage / "completions" / task).exists()}
+
+
+def run_and_kill(config: Path, stage: str, owner: object, name: str, calls: int) -> int:
+    """Run the script in a process of its own that kills itself at such a call; return its exit code."""
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     function, count = getattr(owner, name), itertools.count(1)
+    partial = config.with_suffix(".partial")
 
     def kill(*args: object, **kwargs: object) -> object:
-        if next(count) == calls:
+        if stages_at_work(partial) == {stage} and next(count) == calls:
             os.killpg(0, signal.SIGKILL)
         return function(*args, **kwargs)
 
@@ -138,11 +152,16 @@ def is_killed(config: Path, owner: object, name: str, calls: int) -> bool:
 
 
 def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(config, monkeypatch, tmp_path):
-    whole = content(prepare(config("whole"), monkeypatch))
-    path = config("killed")
-    for owner, name, calls in KILLS:
-        assert is_killed(path, owner, name, calls), name
-        assert (tmp_path / "killed").exists() == (name == "rmtree")
+    (tmp_path / "exam.jsonl").write_text(json.dumps({"question": texts(1)[1]}) + "\n")
+    settings = {"decontaminate": [str(tmp_path / "exam.jsonl")]}
+    whole = content(prepare(config("whole", **settings), monkeypatch))
+    path, killed_in = config("killed", **settings), set()
+    for stage, *call in KILLS:
+        assert run_and_kill(path, stage, *call) == -signal.SIGKILL, call
+        assert stages_at_work(tmp_path / "killed.partial") == {stage}
+        assert (tmp_path / "killed").exists() == (call[1] in ("finish_publishing", "rmtree"))
+        killed_in |= stages_at_work(tmp_path / "killed.partial")
+    assert killed_in == {logs.name for logs in tmp_path.glob("killed.partial/*/logs/*")}
     prepare(path, monkeypatch)
     assert content(tmp_path / "killed") == whole
     assert not (tmp_path / "killed.partial").exists()
@@ -165,6 +184,22 @@ def test_workers_that_outlive_their_run_are_waited_for(config, monkeypatch, tmp_
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)  # the manager that multiprocessing leaves behind
     assert content(tmp_path / "orphaned") == whole
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(config, monkeypatch, tmp_path, capsys):
+    whole = content(prepare(config("whole"), monkeypatch))
+    path = config("full")
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name in ((stages, "write_document"), (DocumentTable, "write"), (finish_shards, "write_report")):
+        with monkeypatch.context() as full, pytest.raises(SystemExit, match="2"):
+            full.setattr(owner, name, fail)
+            full.setattr(sys, "argv", ["prepare_pretrain.py", "--config", str(path)])
+            run_script(prepare_pretrain.main)
+        assert "\nerror: the disk is full ([Errno 28] No space left on device). Free" in capsys.readouterr().err
+    assert content(prepare(path, monkeypatch)) == whole
 
 
 def test_two_runs_do_not_work_on_the_same_data(config, monkeypatch, tmp_path):
@@ -259,6 +294,65 @@ def test_adding_that_is_killed_leaves_what_was_or_what_shall_be(grown, monkeypat
     assert interrupts > 3 and content(out) == whole
 
 
+def test_what_was_half_added_is_finished_before_anything_else(grown, config, monkeypatch, tmp_path, capsys):
+    out, path = grown
+    replace, moved = Path.replace, []
+
+    def fail(file: Path, target: Path) -> Path:
+        moved.append(target) if target.is_relative_to(out) else None
+        if len(moved) == 9:
+            raise KeyboardInterrupt
+        return replace(file, target)
+
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Path, "replace", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(path, monkeypatch, "--append", "true")
+    assert f"goes on with what is done in {out}.partial" in capsys.readouterr().err
+    last = write_jsonl(tmp_path / "last.jsonl", [*texts(3), *texts(4)])
+    prepare(config("out", sources=[str(last)]), monkeypatch, "--append", "true")
+    assert "had begun to add" in capsys.readouterr().out
+    train, aside = verify_shards(out / "train"), verify_shards(out / "eval")
+    assert [Path(each["inputs"][-1]["file"]).name for each in train["generations"]] == [
+        "1.jsonl",
+        "new.jsonl",
+        "last.jsonl",
+    ]
+    assert train["cleaning"]["last"]["dropped_duplicate"] == 150 + 15
+    assert train["documents"] + aside["documents"] == 5 * 150 - 4 * 15
+    assert aside["documents"] == (out / "eval.jsonl").read_bytes().count(b"\n")
+
+
+def test_wishes_of_sources_that_are_not_named_again_stay(config, monkeypatch, tmp_path):
+    """An append may name what is new alone: what is there keeps its weight, and its epochs before languages."""
+    paths = [str(tmp_path / f"{number}.jsonl") for number in range(3)]
+    weighted = [{"name": name, "path": path, "weight": 2} for name, path in zip("abc", paths, strict=True)]
+    out = prepare(config("out", sources=weighted[:2]), monkeypatch)
+    prepare(config("out", sources=[weighted[2] | {"weight": 4}]), monkeypatch, "--append", "true")
+    shares = {each["name"]: each["share"] for each in read_manifest(out / "train")["sources"]}
+    assert shares == pytest.approx({"a": 0.25, "b": 0.25, "c": 0.5})
+    new = write_jsonl(tmp_path / "new.jsonl", texts(5))
+    with pytest.raises(UserError, match="sources: new have no weight, others have"):
+        prepare(config("out", sources=[str(new)]), monkeypatch, "--append", "true")
+    mixed = [weighted[0] | {"weight": 6}, {"name": "new", "path": str(new), "weight": 4}]  # a is there, new is not
+    prepare(config("out", sources=mixed), monkeypatch, "--append", "true")
+    shares = {each["name"]: each["share"] for each in read_manifest(out / "train")["sources"]}
+    assert shares == pytest.approx({"a": 6 / 16, "b": 2 / 16, "c": 4 / 16, "new": 4 / 16})
+
+
+def test_a_ratio_of_languages_is_of_all_that_is_there(config, monkeypatch, tmp_path):
+    languages = {"zh": 3, "en": 1}
+    sources = [
+        {"name": n, "path": str(tmp_path / f"{n}.jsonl"), "language": "en" if n == "1" else "zh"} for n in "012"
+    ]
+    out = prepare(config("out", sources=sources[:2], languages=languages), monkeypatch)
+    prepare(config("out", sources=sources[2:], languages=languages), monkeypatch, "--append", "true")
+    whole = prepare(config("whole", sources=[sources[n] for n in (0, 1, 2)], languages=languages), monkeypatch)
+    grown, made = (read_manifest(folder / "train")["sources"] for folder in (out, whole))
+    assert [each["epochs"] for each in grown] == pytest.approx([each["epochs"] for each in made])
+    assert max(each["epochs"] for each in grown) == 1
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -297,74 +391,3 @@ def test_an_impossible_mixture_is_told_before_any_work(config, monkeypatch, tmp_
     with pytest.raises(UserError, match="`languages` asks for zh, and its language is not given"):
         prepare(config("out", languages={"zh": 1}), monkeypatch)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
-
-
-def run_on_slurm(scripts: list[Path], monkeypatch) -> None:
-    """Do what the cluster would: every job of an array by itself."""
-    for script in scripts:
-        text = script.read_text()
-        last = int(re.search(r"--array=0-(\d+)", text)[1])
-        for index in range(last + 1):
-            with monkeypatch.context() as job:
-                job.setenv("SLURM_ARRAY_TASK_ID", str(index))
-                job.setenv("SLURM_NODELIST", "here")
-                with open(re.search(r"launch_pickled_pipeline (\S+)", text)[1], "rb") as file:
-                    dill.load(file).run()
-
-
-def write_command(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-
-
-def test_slurm_gets_chained_jobs_that_make_the_same(config, monkeypatch, tmp_path, capsys):
-    whole = content(prepare(config("whole"), monkeypatch))
-    path = config("out", executor="slurm", workers=2, slurm={"partition": "cpu", "time": "4:00:00", "qos": None})
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
-    with pytest.raises(UserError, match="there is no `sbatch` here: run the same command on a machine of the cluster"):
-        prepare(path, monkeypatch)
-    scripts = [Path(line.split(": ")[0]) for line in capsys.readouterr().out.splitlines() if ".slurm" in line]
-    assert [script.parent.name for script in scripts][:2] == ["clean", "signatures"]
-    assert all("#SBATCH --partition=cpu" in script.read_text() for script in scripts)
-    write_command(tmp_path / "bin" / "scontrol", "echo here")
-    write_command(tmp_path / "bin" / "sbatch", "exit 1")
-    with pytest.raises(UserError, match=r"sbatch refused .*clean/launch_script\.slurm; mend `slurm`"):
-        prepare(path, monkeypatch)
-    calls = tmp_path / "calls"
-    write_command(tmp_path / "bin" / "sbatch", f'echo "$@" >> {calls}; echo Submitted batch job $(wc -l < {calls})')
-    prepare(path, monkeypatch)
-    for number, call in enumerate(calls.read_text().splitlines()):
-        assert (f"--dependency=afterok:{number}" in call) == (number > 0)
-    assert number + 1 == len(scripts)
-    run_on_slurm(scripts, monkeypatch)
-    assert content(tmp_path / "out") == whole
-    prepare(path, monkeypatch)
-    assert "already made" in capsys.readouterr().out and not (tmp_path / "out.partial").exists()
-
-
-@pytest.mark.parametrize(
-    "slurm, message",
-    [
-        (None, "`slurm` needs at least a partition and a time in quotes"),
-        ({"partition": "cpu", "time": 14400}, "a time in quotes"),
-        ({"partition": "cpu", "time": "4:00:00", "memory": 3}, "`slurm`: .*memory"),
-    ],
-)
-def test_mistakes_in_the_slurm_settings_are_named(slurm, message, config, monkeypatch):
-    with pytest.raises(UserError, match=message):
-        prepare(config("out", executor="slurm", slurm=slurm), monkeypatch)
-
-
-def test_ray_makes_the_same(config, monkeypatch, tmp_path):
-    ray = pytest.importorskip("ray")
-    settings = {"deduplicate": "none", "eval_fraction": 0, "tasks": 2}
-    whole = content(prepare(config("whole", **settings), monkeypatch))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    try:
-        assert content(prepare(config("out", executor="ray", workers=2, **settings), monkeypatch)) == whole
-        (tmp_path / "1.jsonl").write_text("3\n")
-        with pytest.raises(UserError, match=r"1\.jsonl:1: the row is no object but int"):
-            prepare(config("bad", executor="ray", workers=2, **settings), monkeypatch)
-    finally:
-        ray.shutdown()
