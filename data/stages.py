@@ -1,7 +1,9 @@
 """The stages of data preparation, and the executors that run them: on this machine, on a Slurm cluster, under Ray."""
 
 import fcntl
+import getpass
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -126,8 +128,16 @@ class _Ray(_OneAtATime, RayPipelineExecutor):
 
 
 class _Slurm(_OneAtATime, SlurmPipelineExecutor):
+    before: tuple[Path, int] | None = None  # logs and tasks of the stage before
+
     def launch_merge_stats(self) -> None:
         """Do without a job that sums up what nobody reads."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        """Refuse to begin too early: of a stage in several arrays, Slurm has waited for the last one only."""
+        if self.before and sum(1 for _ in self.before[0].glob("completions/*")) < self.before[1]:
+            raise UserError(f"tasks of stage {self.before[0].name} have failed; run the same command again")
+        return super()._run_for_rank(rank, local_rank, node_rank)
 
 
 def run_stages(stages: list[Stage], work: Path, executor: str, workers: int, slurm: dict[str, Any]) -> bool:
@@ -207,29 +217,66 @@ def _progress(runner: LocalPipelineExecutor | RayPipelineExecutor, name: str) ->
 
 def _submit(stages: list[Stage], workers: int, logs: Path, options: dict[str, Any]) -> None:
     """Hand every stage to Slurm as an array of jobs that begins when the one before it has succeeded."""
-    if not isinstance(options.get("time"), str) or "partition" not in options:
-        raise UserError("`slurm` needs at least a partition and a time in quotes: `{partition: cpu, time: '4:00:00'}`")
-    if sys.prefix != sys.base_prefix:
-        options = {"venv_path": f"{sys.prefix}/bin/activate"} | options
-    previous, scripts, is_reached = None, [], True
+    options, previous, before, is_reached = _slurm_options(options, logs), None, None, True
+    if queued := _queued_jobs(logs / "jobs"):
+        print(f"still queued or at work: squeue --jobs={','.join(queued)}; run the same command again after that")
+        return
     for stage in stages:
         folder = logs / stage.name
+        if (folder / "error.txt").exists():
+            print(f"{stage.name} had failed: {(folder / 'error.txt').read_text(encoding='utf-8')}")
+            (folder / "error.txt").unlink()
         names = {"job_name": stage.name, "logging_dir": str(folder), "workers": workers}
         try:
             job = _Slurm(stage.steps, stage.tasks, depends=previous, **(names | options))
         except TypeError as error:
             raise UserError(f"`slurm`: {str(error).split('__init__() ')[-1]}; see SlurmPipelineExecutor") from error
-        try:
-            job.run()
-        except FileNotFoundError as error:
-            if error.filename != "sbatch":
-                raise
-            is_reached, job.job_id = False, -1
-        except subprocess.CalledProcessError as error:  # it has said why
-            raise UserError(f"sbatch refused {folder / 'launch_script.slurm'}; mend `slurm` and run again") from error
-        previous = job
-        scripts.append(f"{folder / 'launch_script.slurm'}: {stage.tasks} tasks")
-    print("\n".join(["job scripts:", *scripts]))
+        job.before = before
+        is_reached &= _submit_job(job, folder / "launch_script.slurm", logs / "jobs")
+        previous, before = job, (folder.absolute(), stage.tasks)
     if not is_reached:
         raise UserError("there is no `sbatch` here: run the same command on a machine of the cluster that has it")
     print("submitted; run the same command again to see whether all is done, or to go on after a failure")
+
+
+def _slurm_options(options: dict[str, Any], logs: Path) -> dict[str, Any]:
+    if not isinstance(options.get("time"), str) or "partition" not in options:
+        raise UserError("`slurm` needs at least a partition and a time in quotes: `{partition: cpu, time: '4:00:00'}`")
+    if re.search(r"\s", str(logs.absolute())):
+        raise UserError(f"{logs.absolute()}: a job script takes no path with a space; choose another `output`")
+    venv = {"venv_path": f"{sys.prefix}/bin/activate"} if sys.prefix != sys.base_prefix else {}
+    # A job that waits for one that has failed would wait forever.
+    return venv | options | {"sbatch_args": {"kill-on-invalid-dep": "yes"} | (options.get("sbatch_args") or {})}
+
+
+def _submit_job(job: _Slurm, script: Path, submitted: Path) -> bool:
+    """Write the job script, submit it and note its id; False where there is no `sbatch`."""
+    try:
+        job.run()
+    except FileNotFoundError as error:
+        if error.filename != "sbatch":
+            raise
+        job.job_id = -1
+        print(f"job script: {script}, {job.tasks} tasks")
+        return False
+    except subprocess.CalledProcessError as error:  # it has said why
+        raise UserError(f"sbatch refused {script}; mend `slurm` and run again") from error
+    finally:
+        if job.job_id not in (None, -1):
+            with open(submitted, "a", encoding="utf-8") as file:
+                file.write(f"{job.job_id}\n")
+    if job.job_id != -1:  # all is done already
+        print(f"job {job.job_id}: {script}, {job.tasks} tasks")
+    return True
+
+
+def _queued_jobs(submitted: Path) -> list[str]:
+    """Return those of the jobs which an earlier call has submitted that are not at their end."""
+    if not submitted.exists():
+        return []
+    command = ["squeue", "--noheader", "--format=%F", f"--user={getpass.getuser()}"]
+    try:
+        queued = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"`squeue` does not say whether the jobs in {submitted} are at work: {error}") from error
+    return [job for job in submitted.read_text(encoding="utf-8").split() if job in queued]
