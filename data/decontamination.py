@@ -236,11 +236,6 @@ class ExamIndex:
         return False
 
 
-def find_exam_items(index: ExamIndex, text: str) -> list[str]:
-    """As [`ExamIndex.find`]."""
-    return index.find(text)
-
-
 class ExamIndexer(PipelineStep):
     """[`build_index`] as a stage of one task.
 

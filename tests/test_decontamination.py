@@ -17,7 +17,6 @@ from buddygpt.data.decontamination import (
     ExamIndexer,
     _hash_words,
     build_index,
-    find_exam_items,
     read_exams,
 )
 from buddygpt.launch import UserError
@@ -75,7 +74,7 @@ def dresses(question: str, options: list[str]) -> list[str]:
 def test_an_item_is_found_in_every_dress(index, item):
     frame = "村里的人都说，那年的雨水比往年多，收成也好，大家聚在一起喝茶聊天。" * 400
     for text in dresses(item[0], item[1:]):
-        found = find_exam_items(index, frame[:5000] + text + frame)
+        found = index.find(frame[:5000] + text + frame)
         assert [place.split(": ")[1] for place in found] == [item[0][:40]]
 
 
@@ -92,7 +91,7 @@ def test_an_item_is_found_in_every_dress(index, item):
     ],
 )
 def test_an_innocent_overlap_is_kept(index, text):
-    assert find_exam_items(index, text) == []
+    assert index.find(text) == []
 
 
 def test_a_question_without_its_options_counts_in_a_short_text_alone(index):
@@ -101,14 +100,14 @@ def test_a_question_without_its_options_counts_in_a_short_text_alone(index):
     other = "".join(
         f"第{number}条，公园每天早上{number}点开门，闭园时间另行通知，票价{number}元。" for number in range(400)
     )
-    assert len(find_exam_items(index, other[:900] + quoted + other[:900])) == 1
-    assert find_exam_items(index, other + quoted + other) == []
+    assert len(index.find(other[:900] + quoted + other[:900])) == 1
+    assert index.find(other + quoted + other) == []
 
 
 def test_words_that_are_spread_over_a_long_text_are_no_item(index):
     filler = "那年的雨水比往年多，收成也好，大家聚在一起喝茶。" * 20
     question, *options = QUESTIONS[0]
-    assert find_exam_items(index, question[:16] + filler + question[10:] + filler + "".join(options)) == []
+    assert index.find(question[:16] + filler + question[10:] + filler + "".join(options)) == []
 
 
 def test_the_filter_drops_by_exam_and_names_the_item(index, tmp_path):
@@ -174,17 +173,17 @@ def test_every_item_of_the_real_exams_is_found_where_it_is_planted(real_index):
     assert len(items) > 24_000
     planted = [dresses(item.question, item.options)[number % 4] for number, item in enumerate(items)]
     for start in range(0, len(items), 20):
-        found = find_exam_items(real_index, frame + frame.join(planted[start : start + 20]))
+        found = real_index.find(frame + frame.join(planted[start : start + 20]))
         for item, text in zip(items[start : start + 20], planted[start : start + 20], strict=True):
             # The index has what is there twice under one name: ask for that item alone.
-            assert item.place in found or find_exam_items(real_index, f"{frame}{text}{frame}"), item
+            assert item.place in found or real_index.find(f"{frame}{text}{frame}"), item
 
 
 @needs_data
 def test_every_question_that_can_be_told_is_found_without_its_options(real_index):
     frame = "村里的人都说，那年的雨水比往年多，收成也好。The rain was good to us that year, people say. " * 3
     questions = {item.question for item in read_exams(EXAMS)}
-    missed = [text for text in questions if not find_exam_items(real_index, f"{frame}{text}{frame}")]
+    missed = [text for text in questions if not real_index.find(f"{frame}{text}{frame}")]
     assert max(len(_hash_words(text)) for text in missed) < MIN_SHARED
     assert len(missed) < 0.05 * len(questions)
 
@@ -194,4 +193,4 @@ def test_no_law_and_no_web_page_is_taken_for_an_exam(real_index):
     for name, key in {"zh_laws": "text", "wanjuan_zh_web_sample": "content", "en_books": "text"}.items():
         with gzip.open(DATA / "pretrain" / f"{name}.jsonl.gz", "rt", encoding="utf-8", newline="\n") as file:
             for line in file:
-                assert find_exam_items(real_index, json.loads(line)[key]) == []
+                assert real_index.find(json.loads(line)[key]) == []
