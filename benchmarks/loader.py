@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import default_data_collator
 
 from buddygpt.data.block_order import BlockStream, make_order, update_history
-from buddygpt.data.token_shards import BlockDataset
+from buddygpt.data.blocks import BlockDataset
 from buddygpt.launch import parse_arguments, run_script
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, logging
 
 from buddygpt.data.block_order import BlockStream, make_order, update_history
-from buddygpt.data.token_shards import BlockDataset
+from buddygpt.data.blocks import BlockDataset
 from buddygpt.launch import parse_arguments, run_script
 from buddygpt.launch.resume import find_start, write_checkpoints_beside, write_checksums
 from buddygpt.launch.stream_trainer import StreamTrainer

@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 
 from buddygpt.launch import UserError, file_sha256
 
-from .token_shards import MANIFEST, BlockDataset
+from .blocks import BlockDataset
+from .token_shards import MANIFEST
 
 ROUNDS = 6
 

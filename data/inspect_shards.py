@@ -23,8 +23,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
+from buddygpt.data.blocks import BlockDataset
 from buddygpt.data.provenance import trace_block
-from buddygpt.data.token_shards import BlockDataset, TokenShards, verify_shards
+from buddygpt.data.token_shards import TokenShards, verify_shards
 from buddygpt.launch import UserError, load_tokenizer, run_script
 
 CHUNK = 1_000_000  # document ends that are read at once

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from .token_shards import BlockDataset, documents_file
+from .blocks import BlockDataset
+from .token_shards import documents_file
 
 SHOWN = 8
 

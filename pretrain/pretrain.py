@@ -18,9 +18,9 @@ from replay import replay_step
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from buddygpt.data.block_order import BlockStream, make_order, update_history
-from buddygpt.data.collate_blocks import collate_blocks
+from buddygpt.data.blocks import BlockDataset, collate_blocks
 from buddygpt.data.provenance import describe_blocks
-from buddygpt.data.token_shards import MANIFEST, BlockDataset
+from buddygpt.data.token_shards import MANIFEST
 from buddygpt.launch import (
     UserError,
     checkpoint_sha256,

@@ -20,8 +20,8 @@ from buddygpt.data.block_order import (
     permute,
     update_history,
 )
+from buddygpt.data.blocks import BlockDataset
 from buddygpt.data.mixture import achieve_mixture
-from buddygpt.data.token_shards import BlockDataset
 from buddygpt.launch import UserError
 
 # --- what is wished, and what is achieved ---

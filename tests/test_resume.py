@@ -23,7 +23,8 @@ from torch.utils.data import BatchSampler
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from buddygpt.data.block_order import BlockOrder, BlockStream, Share, make_order
-from buddygpt.data.token_shards import BlockDataset, tokenizer_fingerprint
+from buddygpt.data.blocks import BlockDataset
+from buddygpt.data.token_shards import tokenizer_fingerprint
 from buddygpt.launch import UserError
 from buddygpt.launch.resume import claim_folder, find_damage, last_checkpoint
 from buddygpt.launch.stream_trainer import PositionSampler

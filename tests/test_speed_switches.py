@@ -13,7 +13,7 @@ from transformers import TrainingArguments, modeling_flash_attention_utils
 from transformers.utils import import_utils
 
 import buddygpt.launch.liger as launch_liger
-from buddygpt.data.collate_blocks import collate_blocks, document_bounds
+from buddygpt.data.blocks import collate_blocks, document_bounds
 from buddygpt.launch import UserError
 from buddygpt.launch.liger import register_liger
 from buddygpt.liger_kernels import SWITCHES, apply_liger_kernel_to_buddygpt

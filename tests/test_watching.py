@@ -16,8 +16,9 @@ from transformers import DeepseekV3Config, Qwen3Config, Qwen3MoeConfig, Trainer,
 
 from buddygpt import BuddyGPTConfig
 from buddygpt.data.block_order import BlockOrder, make_order, update_history
+from buddygpt.data.blocks import BlockDataset
 from buddygpt.data.provenance import Passage, describe_blocks, trace_block
-from buddygpt.data.token_shards import BlockDataset, TokenShards
+from buddygpt.data.token_shards import TokenShards
 from buddygpt.launch import UserError, parse_arguments
 from buddygpt.monitor import AlarmCallback, ExpertLoadCallback, ThroughputCallback
 from buddygpt.monitor.progress import describe_log
