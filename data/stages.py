@@ -186,7 +186,11 @@ def _start_ray(workers: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
         here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers, "include_dashboard": False}
-        ray.init(logging_level="warning", **here)
+        try:
+            ray.init(logging_level="warning", **here)
+        except ConnectionError as error:
+            address = os.environ.get("RAY_ADDRESS")
+            raise UserError(f"RAY_ADDRESS is {address}, and no cluster answers there: {error}") from error
 
 
 def _raise_failure(logs: Path) -> None:

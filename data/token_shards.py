@@ -56,8 +56,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no folder of token shards: it has no {MANIFEST}. {REMEDY}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}. {REMEDY}") from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
+    found = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if found != FORMAT_VERSION:
         raise UserError(f"{path}: format_version is {found}, this code reads {FORMAT_VERSION}. {REMEDY}")
     described = {source["name"] for source in manifest["sources"]}
     for shard in manifest["shards"]:

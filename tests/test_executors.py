@@ -108,6 +108,18 @@ def test_mistakes_in_the_slurm_settings_are_named(slurm, message, config, monkey
         prepare(config("out", executor="slurm", slurm=slurm), monkeypatch)
 
 
+def test_a_cluster_that_does_not_answer_is_named(config, monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def fail(**options: object) -> None:
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setenv("RAY_ADDRESS", "far:1")
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(UserError, match="RAY_ADDRESS is far:1, and no cluster answers there: Failed to connect"):
+        prepare(config("out", executor="ray"), monkeypatch)
+
+
 def test_ray_makes_the_same(config, monkeypatch, tmp_path):
     ray = pytest.importorskip("ray")
     whole = content(prepare(config("whole"), monkeypatch))
