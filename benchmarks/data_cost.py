@@ -30,7 +30,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from buddygpt.data.stages import DocumentReader, DocumentWriter
 from buddygpt.data.text_files import find_files, progress_bar, read_rows
-from buddygpt.data.write_shards import ShardWriter, raw_text_tokenizer, token_dtype
+from buddygpt.data.text_tokenizer import raw_text_tokenizer, token_dtype
+from buddygpt.data.write_shards import ShardWriter
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 LINES = 20  # of a document

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from buddygpt.data.cleaning import Cleaner, load_profile
 from buddygpt.data.cleaning_report import ExampleWriter
@@ -36,8 +35,9 @@ from buddygpt.data.mixture import achieve_mixture, collect_wishes
 from buddygpt.data.stages import DocumentReader, DocumentWriter, Stage, lock, run_stages
 from buddygpt.data.text_files import find_files
 from buddygpt.data.text_sources import Source, SourceReader, describe_file, read_sources
-from buddygpt.data.token_shards import MANIFEST, TokenShards, read_manifest, tokenizer_fingerprint
-from buddygpt.data.write_shards import HoldOut, ShardWriter, load_text_tokenizer, raw_text_tokenizer, token_dtype
+from buddygpt.data.text_tokenizer import TextTokenizer, read_text_tokenizer
+from buddygpt.data.token_shards import MANIFEST, TokenShards, read_manifest
+from buddygpt.data.write_shards import HoldOut, ShardWriter
 from buddygpt.launch import UserError, parse_arguments, run_script
 
 MEANS_NOTHING_TO_SHARDS = ("output", "append", "executor", "workers", "slurm")
@@ -106,7 +106,7 @@ class PretrainDataArguments:
 
 
 def make_plan(
-    args: PretrainDataArguments, sources: list[Source], tokenizer: PreTrainedTokenizerBase, base: dict | None
+    args: PretrainDataArguments, sources: list[Source], tokenizer: TextTokenizer, base: dict | None
 ) -> dict[str, Any]:
     """Return everything that the shards depend on: two equal plans make equal shards.
 
@@ -132,14 +132,7 @@ def make_plan(
         "clean": {source.name: source.clean for source in sources},
         "exams": [describe_file(str(file)) for file in find_files(args.decontaminate)],
         "profiles": {name: asdict(load_profile(name)) for name in sorted({source.clean for source in sources})},
-        "tokens": {
-            "tokenizer": args.tokenizer,
-            "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
-            "vocab_size": len(tokenizer),
-            "dtype": token_dtype(tokenizer.get_vocab()).name,
-            "separator": args.document_separator,
-            "eos_id": tokenizer.convert_tokens_to_ids(args.document_separator),
-        },
+        "tokens": tokenizer.facts,
     }
 
 
@@ -296,9 +289,9 @@ def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> tuple[l
     there = TokenShards(output / "train") if args.append else None
     base = there.manifest if there else None
     check_mixture(list_wishes(sources), base, args.languages)
-    tokenizer = load_text_tokenizer(args.tokenizer, args.document_separator)
+    tokenizer = read_text_tokenizer(args.tokenizer, args.document_separator)
     if there:
-        there.check_tokenizer(tokenizer)
+        there.check_fingerprint(args.tokenizer, tokenizer.facts["tokenizer_sha256"])
     plan = make_plan(args, sources, tokenizer, base)
     if base:
         check_base(plan, base, output)
@@ -308,7 +301,7 @@ def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> tuple[l
     elif is_made_already(output, plan):
         print(f"{output} was already made from this config and these files")
         return None
-    work = open_work_folder(partial, plan, raw_text_tokenizer(tokenizer, args.document_separator))
+    work = open_work_folder(partial, plan, tokenizer.state)
     return make_stages(args, sources, plan, work, output), work
 
 

@@ -194,9 +194,13 @@ class TokenShards:
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise UserError where the shards were not made with this tokenizer."""
-        given, made = tokenizer_fingerprint(tokenizer), self.manifest["tokenizer_sha256"]
+        self.check_fingerprint(tokenizer.name_or_path, tokenizer_fingerprint(tokenizer))
+
+    def check_fingerprint(self, name_or_path: str, given: str) -> None:
+        """As [`TokenShards.check_tokenizer`], of a tokenizer with this fingerprint."""
+        made = self.manifest["tokenizer_sha256"]
         if given != made:
             raise UserError(
-                f"tokenizer {tokenizer.name_or_path} ({given[:12]}) is not the one that {self.folder} was made with, "
+                f"tokenizer {name_or_path} ({given[:12]}) is not the one that {self.folder} was made with, "
                 f"{self.manifest['tokenizer']} ({made[:12]}). Use that one, or make the shards again with this one."
             )

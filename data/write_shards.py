@@ -18,38 +18,11 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.tokenization import PipelineStepWithTokenizer
 from pyarrow.json import ParseOptions, ReadOptions, read_json
-from transformers import PreTrainedTokenizerBase
 
 from buddygpt.data.stages import documents_path, write_document
 from buddygpt.data.token_shards import documents_file, hash_shard
-from buddygpt.launch import UserError, load_tokenizer
 
 pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps what it has freed
-
-
-def load_text_tokenizer(name_or_path: str, separator: str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer; UserError where the separator is no special token of it."""
-    tokenizer = load_tokenizer(name_or_path)
-    if separator not in tokenizer.get_added_vocab():
-        raise UserError(f"document_separator: `{separator}` is no special token of {name_or_path}. Name one that is")
-    return tokenizer
-
-
-def raw_text_tokenizer(tokenizer: PreTrainedTokenizerBase, separator: str) -> str:
-    """Return the tokenizer's JSON with the separator and all that its chat template writes marked as special.
-
-    Text never encodes to special tokens here, and Qwen's `<tool_call>` is one in all but name.
-    """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    template = f"{separator} {tokenizer.chat_template}"
-    for token in state["added_tokens"]:
-        token["special"] |= bool(token["content"].strip()) and token["content"] in template
-    return json.dumps(state, ensure_ascii=False)
-
-
-def token_dtype(vocabulary: dict[str, int]) -> np.dtype:
-    """Return the smallest type that holds every id; datatrove goes by their number, which gaps make too small."""
-    return np.dtype("<u2" if max(vocabulary.values()) <= np.iinfo(np.uint16).max else "<u4")
 
 
 class HoldOut(PipelineStep):
@@ -87,7 +60,7 @@ class ShardWriter(PipelineStepWithTokenizer):
     Args:
         folder: Where the shards go: PREFIX_{rank:05d}_{part:05d}.ds, .ds.index and .documents.parquet.
         lists: Where the entries for the manifest go.
-        tokenizer: As [`raw_text_tokenizer`] wrote it.
+        tokenizer: The file with the state of a [`TextTokenizer`].
         separator: The token after every document.
         prefix: What the names begin with.
         shuffle_seed: None keeps the order.

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from buddygpt.data import prepare_pretrain, text_sources
 from buddygpt.data.blocks import BlockDataset
 from buddygpt.data.cleaning_operators import normalize_lines
+from buddygpt.data.text_tokenizer import token_dtype
 from buddygpt.data.token_shards import TokenShards, documents_file, tokenizer_fingerprint
-from buddygpt.data.write_shards import token_dtype
 from buddygpt.launch import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

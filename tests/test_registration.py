@@ -32,3 +32,8 @@ def test_registered_in_any_order_of_imports(before):
 def test_what_is_not_there_is_an_attribute_error():
     with pytest.raises(ImportError, match="BuddyGPTForSpeech"):
         from buddygpt import BuddyGPTForSpeech  # noqa: F401
+
+
+def test_preparing_text_imports_no_torch():
+    program = "import sys, buddygpt.data.prepare_pretrain\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
