@@ -4,28 +4,11 @@ import json
 
 import conftest
 import pytest
+from standard_rows import ANSWER, ASSISTANT, CALL, FOLLOW_UP, LABELLED, PAIR, REJECTED, SYSTEM, TOOL, TOOL_ROW, USER
 from transformers import AutoTokenizer
 
 from buddygpt.data.chat_rules import BadRow, check_row, neutralise, select_turns
 from buddygpt.data.chat_schemas import SCHEMAS, convert, recognise
-
-USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-SYSTEM, REJECTED = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}
-ANSWER = {"messages": [USER, ASSISTANT]}
-FOLLOW_UP = {"messages": [SYSTEM, USER, REJECTED, {"role": "user", "content": "r"}, ASSISTANT]}
-LABELLED = {"prompt": [USER], "completion": [ASSISTANT], "label": False}
-PAIR = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [REJECTED]}
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-TOOL_ROW = {
-    "messages": [
-        USER,
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "1"},
-        ASSISTANT,
-    ],
-    "tools": [TOOL],
-}
 
 
 def moss_turn(question: str, answer: str, commands: str = "None") -> dict:

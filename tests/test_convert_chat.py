@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from standard_rows import ANSWER, ASSISTANT, FOLLOW_UP, PAIR, SYSTEM, TOOL, TOOL_ROW, USER
 
 from buddygpt.data import chat_rows
 from buddygpt.data.chat_rules import check_row
@@ -19,23 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT / "data"))
 import convert_chat  # noqa: E402
-
-USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-SYSTEM, REJECTED = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}
-ANSWER = {"messages": [USER, ASSISTANT]}
-FOLLOW_UP = {"messages": [SYSTEM, USER, REJECTED, {"role": "user", "content": "r"}, ASSISTANT]}
-PAIR = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [REJECTED]}
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-TOOL_ROW = {
-    "messages": [
-        USER,
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
-        {"role": "tool", "content": "1"},
-        ASSISTANT,
-    ],
-    "tools": [TOOL],
-}
 
 
 def write(path: Path, rows: list) -> str:
