@@ -1,12 +1,12 @@
 """Pretraining data: megabytes of text tokenised a second of a core, and the memory that preparation takes.
 
-    python benchmarks/data_cost.py --files DATA_DIR/*.jsonl.gz --tokenizer TOKENIZER           # about an hour
-    python benchmarks/data_cost.py --files DATA_DIR/*.jsonl.gz --tokenizer TOKENIZER --quick   # does it run?
+    python benchmarks/data_cost.py --files DATA_DIR/*.jsonl.gz --tokenizers OURS QWEN           # about ten minutes
+    python benchmarks/data_cost.py --files DATA_DIR/*.jsonl.gz --tokenizers OURS QWEN --quick   # does it run?
 
 Speed: the tokenise stage of data/prepare_pretrain.py, against a loop that does nothing but `encode_batch` and write
 the ids to a memmap, and against `datasets.map` with `group_texts`, as run_clm.py of transformers has it. Memory: of
 the process that does every stage, near-duplicates included, for one file of text of each size, whose lines are drawn
-from the files.
+from the files, with each tokenizer.
 """
 
 import json
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ LINES = 20  # of a document
 @dataclass
 class DataCostArguments:
     files: list[str] = field(metadata={"help": "Files or globs of text."})
-    tokenizer: str = field(metadata={"help": "Folder or Hub name of a tokenizer."})
+    tokenizers: list[str] = field(metadata={"help": "Folders or Hub names; the first for the speed, all for memory."})
     text_key: list[str] = field(default_factory=lambda: ["text", "content"], metadata={"help": "Columns of the text."})
     separator: str = field(default="<|endoftext|>", metadata={"help": "The token after every document."})
     rounds: int = field(default=5, metadata={"help": "Times each way is measured."})
@@ -149,11 +149,11 @@ class MapAndGroup:
         return self.args.megabytes / seconds
 
 
-def peak_memory(megabytes: float, lines: list[str], args: DataCostArguments, work: Path) -> float:
+def peak_memory(megabytes: float, lines: list[str], tokenizer: str, args: DataCostArguments, work: Path) -> float:
     """Return the most memory, in MiB, that the script's process had in all its stages; needs Linux."""
     write_documents(work / "text.jsonl", lines, megabytes)
     command = [sys.executable, ROOT / "data" / "prepare_pretrain.py", "--sources", work / "text.jsonl"]
-    command += ["--tokenizer", args.tokenizer, "--document_separator", args.separator, "--output", work / "out"]
+    command += ["--tokenizer", tokenizer, "--document_separator", args.separator, "--output", work / "out"]
     command += ["--clean", "text", "--deduplicate", "minhash", "--eval_fraction", "0.01"]
     peak, process = 0, subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
     while process.poll() is None:  # rusage would count this process too, as it was when it forked
@@ -171,7 +171,7 @@ def main() -> None:
     disable_progress_bars()
     if args.quick:
         args.rounds, args.megabytes, args.sizes = 1, 0.5, [0.5, 1]
-    lines, tokenizer = read_lines(args), AutoTokenizer.from_pretrained(args.tokenizer)
+    lines, tokenizer = read_lines(args), AutoTokenizer.from_pretrained(args.tokenizers[0])
     report = Report("data_cost", ["", "MB of text a second of a core", "of the bare loop", "peak memory, MiB"])
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -184,10 +184,12 @@ def main() -> None:
         for name, values in samples.items():
             against = ratios(values, samples["bare loop"])
             report.add([name, spread(values), spread(against), ""], name=name, values=values, ratios=against)
-    for size in tqdm(args.sizes, desc="memory", unit="run"):
+    for name, size in tqdm(list(product(args.tokenizers, args.sizes)), desc="memory", unit="run"):
         with tempfile.TemporaryDirectory() as folder:
-            peak = peak_memory(size, lines, args, Path(folder))
-        report.add([f"all stages, {size:g} MB of text", "", "", f"{peak:.0f}"], megabytes=size, peak_mib=peak)
+            peak = peak_memory(size, lines, name, args, Path(folder))
+        entries = len(AutoTokenizer.from_pretrained(name))
+        row = [f"all stages, {size:g} MB of text, {entries:,} entries", "", "", f"{peak:.0f}"]
+        report.add(row, megabytes=size, entries=entries, peak_mib=peak)
     report.finish(args)
 
 
