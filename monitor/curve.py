@@ -1,6 +1,7 @@
 """`loss_curve.png`: what `Trainer` logged, as a picture that is refreshed at every evaluation."""
 
 import os
+import re
 from pathlib import Path
 
 import matplotlib
@@ -17,25 +18,28 @@ PANELS = {
     "learning rate": ("learning_rate",),
     "tokens per second": ("tokens_per_second",),
 }
+SOURCE = re.compile("eval_(.+)_bits_per_byte")
 
 
 def plot_history(history: list[dict[str, float]], path: Path) -> None:
     """Draw one panel per quantity that occurs in `history` (`TrainerState.log_history`) against the step."""
-    sources = {key for row in history for key in row if key.startswith("eval_") and key.endswith("_bits_per_byte")}
-    panels = PANELS | {"bits per byte": (*PANELS["bits per byte"], *sorted(sources - {"eval_bits_per_byte"}))}
+    by_source = {key for row in history for key in row if SOURCE.fullmatch(key)}
+    panels = PANELS | {"held-out bits per byte by source": tuple(sorted(by_source))}
     panels = {title: keys for title, keys in panels.items() if any(key in row for row in history for key in keys)}
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False)
+    size = (4.5 * len(panels) + 1.5 * bool(by_source), 3.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
         for key in keys:
             points = [(row["step"], row[key]) for row in history if key in row]
             style = "o-" if key.startswith("eval_") else "-"
-            axis.plot(*zip(*points, strict=True), style, markersize=3, label=key) if points else None
+            label = SOURCE.sub(r"\1", key)
+            axis.plot(*zip(*points, strict=True), style, markersize=3, label=label) if points else None
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    figure.tight_layout()
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if by_source.issuperset(keys) else {}
+        axis.legend(fontsize="small", **beside)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png", dpi=120)
     plt.close(figure)
