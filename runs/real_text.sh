@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole chain on real text, real instructions and real exams, on a CPU in about half an hour:
+# The whole chain on real text, real instructions and real exams, on a CPU in twenty to thirty minutes:
 #     bash runs/real_text.sh DATA_DIR
 # DATA_DIR holds pretrain/ (text), sft/ (instructions), preference/ (preferences) and eval/{cmmlu,ceval}/ (CSV files).
 set -euo pipefail
