@@ -22,7 +22,7 @@ import numpy as np
 from ab import RESULTS, Report, alternate, cpu_seconds, spread
 from tqdm import tqdm
 
-from buddygpt.data.deduplication import BUCKETS, HASHES, SIMILAR, duplicate_stages, shingles
+from buddygpt.data.deduplication import BUCKETS, HASHES, SIMILAR, duplicate_stages, removed_file, shingles
 from buddygpt.launch import parse_arguments, run_script
 
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
@@ -63,8 +63,8 @@ def deduplicate(method: str, work: Path, texts: list[str]) -> set[int]:
     with open(work / "documents" / "00000.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text, "id": "", "metadata": {}}) + "\n" for text in texts)
     run(method, work)
-    removed = work / "duplicates" / method / "removed" / "00000.rows"
-    return set(np.fromfile(removed, "<u4").tolist()) if removed.exists() else set()
+    removed = removed_file(work / "duplicates" / method, 0)
+    return set(np.fromfile(removed, "<u8")[1::2].tolist()) if removed.exists() else set()
 
 
 def run(method: str, work: Path) -> None:

@@ -53,6 +53,7 @@ def _example(writer: ExampleWriter, document: Document) -> dict[str, Any]:
         "text": document.text[: EXCERPT + 1],
         "value": document.metadata.get(measure),
         "exam_item": document.metadata.get("exam_item"),
+        "copy_of": document.metadata.get("copy_of"),
     }
 
 
@@ -165,6 +166,9 @@ def _examples(folder: Path, profiles: dict[str, dict[str, Any]]) -> str:
             sections.append(f"{_escape(example['id'])}{value}\n\n{_block(example['text'])}")
             if example["exam_item"]:
                 sections.append(f"Exam item:\n\n{_block(str(example['exam_item']))}")
+            if original := example["copy_of"]:
+                text = f"\n\n{_block(original['text'])}" if original["text"] else ""
+                sections.append(f"Copy of {_escape(original['id'])}{text}")
     return "\n\n".join(sections) or "None."
 
 

@@ -20,11 +20,13 @@ datatrove's MinHash stages, with five things of our own.
 import hashlib
 import resource
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import fsspec
 import numpy as np
+import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
@@ -34,7 +36,8 @@ from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from buddygpt.data.stages import DocumentReader, Stage
+from buddygpt.data.cleaning_report import EXAMPLES, EXCERPT
+from buddygpt.data.stages import DocumentReader, Stage, documents_path
 from buddygpt.data.text_units import hash_ngrams, hash_units
 from buddygpt.launch import UserError
 
@@ -46,10 +49,11 @@ CHUNK = 256  # shingles permuted at once: what stays in a core's cache
 COMPARED = 2**16  # pairs compared at once
 READ_AHEAD = 1000  # signatures of each task that a bucket reads at once
 SPARE_FILES = 100  # that a process has open besides
+ROWS = 2**32  # a document is known by task x ROWS + row
 
 
 def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None = None, known: int = 0) -> list[Stage]:
-    """Return the stages that find what [`duplicate_filter`] removes among WORK/documents.
+    """Return the stages that find what [`DuplicateFilter`] removes among WORK/documents.
 
     Leaves an index of the documents in WORK/duplicates/index, 480 bytes a document (`exact`: 12). Copied into one
     folder, the indexes of a corpus and of all that was appended to it are what the next text is compared with.
@@ -74,14 +78,6 @@ def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None 
         Stage("buckets", [DuplicatePairs(index, tasks, folder / "pairs")], _config(method).num_buckets),
         Stage("clusters", [DuplicateClusters(index, folder)], 1),
     ]
-
-
-def duplicate_filter(method: Method, work: Path, exclusion_writer: DiskWriter | None = None) -> "DuplicateFilter":
-    """Return the step that drops the duplicates which [`duplicate_stages`] found, as `dropped_duplicate`.
-
-    It counts the documents: it has to stand right behind the reader of WORK/documents.
-    """
-    return DuplicateFilter(_folder(work, method) / "removed", exclusion_writer)
 
 
 def _folder(work: Path, method: Method) -> Path:
@@ -221,13 +217,13 @@ class DuplicateClusters(PipelineStep):
                 pairs = pairs[self._similarity(pairs) >= SIMILAR]
             pairs = pairs.astype(np.uint64)
             links = link_to_first(np.concatenate([links, pairs[:, :, 0] << np.uint64(32) | pairs[:, :, 1]]))
-        removed = np.sort(links[:, 1])
-        removed = removed[removed >> np.uint64(32) >= self.index.known]
-        tasks, starts = np.unique(removed >> np.uint64(32), return_index=True)
+        links = links[links[:, 1] >> np.uint64(32) >= self.index.known]
+        links = links[np.argsort(links[:, 1])]
+        tasks, starts = np.unique(links[:, 1] >> np.uint64(32), return_index=True)
         (self.folder / "removed").mkdir(exist_ok=True)
-        for task, rows in zip(tasks.tolist(), np.split(removed.astype("<u4"), starts[1:]), strict=False):
-            rows.tofile(self.folder / "removed" / f"{task - self.index.known:05d}.rows")
-        self.stat_update("duplicates", value=len(removed))
+        for task, part in zip(tasks.tolist(), np.split(links, starts[1:]), strict=False):
+            part.astype("<u8").tofile(removed_file(self.folder, task - self.index.known))
+        self.stat_update("duplicates", value=len(links))
 
     def _similarity(self, pairs: np.ndarray) -> np.ndarray:
         """Estimate the Jaccard similarity by the hashes in common."""
@@ -244,6 +240,11 @@ class DuplicateClusters(PipelineStep):
             file = np.memmap(self.index.sketches(number), mode="r").reshape(-1, BUCKETS * HASHES)
             sketches[documents[:, 0] == number] = file[documents[documents[:, 0] == number, 1]]
         return sketches
+
+
+def removed_file(folder: Path, rank: int) -> Path:
+    """Return the file of a task's duplicates: uint64, (duplicates, 2), as [`link_to_first`] has them, in order."""
+    return folder / "removed" / f"{rank:05d}.links"
 
 
 def link_to_first(pairs: np.ndarray) -> np.ndarray:
@@ -263,20 +264,40 @@ def link_to_first(pairs: np.ndarray) -> np.ndarray:
 
 
 class DuplicateFilter(BaseFilter):
-    """Drops the documents whose rows are listed for this task."""
+    """Drops the duplicates which [`duplicate_stages`] found, and says of the first in `copy_of` what was kept.
+
+    It counts the documents: it has to stand right behind the reader of WORK/documents.
+
+    Args:
+        method, work, known: As of [`duplicate_stages`].
+        exclusion_writer: Gets what is dropped, as `duplicate`.
+    """
 
     name = "duplicates"
 
-    def __init__(self, folder: Path, exclusion_writer: DiskWriter | None = None) -> None:
+    def __init__(self, method: Method, work: Path, known: int = 0, exclusion_writer: DiskWriter | None = None) -> None:
         super().__init__(exclusion_writer)
-        self.folder = folder
+        self.folder, self.documents, self.known = _folder(work, method), work / "documents", known
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        file = self.folder / f"{rank:05d}.rows"
-        self.removed = set(np.fromfile(file, "<u4").tolist()) if file.exists() else set()
-        self.row = -1
+        file = removed_file(self.folder, rank)
+        self.links = (np.fromfile(file, "<u8") if file.exists() else np.empty(0, "<u8")).reshape(-1, 2)
+        self.row, self.dropped = -1, 0
         yield from super().run(data, rank, world_size)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         self.row += 1
-        return self.row not in self.removed or (False, "duplicate")
+        if self.dropped == len(self.links) or int(self.links[self.dropped, 1]) % ROWS != self.row:
+            return True
+        if self.dropped < EXAMPLES:
+            doc.metadata["copy_of"] = self._describe(*divmod(int(self.links[self.dropped, 0]), ROWS))
+        self.dropped += 1
+        return False, "duplicate"
+
+    def _describe(self, task: int, row: int) -> dict[str, str]:
+        """Return `id` and `text` of a document; no text where it was there before this run."""
+        if task < self.known:
+            return {"id": "a document that was there before", "text": ""}
+        with open(documents_path(self.documents, task - self.known), "rb") as file:
+            document = orjson.loads(next(islice(file, row, None)))
+        return {"id": document["id"], "text": document["text"][: EXCERPT + 1]}

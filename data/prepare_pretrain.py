@@ -29,7 +29,7 @@ from tqdm import tqdm
 from buddygpt.data.cleaning import Cleaner, load_profile
 from buddygpt.data.cleaning_report import ExampleWriter
 from buddygpt.data.decontamination import Decontaminator, ExamIndexer
-from buddygpt.data.deduplication import duplicate_filter, duplicate_stages
+from buddygpt.data.deduplication import DuplicateFilter, duplicate_stages
 from buddygpt.data.finish_shards import ManifestWriter, Publisher, finish_publishing
 from buddygpt.data.mixture import achieve_mixture, collect_wishes
 from buddygpt.data.stages import DocumentReader, DocumentWriter, Stage, lock, run_stages
@@ -271,7 +271,8 @@ def shard_stages(args: PretrainDataArguments, plan: dict[str, Any], work: Path) 
         ranks.setdefault(source, []).append(rank)
     steps = [DocumentReader(work / "documents")]
     if args.deduplicate != "none":
-        steps.append(duplicate_filter(args.deduplicate, work, ExampleWriter(work / "examples" / "duplicates")))
+        examples = ExampleWriter(work / "examples" / "duplicates")
+        steps.append(DuplicateFilter(args.deduplicate, work, plan["tasks_before"], examples))
     if not args.eval_fraction:
         return [Stage("tokenise", [*steps, writer("train")], len(plan["assignments"]))]
     aside = DocumentReader(work / "held_out", list(ranks.values()))

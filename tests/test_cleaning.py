@@ -392,6 +392,7 @@ def test_the_report_says_what_was_counted(tmp_path):
     drop(tmp_path / "examples" / "clean", 0, ["太短"], text_length=2)
     drop(tmp_path / "examples" / "read", 0, ["不好"], "low_score", score=0.5)
     drop(tmp_path / "examples" / "exams", 0, ["考题"], "exam_cmmlu", exam_item="下列哪一项")
+    drop(tmp_path / "examples" / "twins", 0, ["又来"], "duplicate", copy_of={"id": "a.jsonl:7", "text": "来"})
     write_report(tmp_path, MANIFEST, tmp_path / "examples")
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     for line in (
@@ -404,6 +405,7 @@ def test_the_report_says_what_was_counted(tmp_path):
         "### text_length_below\n\nCharacters. `min` is 5 in text, 100 in zh-web.\n\nweb.jsonl:0: 2\n\n```text\n太短",
         "### low_score\n\nweb.jsonl:0: 0.5\n\n```text\n不好",
         "### exam_cmmlu\n\nweb.jsonl:0\n\n```text\n考题\n```\n\nExam item:\n\n```text\n下列哪一项\n```",
+        "### duplicate\n\nweb.jsonl:0\n\n```text\n又来\n```\n\nCopy of a.jsonl:7\n\n```text\n来\n```",
     ):
         assert line in report
     with Image.open(tmp_path / "report.png") as picture:

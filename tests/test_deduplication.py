@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buddygpt.data.deduplication import duplicate_filter, duplicate_stages, link_to_first, shingles
+from buddygpt.data.deduplication import DuplicateFilter, duplicate_stages, link_to_first, shingles
 from buddygpt.data.stages import DocumentReader, Stage
 from buddygpt.data.text_units import PIECE, hash_ngrams, hash_units
 from buddygpt.launch import UserError
@@ -42,13 +42,14 @@ def kept(
     write_documents(work, tasks)
     for stage in duplicate_stages(method, work, len(tasks), index, known):
         run_stage(stage)
-    return read_kept(work, method, len(tasks))
+    return read_kept(work, method, len(tasks), known)
 
 
-def read_kept(work: Path, method: str, tasks: int) -> list[list[int]]:
+def read_kept(work: Path, method: str, tasks: int, known: int = 0) -> list[list[int]]:
     rows = []
     for rank in range(tasks):
-        documents = duplicate_filter(method, work)(DocumentReader(work / "documents")(None, rank, tasks), rank, tasks)
+        step = DuplicateFilter(method, work, known)
+        documents = step(DocumentReader(work / "documents")(None, rank, tasks), rank, tasks)
         rows.append([int(document.id.split(":")[1]) for document in documents])
     return rows
 
@@ -190,6 +191,20 @@ def test_an_append_keeps_and_drops_what_one_run_would(tmp_path):
     kept(tmp_path / "first", "minhash", tasks[:1])
     publish(tmp_path / "first", tmp_path / "index")
     assert kept(tmp_path / "second", "minhash", tasks[1:], tmp_path / "index", 1) == whole[1:]
+
+
+def test_what_is_dropped_says_of_what_it_is_a_copy(tmp_path):
+    def originals(work: Path, known: int) -> list[dict | None]:
+        documents = list(DocumentReader(work / "documents")(None, 0, 1))
+        list(DuplicateFilter("exact", work, known)(iter(documents), 0, 1))
+        return [document.metadata.get("copy_of") for document in documents]
+
+    kept(tmp_path / "first", "exact", [["甲", "乙", "乙", "甲"]])
+    copy_of = [None, None, {"id": "0:1", "text": "乙"}, {"id": "0:0", "text": "甲"}]
+    assert originals(tmp_path / "first", 0) == copy_of
+    publish(tmp_path / "first", tmp_path / "index")
+    kept(tmp_path / "second", "exact", [["丙", "甲"]], tmp_path / "index", 1)
+    assert originals(tmp_path / "second", 1) == [None, {"id": "a document that was there before", "text": ""}]
 
 
 def test_an_index_that_lacks_something_is_refused(tmp_path):
