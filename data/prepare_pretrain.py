@@ -48,7 +48,7 @@ class PretrainDataArguments:
     """What to read, how to clean it, and where the shards go."""
 
     sources: list[str] = field(  # or mappings, which come from YAML alone
-        metadata={"help": "Files or globs of text; in YAML also mappings, see data/sources.md."}
+        metadata={"help": "Files or globs of text; in YAML also mappings, see data/README.md."}
     )
     tokenizer: str = field(metadata={"help": "Folder or Hub name of a tokenizer."})
     output: str = field(metadata={"help": "The folder to make."})

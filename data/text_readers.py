@@ -1,6 +1,6 @@
 """Public sets of pretraining text by name: where they are, and how one of their rows becomes a document.
 
-A new data set is one line in `READERS`; data/sources.md lists them with size and licence.
+A new data set is one line in `READERS`; data/README.md lists them with size and licence.
 """
 
 import json

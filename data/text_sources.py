@@ -8,7 +8,7 @@
       - {reader: skypile, path: 'ms://OWNER/NAME/data/*.jsonl'}      # downloaded from ModelScope
       - {path: 'hf://datasets/OWNER/NAME@REVISION/**/*.parquet'}     # any other data set of the Hub
 
-`HF_ENDPOINT` names a mirror of the Hub. The readers are in text_readers.py, and data/sources.md lists them.
+`HF_ENDPOINT` names a mirror of the Hub. The readers are in text_readers.py, and data/README.md lists them.
 """
 
 import contextlib

@@ -148,7 +148,7 @@ def test_a_row_of_every_set_becomes_its_text(reader, suffix, row, text, metadata
 
 
 def test_every_reader_is_in_the_table_of_sources_with_its_place():
-    table = (Path(__file__).parents[1] / "data" / "sources.md").read_text("utf-8")
+    table = (Path(__file__).parents[1] / "data" / "README.md").read_text("utf-8")
     for reader in READERS.values():
         assert f"| `{reader.name}` |" in table and reader.hub in table
 
