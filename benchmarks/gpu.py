@@ -41,7 +41,9 @@ def load_file(name: str, path: Path, **missing: Any) -> ModuleType:
     return module
 
 
-buddygpt = load_file("buddygpt", ROOT / "model" / "__init__.py")
+# What the package waits for has been imported above.
+WRAPT = SimpleNamespace(when_imported=lambda name: lambda hook: hook(sys.modules[name]))
+buddygpt = load_file("buddygpt", ROOT / "model" / "__init__.py", wrapt=WRAPT)
 throughput = load_file("buddygpt_throughput", ROOT / "monitor" / "throughput.py", peft=SimpleNamespace(PeftModel=()))
 from buddygpt.liger_kernels import apply_liger_kernel_to_buddygpt  # noqa: E402
 from buddygpt.presets import load_config  # noqa: E402
