@@ -34,10 +34,17 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     """`AutoTokenizer.from_pretrained`, whose failure is a [`UserError`]."""
     from transformers import AutoTokenizer  # imports torch, which not every script that is told a checkpoint needs
 
+    if "/" in name_or_path and _is_missing(Path(name_or_path)):
+        raise UserError(f"no such tokenizer folder: {name_or_path}")
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a tokenizer from {name_or_path}: {str(error).splitlines()[0]}") from error
+
+
+def _is_missing(folder: Path) -> bool:
+    """Whether this is no folder and no OWNER/NAME of the Hub either, where a slip of the pen is looked for in vain."""
+    return not folder.is_dir() and (folder.is_absolute() or len(folder.parts) != 2 or folder.parent.is_dir())
 
 
 def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> "PreTrainedConfig":
@@ -53,7 +60,7 @@ def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> "Pr
         if (folder / "adapter_config.json").exists():
             raise UserError(f"{folder} holds a LoRA adapter, not a whole model: give the folder above it (merged)")
         raise UserError(f"{folder} is not a checkpoint: it has no config.json")
-    if not folder.is_dir() and (folder.is_absolute() or name_or_path.count("/") != 1 or folder.parent.is_dir()):
+    if _is_missing(folder):
         raise UserError(f"no such checkpoint folder: {name_or_path}")
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

@@ -313,6 +313,7 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         ),
         ("a.jsonl", b'{"text": "a"}\n', {"sources": "nowhere/*"}, r"no file matches `nowhere/\*`"),
         ("a.jsonl", b'{"text": "a"}\n', {"tokenizer": "nowhere"}, "cannot read a tokenizer from nowhere"),
+        ("a.jsonl", b'{"text": "a"}\n', {"tokenizer": "./none"}, "no such tokenizer folder: ./none"),
         ("a.jsonl", b'{"text": "a"}\n', {"document_separator": "<end>"}, "`<end>` is no special token of"),
         ("a.jsonl", b'{"text": "a"}\n', {"document_separator": "a"}, "`a` is no special token of"),
         ("a.csv", b'text,id\n"a\n\n\xff\n",2\n', {}, r"a\.csv:4: not valid UTF-8"),
