@@ -93,8 +93,9 @@ def _load(
     flags += f" --exams {shlex.join(exams)}" if exams else ""
     parts = []
     for path in find_files(patterns):
-        # The time of the last change is part of the cache's key, so that an edited file is read anew.
-        version = path.stat().st_mtime_ns
+        # The times of the last changes are part of the cache's key, so that after an edit all is looked at anew.
+        # Tuples: datasets would deal a list out to several shards.
+        version = tuple(file.stat().st_mtime_ns for file in (path, *find_files(list(exams))))
         rules = {"tokens": tokens, "exams": exams, "force": force, "flags": flags}
         source = {"path": path.absolute(), "kind": kind, "version": version, **rules}
         try:
@@ -115,7 +116,13 @@ def _features(kind: str) -> Features:
 
 
 def _standard_rows(
-    path: Path, kind: str, version: int, tokens: tuple[str, ...], exams: tuple[str, ...], force: bool, flags: str
+    path: Path,
+    kind: str,
+    version: tuple[int, ...],
+    tokens: tuple[str, ...],
+    exams: tuple[str, ...],
+    force: bool,
+    flags: str,
 ) -> Iterator[dict]:
     row, items = None, open_exams(exams)
     for row in read_rows(path):

@@ -194,6 +194,17 @@ def test_pretraining_text_is_recognised_and_examined(tmp_path, doctor, tokenizer
     assert doctor(tmp_path / "b.txt")[0] == 0
 
 
+def test_rows_that_are_in_the_cache_are_compared_with_exams_that_have_changed(tmp_path, cache):
+    question = "一辆货车每小时行驶六十公里，从甲地开到乙地用了三个半小时，两地相距多少公里？"
+    file = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": question}, EN[1]]}])
+    (tmp_path / "exam").mkdir()
+    write(tmp_path / "exam" / "one.jsonl", [{"question": "一个完全不同的问题，说的是果园里有多少棵苹果树和梨树。"}])
+    assert len(chat_rows.load_messages([str(file)], exams=(str(tmp_path / "exam"),))) == 1
+    write(tmp_path / "exam" / "two.jsonl", [{"question": question}])
+    with pytest.raises(UserError, match="a.jsonl:1: holds an item of exam/two.jsonl"):
+        chat_rows.load_messages([str(file)], exams=(str(tmp_path / "exam"),))
+
+
 def test_exam_items_in_the_rows_make_them_unfit_and_the_converter_leaves_them_out(tmp_path, cache, doctor):
     question = (
         "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many?"
