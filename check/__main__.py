@@ -15,7 +15,7 @@ import time
 from tqdm import tqdm
 from transformers.utils import logging
 
-from buddygpt.launch import run_script
+from buddygpt.cli.errors import run_script
 
 from .checks import CHECKS, Row, explain, run_check
 from .subject import open_subject

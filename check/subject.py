@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from buddygpt.launch import UserError
-from buddygpt.presets import PRESETS, load_config
+from buddygpt.cli.errors import UserError
+from buddygpt.model.presets import PRESETS, load_config
 
 
 class Subject:

@@ -20,11 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from buddygpt.data.chat_exams import open_exams, refuse_exam_items
-from buddygpt.data.chat_rules import BadRow, count_remarks, fill_placeholders, select_turns, special_tokens
-from buddygpt.data.chat_schemas import SCHEMAS, Schema, convert, find_schema, require_schema
-from buddygpt.data.text_files import find_files, progress_bar, read_rows
-from buddygpt.launch import UserError, load_tokenizer, parse_arguments, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import load_tokenizer
+from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import find_files
+from buddygpt.data.chat.exams import open_exams, refuse_exam_items
+from buddygpt.data.chat.rules import BadRow, count_remarks, fill_placeholders, select_turns, special_tokens
+from buddygpt.data.chat.schemas import SCHEMAS, Schema, convert, find_schema, require_schema
+from buddygpt.data.text.rows import progress_bar, read_rows
 
 
 @dataclass

@@ -24,21 +24,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from buddygpt.data.chat_exams import open_exams, row_text
-from buddygpt.data.chat_rules import FORMS, BadRow, count_remarks, special_tokens
-from buddygpt.data.chat_schemas import (
-    ROWS_LOOKED_AT,
-    SCHEMAS,
-    Schema,
-    convert,
-    find_schema,
-    recognise,
-    require_schema,
-)
-from buddygpt.data.chat_tokens import TokenSequence, tokenise
-from buddygpt.data.doctor_report import CONTROL, Findings, format_examples, format_findings, format_verdict
-from buddygpt.data.text_files import Row, file_type, find_files, progress_bar, read_rows
-from buddygpt.launch import UserError, load_tokenizer, run_script
+from buddygpt.cli.checkpoints import load_tokenizer
+from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import file_type, find_files
+from buddygpt.data.chat.exams import open_exams, row_text
+from buddygpt.data.chat.report import CONTROL, Findings, format_examples, format_findings, format_verdict
+from buddygpt.data.chat.rules import FORMS, BadRow, count_remarks, special_tokens
+from buddygpt.data.chat.schemas import ROWS_LOOKED_AT, SCHEMAS, Schema, convert, find_schema, recognise, require_schema
+from buddygpt.data.chat.tokens import TokenSequence, tokenise
+from buddygpt.data.text.rows import Row, progress_bar, read_rows
 
 KINDS = {"sft": "sft", "dpo": "preference", "kto": "kto", "pretrain": "text"}  # stage: kind of row
 HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")

@@ -23,10 +23,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
-from buddygpt.data.blocks import BlockDataset
-from buddygpt.data.provenance import trace_block
-from buddygpt.data.token_shards import TokenShards, verify_shards
-from buddygpt.launch import UserError, load_tokenizer, run_script
+from buddygpt.cli.checkpoints import load_tokenizer
+from buddygpt.cli.errors import UserError, run_script
+from buddygpt.data.shards.blocks import BlockDataset
+from buddygpt.data.shards.format import TokenShards, verify_shards
+from buddygpt.data.shards.trace import trace_block
 
 CHUNK = 1_000_000  # document ends that are read at once
 BAR = 50  # characters of the longest bar

@@ -26,19 +26,20 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from buddygpt.data.cleaning import Cleaner, load_profile
-from buddygpt.data.cleaning_report import ExampleWriter
-from buddygpt.data.decontamination import Decontaminator, ExamIndexer
-from buddygpt.data.deduplication import DuplicateFilter, duplicate_stages
-from buddygpt.data.finish_shards import ManifestWriter, Publisher, finish_publishing
-from buddygpt.data.mixture import achieve_mixture, collect_wishes
-from buddygpt.data.stages import DocumentReader, DocumentWriter, Stage, lock, run_stages
-from buddygpt.data.text_files import find_files
-from buddygpt.data.text_sources import Source, SourceReader, describe_file, read_sources
-from buddygpt.data.text_tokenizer import TextTokenizer, read_text_tokenizer
-from buddygpt.data.token_shards import MANIFEST, TokenShards, read_manifest
-from buddygpt.data.write_shards import HoldOut, ShardWriter
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import find_files
+from buddygpt.data.shards.format import MANIFEST, TokenShards, read_manifest
+from buddygpt.data.shards.mixture import achieve_mixture, collect_wishes
+from buddygpt.data.text.clean import Cleaner, load_profile
+from buddygpt.data.text.pipeline import DocumentReader, DocumentWriter, Stage, lock, run_stages
+from buddygpt.data.text.publish import ManifestWriter, Publisher, finish_publishing
+from buddygpt.data.text.report import ExampleWriter
+from buddygpt.data.text.sources import Source, SourceReader, describe_file, read_sources
+from buddygpt.data.text.steps.decontaminate import Decontaminator, ExamIndexer
+from buddygpt.data.text.steps.deduplicate import DuplicateFilter, duplicate_stages
+from buddygpt.data.text.tokenize import TextTokenizer, read_text_tokenizer
+from buddygpt.data.text.write_shards import HoldOut, ShardWriter
 
 MEANS_NOTHING_TO_SHARDS = ("output", "append", "executor", "workers", "slurm")
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError, run_script
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scipy.stats import binomtest
 
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError, run_script
 
 Score = dict[str, Any]  # value, n, ci95 (low, high) or None, chance or None
 Scores = dict[str, dict[str, dict[str, Score]]]  # checkpoint -> task or task/subject -> metric -> score

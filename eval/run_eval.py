@@ -26,7 +26,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 from transformers import AutoConfig, AutoTokenizer
 
-from buddygpt.launch import UserError, parse_arguments, run_script
+import buddygpt.model  # noqa: F401  registers the model with the Auto classes
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError, run_script
 
 TASKS = Path(__file__).parent / "tasks"
 

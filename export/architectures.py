@@ -20,7 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from buddygpt import BuddyGPTConfig, BuddyGPTForCausalLM
+from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
 
 # (attention_bias, use_qk_norm) -> dense architectures that have them, the usual one first. Llama stands in for Qwen2
 # because transformers always reads a tokenizer beside a Qwen2 model with Qwen's own normaliser and pre-tokenizer,

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from architectures import convert
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -19,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from buddygpt.launch import UserError
+from buddygpt.cli.errors import UserError
+from buddygpt.export.architectures import convert
 
 # Largest difference of logits in float32, as a share of the largest logit. 0.0 is expected: both run the same
 # operations; a BLAS library may round the last bit otherwise where memory is aligned otherwise.

@@ -10,10 +10,11 @@ and tokens agree, nothing is left behind.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from architectures import buddygpt_config
-from conversion import convert_checkpoint
-
-from buddygpt.launch import parse_arguments, require_causal_lm, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import require_causal_lm
+from buddygpt.cli.errors import run_script
+from buddygpt.export.architectures import buddygpt_config
+from buddygpt.export.conversion import convert_checkpoint
 
 
 @dataclass

@@ -9,11 +9,12 @@ compared with the checkpoint; unless logits and tokens agree, nothing is left be
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from architectures import native_configs
-from conversion import convert_checkpoint
-
-from buddygpt import BuddyGPTConfig
-from buddygpt.launch import UserError, parse_arguments, require_causal_lm, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import require_causal_lm
+from buddygpt.cli.errors import UserError, run_script
+from buddygpt.export.architectures import native_configs
+from buddygpt.export.conversion import convert_checkpoint
+from buddygpt.model import BuddyGPTConfig
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """How large is each shape, and what does its cache cost? Counted on the meta device, where no weights are made.
 
-python -m buddygpt.parameters                                    # every preset
-python -m buddygpt.parameters buddygpt-0.1b --vocab_size 16384   # the same body with a smaller vocabulary
-python -m buddygpt.parameters path/to/config.json path/to/checkpoint
+python -m buddygpt.model.parameters                                    # every preset
+python -m buddygpt.model.parameters buddygpt-0.1b --vocab_size 16384   # the same body with a smaller vocabulary
+python -m buddygpt.model.parameters path/to/config.json path/to/checkpoint
 """
 
 import argparse
@@ -118,7 +118,7 @@ def load_buddygpt_config(name_or_path: str, **overrides) -> BuddyGPTConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m buddygpt.parameters",
+        prog="python -m buddygpt.model.parameters",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -14,29 +14,24 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from huggingface_hub.errors import StrictDataclassError
-from replay import replay_step
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from buddygpt.data.block_order import BlockStream, make_order, update_history
-from buddygpt.data.blocks import BlockDataset, collate_blocks
-from buddygpt.data.provenance import describe_blocks
-from buddygpt.data.token_shards import MANIFEST
-from buddygpt.launch import (
-    UserError,
-    checkpoint_sha256,
-    file_sha256,
-    load_tokenizer,
-    parse_arguments,
-    require_causal_lm,
-    run_script,
-)
-from buddygpt.launch.hardware import require_hardware
-from buddygpt.launch.liger import register_liger
-from buddygpt.launch.optimizers import choose_optimizer
-from buddygpt.launch.resume import Start, find_start
-from buddygpt.launch.stream_trainer import StreamTrainer
-from buddygpt.launch.training import run_training
-from buddygpt.presets import load_config
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import checkpoint_sha256, load_tokenizer, require_causal_lm
+from buddygpt.cli.errors import UserError
+from buddygpt.cli.files import file_sha256
+from buddygpt.data.shards.blocks import BlockDataset, collate_blocks
+from buddygpt.data.shards.format import MANIFEST
+from buddygpt.data.shards.order import BlockStream, make_order, update_history
+from buddygpt.data.shards.trace import describe_blocks
+from buddygpt.model.presets import load_config
+from buddygpt.pretrain.replay import replay_step
+from buddygpt.pretrain.stream_trainer import StreamTrainer
+from buddygpt.training.hardware import require_hardware
+from buddygpt.training.liger import register_liger
+from buddygpt.training.optimizers import choose_optimizer
+from buddygpt.training.resume import Start, find_start
+from buddygpt.training.run import run_recipe, run_training
 
 
 @dataclass
@@ -252,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_recipe(main)

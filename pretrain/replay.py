@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 from transformers.trainer_utils import sort_checkpoints
 
-from buddygpt.data.provenance import describe_blocks
-from buddygpt.launch import UserError
-from buddygpt.launch.resume import find_damage
+from buddygpt.cli.errors import UserError
+from buddygpt.data.shards.trace import describe_blocks
+from buddygpt.training.resume import find_damage
 
 WORST_ROWS = 3
 SHOWN_CHARACTERS = 400

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
-import buddygpt  # noqa: F401  registers the model with AutoModel
-from buddygpt.data.chat_rows import load_preferences
-from buddygpt.data.text_files import find_files
-from buddygpt.launch import checkpoint_sha256, file_sha256, parse_arguments, run_script
-from buddygpt.launch.training import prepare_for_trl, run_training
+import buddygpt.model  # noqa: F401  registers the model with AutoModel
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import checkpoint_sha256
+from buddygpt.cli.files import file_sha256, find_files
+from buddygpt.data.chat.load import load_preferences
+from buddygpt.training.run import prepare_for_trl, run_recipe, run_training
 
 
 @dataclass
@@ -59,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_recipe(main)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError, run_script
 
 
 @dataclass

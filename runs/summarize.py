@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError, run_script
 
 STAGES = {"base": "pretrain", "sft": "sft", "dpo": "dpo"}  # name of a checkpoint -> its folder
 INSTALL_SECONDS = Path(__file__).resolve().parents[1] / ".venv" / "installed"

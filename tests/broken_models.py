@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from buddygpt import BuddyGPTForCausalLM
-from buddygpt import modeling_buddygpt as modeling
+from buddygpt.model import BuddyGPTForCausalLM
+from buddygpt.model import modeling_buddygpt as modeling
 
 
 class Broken(BuddyGPTForCausalLM):

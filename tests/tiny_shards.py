@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from buddygpt.data.mixture import achieve_mixture
-from buddygpt.data.token_shards import FORMAT_VERSION, documents_file, hash_shard
+from buddygpt.data.shards.format import FORMAT_VERSION, documents_file, hash_shard
+from buddygpt.data.shards.mixture import achieve_mixture
 
 
 class Shard(NamedTuple):

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from hashlib import sha256
 from itertools import islice
 
-from byte_level_bpe import BYTES
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from buddygpt.launch import UserError
+from buddygpt.cli.errors import UserError
+from buddygpt.tokenizer.byte_level_bpe import BYTES
 
 Parents = dict[str, tuple[str, ...]]
 

@@ -25,13 +25,23 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from byte_level_bpe import FIXED, learn
-from prune_vocabulary import choose_entries, count_tokens, fixed_entries, read_state, rebuild, split_by_hash
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from buddygpt.data.text_files import find_files, progress_bar, read_rows
-from buddygpt.launch import UserError, load_tokenizer, parse_arguments, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import load_tokenizer
+from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import find_files
+from buddygpt.data.text.rows import progress_bar, read_rows
+from buddygpt.tokenizer.byte_level_bpe import FIXED, learn
+from buddygpt.tokenizer.prune_vocabulary import (
+    choose_entries,
+    count_tokens,
+    fixed_entries,
+    read_state,
+    rebuild,
+    split_by_hash,
+)
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 PIECE = 100_000  # characters of a document handed to the trainer at once

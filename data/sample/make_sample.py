@@ -19,7 +19,8 @@ from string import Formatter
 
 import yaml
 
-from buddygpt.launch import UserError, parse_arguments, run_script
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError, run_script
 
 HERE = Path(__file__).resolve().parent
 EXAM_COLUMNS = ("id", "question", "A", "B", "C", "D", "answer")

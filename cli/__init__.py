@@ -1,0 +1,1 @@
+"""What every command needs: arguments, one-line errors, files, checkpoints given by name."""

@@ -1,0 +1,46 @@
+"""User errors: one line on stderr and exit status 2, without a traceback."""
+
+import difflib
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+# A full disk as OSError and safetensors report it, and as torch.save does, which only reports a short file.
+DISK_IS_FULL = (os.strerror(errno.ENOSPC), "inline_container.cc", "PytorchStreamWriter failed writing")
+
+SECONDS_FOR_RANK_0 = 10
+
+
+class UserError(Exception):
+    """A mistake the user can fix. The message is one line: what is wrong, where, what to do."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like `name`, or None if none is close."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return matches[0] if matches else None
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main`. A [`UserError`] or a full disk becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        _exit_with(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if not any(sign in str(error) for sign in DISK_IS_FULL):
+            raise
+        _exit_with(f"the disk is full ({error}). Free some space and run the same command again")
+
+
+def _exit_with(message: object) -> NoReturn:
+    # The first process to exit takes down the others, so the other ranks give rank 0 time to print its message.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)

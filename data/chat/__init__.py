@@ -1,0 +1,1 @@
+"""Chat and preference rows: schemas, rules, tokens, loading."""

@@ -1,0 +1,1 @@
+"""The bundled sample corpus: tables of facts and their generator."""

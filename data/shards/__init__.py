@@ -1,0 +1,1 @@
+"""Token shards on disk, and the blocks that training reads from them."""

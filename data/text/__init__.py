@@ -1,0 +1,1 @@
+"""A document's journey from a source to a token shard."""

@@ -1,0 +1,1 @@
+"""Optional steps of text preparation, imported only if the config names them."""

@@ -1,0 +1,1 @@
+"""Conversion between BuddyGPT checkpoints and stock architectures."""

@@ -1,0 +1,99 @@
+"""Users' mistakes become one line and exit status 2, whatever raised them."""
+
+import errno
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError, run_script
+
+
+@dataclass
+class Arguments:
+    name: str = field(metadata={"help": "a name"})
+    size: int = 1
+    rate: float = 0.1
+    flags: list[str] = field(default_factory=list)
+    kind: Literal["small", "large"] = "small"
+
+
+def parse(monkeypatch, *words: str) -> Arguments:
+    monkeypatch.setattr("sys.argv", ["script.py", *words])
+    return parse_arguments(Arguments)[0]
+
+
+def test_command_line_overrides_yaml_overrides_defaults(monkeypatch, tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("name: yaml\nsize: 2\nrate: 1e-3\nflags: [a, b]\n")
+    expected = Arguments(name="yaml", size=3, rate=1e-3, flags=["a", "b"])
+    assert parse(monkeypatch, "--config", str(config), "--size", "3") == expected
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words", "message"),
+    [
+        ("name: a\nsizes: 2", [], "unknown key `sizes` in the config file; did you mean `size`?"),
+        ("name: a", ["--sise", "2"], "unknown argument `--sise`; did you mean `size`?"),
+        ("name: a", ["--siz", "2"], "unknown argument `--siz`"),  # abbreviations are not guessed
+        ("name: a", ["--size", "two"], "invalid int value: 'two'"),
+        ("name: a\nkind: huge", [], "`kind` in the config file is huge, must be one of small, large"),
+        ("name: a", ["--kind", "huge"], "'huge'"),
+        ("name: a", ["stray"], "stray"),
+        ("size: 2", [], "required: --name"),
+        ("- name", [], "must contain a YAML mapping"),
+        ("name: [", [], "not valid YAML"),
+    ],
+)
+def test_mistakes_in_arguments(monkeypatch, tmp_path, yaml, words, message):
+    (tmp_path / "a.yaml").write_text(yaml)
+    with pytest.raises(UserError) as error:
+        parse(monkeypatch, "--config", str(tmp_path / "a.yaml"), *words)
+    assert message in str(error.value)
+
+
+def test_config_without_a_name(monkeypatch):
+    with pytest.raises(UserError, match="needs the name of a YAML file"):
+        parse(monkeypatch, "--name", "a", "--config")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("one\n  line"), 2, "error: one line\n"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.safetensors"), 2, "error: the disk is full ("),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_end_with_a_status_and_one_line(error, status, line, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    told = capsys.readouterr().err
+    assert stop.value.code == status and told.startswith(line) and told.count("\n") == bool(line)
+
+
+def test_the_first_process_of_a_machine_speaks_first(monkeypatch, capsys):
+    """The others give it time: its end ends them. If it has no error, they speak."""
+    waited = []
+
+    def main():
+        raise UserError("once")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert waited and waited[0] > 1 and capsys.readouterr().err == "error: once\n"
+
+
+def test_programming_errors_are_not_hidden():
+    def main():
+        raise OSError(errno.EACCES, "not allowed")
+
+    with pytest.raises(OSError, match="not allowed"):
+        run_script(main)

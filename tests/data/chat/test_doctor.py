@@ -1,0 +1,353 @@
+"""Does the doctor see what is wrong with data, name its place, and keep the recipes from training on it?"""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import conftest
+import pytest
+from conftest import ROOT
+from transformers import AutoTokenizer
+
+from buddygpt.cli.errors import UserError
+from buddygpt.data.chat import load as chat_rows
+from buddygpt.data.chat.tokens import tokenise
+from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
+
+DATA = ROOT.parent / "shared" / "data"
+ZH = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是一个小模型。"}]
+EN = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A small model."}]
+PAIR = {"prompt": ZH[:1], "chosen": ZH[1:], "rejected": [{"role": "assistant", "content": "走开。"}]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    """A folder: a tokenizer of 300 entries, made by the project's script."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "a.txt").write_text("你好，世界。hello world\n" * 50, encoding="utf-8")
+    arguments = ["--files", folder / "a.txt", "--vocab_size", 300, "--output", folder / "out"]
+    conftest.run("tokenizer/train_tokenizer.py", *arguments)
+    return folder / "out"
+
+
+@pytest.fixture
+def doctor(capsys, monkeypatch):
+    """Call the script; return its exit status and what it printed."""
+
+    def call(*arguments: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as exit:
+            conftest.run("data/doctor.py", *arguments)
+        return exit.value.code, capsys.readouterr().out
+
+    monkeypatch.setenv("NO_COLOR", "1")
+    return call
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_good_rows_are_fit_and_an_example_of_each_language_shows_the_loss(tmp_path, doctor, tokenizer):
+    file = write(tmp_path / "a.jsonl", [{"messages": ZH}, {"messages": EN}])
+    status, text = doctor(file, "--tokenizer", tokenizer)
+    assert status == 0 and text.endswith("verdict: fit\n")
+    assert "schema messages, kind sft" in text and "2 read, 2 good, 0 bad" in text
+    assert "zh 50.0%, en 50.0%, other 0.0%" in text and "duplicates   none" in text
+    assert "<|im_start|>user\n你是谁？<|im_end|>\n<|im_start|>assistant\n⟦我是一个小模型。<|im_end|>⟧" in text
+    assert "⟦A small model.<|im_end|>⟧" in text and "\x1b" not in text
+
+
+def test_two_rows_of_one_language_or_of_none_are_examples_too(tmp_path, doctor, tokenizer):
+    for rows in ([ZH] * 3, [EN] * 3, [[*ZH, *EN]] * 3, [ZH, [*ZH, *EN], ZH]):
+        file = write(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
+        assert doctor(file, "--tokenizer", tokenizer)[1].count("\nexample ") == 2
+
+
+def test_loss_is_coloured_on_a_terminal_alone(tmp_path, doctor, tokenizer, monkeypatch):
+    file = write(tmp_path / "a.jsonl", [{"messages": ZH}])
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert "⟦" in doctor(file, "--tokenizer", tokenizer)[1], "NO_COLOR is set"
+    monkeypatch.delenv("NO_COLOR")
+    text = doctor(file, "--tokenizer", tokenizer)[1]
+    assert "\x1b[32m我是一个小模型。<|im_end|>\x1b[0m" in text and "⟦" not in text
+
+
+def test_lengths_truncation_and_loss_are_counted_in_tokens(tmp_path, doctor, tokenizer):
+    rows = [{"messages": ZH}] * 3 + [{"messages": [*ZH, *EN]}]
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    lengths = [len(tokenise(row, "sft", loaded)[0].ids) for row in rows]
+    limit = lengths[0] + 3
+    kept = [tokenise(row, "sft", loaded)[0].loss[:limit] for row in rows]
+    _, text = doctor(write(tmp_path / "a.jsonl", rows), "--tokenizer", tokenizer, "--max_length", limit)
+    assert f"longest {lengths[3]:,}" in text
+    assert f"25.0% of the sequences are above {limit:,}" in text
+    assert f"cuts {1 - (sum(map(len, kept)) / sum(lengths)):.1%} of {sum(lengths):,} tokens" in text
+    assert f"loss         {sum(map(sum, kept)) / sum(map(len, kept)):.1%} of the tokens kept" in text
+
+
+def test_bad_rows_are_counted_by_reason_with_their_lines(tmp_path, doctor):
+    rows = [{"instruction": f"q{number}", "output": "" if number % 3 == 1 else "a"} for number in range(24)]
+    file = write(tmp_path / "a.jsonl", rows)
+    file.write_bytes(file.read_bytes() + b"{cut\n\xff\n")
+    status, text = doctor(file)
+    assert status == 1
+    assert re.search(rf" 8  turn 2 \(assistant\) is empty \(first {file}:2, 5, 8, 11, 14\)", text)
+    assert f"{file}:25)" in text and f"{file}:26)" in text and "not valid UTF-8" in text
+    assert text.endswith("verdict: not fit: 10 bad rows\n")
+
+
+def test_copies_of_rows_and_of_questions_are_found_across_files(tmp_path, doctor):
+    first = write(tmp_path / "a.jsonl", [{"q": "a?", "a": "b"}, {"q": "c?", "a": "d"}])
+    second = write(tmp_path / "b.jsonl", [{"q": "a?", "a": "b"}, {"q": "c? ", "a": "e"}])
+    _, text = doctor(first, second)
+    assert f"duplicates   1 rows seen before ({second}:1)" in text
+    assert f"duplicates   2 questions seen before ({second}:1, 2)" in text
+
+
+def test_rows_that_the_converter_would_change_are_fit_once_converted(tmp_path, doctor):
+    file = write(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a {{name}}"}])
+    status, text = doctor(file)
+    assert status == 0 and f"fit once converted: python data/convert_chat.py --kind sft --input {file}" in text
+    assert "1 placeholder {{name}} left open" in text and "give --tokenizer DIR" in text
+    hostile = write(tmp_path / "b.jsonl", [{"messages": [ZH[0], {"role": "assistant", "content": "<|im_end|>"}]}])
+    status, text = doctor(hostile)
+    assert "fit once converted" in text and "1 texts spelt like a special token" in text
+
+
+def test_special_tokens_of_the_tokenizer_in_use_are_neutralised(tmp_path, cache, doctor, tokenizer):
+    other = AutoTokenizer.from_pretrained(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<s>", "[INST]"]})
+    other.save_pretrained(tmp_path / "other")
+    rows = [{"messages": [{"role": "user", "content": "[INST]<s>你好<｜User｜>"}, ZH[1]]}]
+    file, converted = write(tmp_path / "a.jsonl", rows), tmp_path / "b.jsonl"
+    status, text = doctor(file, "--tokenizer", tmp_path / "other")
+    assert status == 0 and f"fit once converted: python data/convert_chat.py --kind sft --input {file}" in text
+    assert "3 texts spelt like a special token" in text and f"--tokenizer {tmp_path / 'other'}\n" in text
+    with pytest.raises(UserError, match=r"the special token .*convert_chat.py .* --tokenizer .*other; or"):
+        chat_rows.load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "other"))
+    conftest.run("data/convert_chat.py", "--input", file, "--output", converted, "--tokenizer", tmp_path / "other")
+    assert "[ INST ]< s >你好<｜ User ｜>" in converted.read_text()
+    assert doctor(converted, "--tokenizer", tmp_path / "other")[1].endswith("verdict: fit\n")
+
+
+def test_pairs_and_labels_are_judged_on_their_answers(tmp_path, doctor, tokenizer):
+    status, text = doctor(write(tmp_path / "a.jsonl", [PAIR]), "--tokenizer", tokenizer)
+    assert status == 0 and "kind preference" in text
+    assert "chosen, loss" in text and "⟦走开。<|im_end|>" in text
+    labelled = {"messages": ZH, "label": True}
+    status, text = doctor(write(tmp_path / "b.jsonl", [labelled]), "--tokenizer", tokenizer, "--stage", "kto")
+    assert status == 0 and "⟦我是一个小模型。<|im_end|>" in text
+    status, text = doctor(tmp_path / "b.jsonl", "--stage", "sft")
+    assert status == 1 and "an answer labelled good or bad (kto), not an instruction" in text
+
+
+def test_a_template_without_marks_or_that_refuses_rows_is_found(tmp_path, cache, doctor, tokenizer):
+    file = write(tmp_path / "a.jsonl", [{"messages": [{"role": "system", "content": "s"}, *ZH]}, {"messages": ZH}])
+    other = AutoTokenizer.from_pretrained(tokenizer)
+    other.chat_template = other.chat_template.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
+    other.save_pretrained(tmp_path / "unmarked")
+    with pytest.raises(UserError, match="no {% generation %} marks"):
+        conftest.run("data/doctor.py", file, "--tokenizer", tmp_path / "unmarked")
+    refusal = "{%- if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{%- endif %}"
+    other.chat_template = refusal + AutoTokenizer.from_pretrained(tokenizer).chat_template
+    other.save_pretrained(tmp_path / "refusing")
+    status, text = doctor(file, "--tokenizer", tmp_path / "refusing")
+    assert status == 1 and f"the chat template refuses it: no system turns ({file}:1)" in text
+    with pytest.raises(UserError, match=f"{file}: the chat template refuses it.*doctor.py"):
+        chat_rows.load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "refusing"))
+
+
+def test_text_of_the_data_cannot_command_the_terminal(tmp_path, doctor, tokenizer):
+    rows = [
+        {"messages": [{"role": "user", "content": "你好\x1b[2J\u202e"}, ZH[1]]},
+        {"messages": [{"role": "\x1b[2J"}]},
+    ]
+    _, text = doctor(write(tmp_path / "a.jsonl", rows), "--tokenizer", tokenizer)
+    assert "你好\\x1b[2J\\u202e" in text and "\x1b" not in text and "\u202e" not in text
+
+
+def test_pretraining_text_is_recognised_and_examined(tmp_path, doctor, tokenizer):
+    rows = [
+        "一段干净的中文。",
+        "A plain sentence.",
+        "坏\ufffd字",
+        "ä½\xa0å¥½ï¼Œä¸–ç•Œ",
+        "一段干净的中文。",
+        "a\x07b",
+        " ",
+    ]
+    file = write(tmp_path / "a.jsonl", [{"text": row} for row in rows])
+    status, text = doctor(file, "--tokenizer", tokenizer)
+    assert status == 1 and text.endswith("verdict: not fit: 1 bad row\n")
+    assert f"empty ({file}:7)" in text and f"1 rows seen before ({file}:5)" in text
+    for warning in ("1 documents with U+FFFD", "1 documents in a wrong encoding", "documents with control characters"):
+        assert warning in text
+    assert "truncation" not in text and "A plain sentence." in text
+    (tmp_path / "b.txt").write_text("一段文字。")
+    assert doctor(tmp_path / "b.txt")[0] == 0
+
+
+def test_rows_that_are_in_the_cache_are_compared_with_exams_that_have_changed(tmp_path, cache):
+    question = "一辆货车每小时行驶六十公里，从甲地开到乙地用了三个半小时，两地相距多少公里？"
+    file = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": question}, EN[1]]}])
+    (tmp_path / "exam").mkdir()
+    write(tmp_path / "exam" / "one.jsonl", [{"question": "一个完全不同的问题，说的是果园里有多少棵苹果树和梨树。"}])
+    assert len(chat_rows.load_messages([str(file)], exams=(str(tmp_path / "exam"),))) == 1
+    write(tmp_path / "exam" / "two.jsonl", [{"question": question}])
+    with pytest.raises(UserError, match="a.jsonl:1: holds an item of exam/two.jsonl"):
+        chat_rows.load_messages([str(file)], exams=(str(tmp_path / "exam"),))
+
+
+def test_exam_items_in_the_rows_make_them_unfit_and_the_converter_leaves_them_out(tmp_path, cache, doctor):
+    question = (
+        "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many?"
+    )
+    exam = tmp_path / "exam"
+    exam.mkdir()
+    write(exam / "test.jsonl", [{"question": question, "answer": "#### 72"}])
+    file = write(
+        tmp_path / "a.jsonl", [{"messages": EN}, {"messages": [{"role": "user", "content": question}, EN[1]]}]
+    )
+    status, text = doctor(file, "--exams", exam)
+    assert status == 1 and f"{file}:2: " in text and "not fit: 1 rows hold exam items" in text
+    assert doctor(write(tmp_path / "b.jsonl", [{"messages": EN}]), "--exams", exam)[0] == 0
+    with pytest.raises(UserError, match=f"a.jsonl:2: holds an item of exam/test.jsonl. .*doctor.py .* --exams {exam}"):
+        chat_rows.load_messages([str(file)], exams=(str(exam),))
+    assert len(chat_rows.load_messages([str(file)], exams=(str(exam),), force=True)) == 1
+    left = tmp_path / "left.jsonl"
+    conftest.run("data/convert_chat.py", "--input", file, "--output", left, "--exams", exam, "--on_bad_row", "skip")
+    assert doctor(left, "--exams", exam)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        (
+            "a.jsonl",
+            b'{"q": "q", "a": "a"}\n{"messages": []}\n',
+            "a.jsonl:2: a row of schema messages after rows of q_a",
+        ),
+        ("a.jsonl", b'{"question": "q", "answer": "a", "prompt": "", "response": ""}\n', "fits several schemas"),
+        ("a.jsonl", b'{"title": "q"}\n', "fits no schema"),
+        ("a.jsonl.gz", gzip.compress(b'{"q": "q", "a": "a"}\n' * 9)[:-9], "a.jsonl.gz.*: cannot be read"),
+        ("manifest.json", b"{}", "folder of token shards. Run: python data/inspect_shards.py"),
+    ],
+)
+def test_what_cannot_be_examined_is_one_error(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        conftest.run("data/doctor.py", tmp_path if name == "manifest.json" else tmp_path / name)
+
+
+def test_odd_bytes_and_a_long_line_are_bad_rows_or_nothing(tmp_path, doctor):
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps({"q": "q", "a": "a\u2028b"}, ensure_ascii=False).encode() + b"\r",
+        b'{"q": "q", "a": "a\x00"}',
+        b'{"q": "q", "a": "a\\u0000"}',
+        b'{"q": "q", "a": "' + b"a" * 50_000_000 + b'"}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    status, text = doctor(tmp_path / "a.jsonl")
+    assert status == 1 and "4 read, 1 good, 3 bad" in text
+    assert "a NUL character" in text and "not valid JSON" in text and "more than 1,000,000 characters" in text
+
+
+def test_two_kinds_of_rows_are_not_examined_together(tmp_path):
+    files = write(tmp_path / "a.jsonl", [{"messages": ZH}]), write(tmp_path / "b.jsonl", [PAIR])
+    with pytest.raises(UserError, match="rows of kind preference, not sft"):
+        conftest.run("data/doctor.py", *files)
+
+
+def test_a_recipe_refuses_what_the_doctor_rejects_unless_forced(tmp_path, cache, tokenizer, capsys):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    good = write(tmp_path / "a.jsonl", [{"messages": ZH}] * 3)
+    bad = write(tmp_path / "b.jsonl", [{"messages": ZH}, {"messages": ZH[:1]}, {"messages": EN}])
+    command = rf"python data/doctor.py {tmp_path}/.\.jsonl --stage sft"
+    assert len(chat_rows.load_messages([str(good)], tokenizer=loaded, max_length=64)) == 3
+    for files, length, reason in ((good, 20, "every row is longer"), (good, 5, "no token carries loss within")):
+        with pytest.raises(UserError, match=rf"{reason} .*{command} --tokenizer .* --max_length {length}\. Mend"):
+            chat_rows.load_messages([str(files)], tokenizer=loaded, max_length=length)
+        assert len(chat_rows.load_messages([str(files)], tokenizer=loaded, max_length=length, force=True)) == 3
+        assert f"warning: {files}: not fit" in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"b.jsonl:2: the last turn is `user`.*{command}.*--train_on_unfit_data"):
+        chat_rows.load_messages([str(bad)], tokenizer=loaded, max_length=64)
+    for _ in range(2):  # the second time from the cache
+        rows = chat_rows.load_messages([str(bad)], tokenizer=loaded, max_length=64, force=True)
+        assert [row["messages"] for row in rows] == [ZH, EN]
+        assert f"1 of 3 rows are bad and left out, first {bad}:2: the last turn" in capsys.readouterr().out
+    with pytest.raises(UserError, match="every row is bad"):
+        chat_rows.load_messages([str(write(tmp_path / "c.jsonl", [{"messages": ZH[:1]}]))], force=True)
+
+
+def test_a_recipe_and_the_doctor_agree(tmp_path, cache, doctor, tokenizer):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    rows = {"messages": [*ZH, *EN]}, {"messages": ZH}, {"messages": ZH[:1]}, {"messages": []}
+    labelled, blank = {"messages": ZH, "label": 0}, {"messages": [ZH[0], ZH[1] | {"content": "\u200b"}]}
+    for number, chosen in enumerate([rows[:1], rows[1:2], rows[:2], rows[:3], rows[3:], [labelled], [blank]]):
+        file = write(tmp_path / f"{number}.jsonl", list(chosen))
+        for length in (10, 40, 60, 200):
+            status, text = doctor(file, "--stage", "sft", "--tokenizer", tokenizer, "--max_length", length)
+            try:
+                chat_rows.load_messages([str(file)], tokenizer=loaded, max_length=length)
+                assert status == 0, text
+            except UserError as error:
+                assert status == 1, error
+
+
+def test_recipes_refuse_and_may_be_forced(tmp_path, cache, tokenizer, capsys):
+    model, rows = tmp_path / "model", write(tmp_path / "a.jsonl", [{"messages": ZH}] * 4 + [{"messages": ZH[:1]}])
+    pairs = write(tmp_path / "b.jsonl", [PAIR] * 4)
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded.save_pretrained(model)
+    config = json.loads((ROOT / "model/configs/debug.json").read_text()) | {"vocab_size": len(loaded)}
+    BuddyGPTForCausalLM(BuddyGPTConfig(**config)).save_pretrained(model)
+    common = ["--model_name_or_path", model, "--output_dir", tmp_path / "out", "--max_steps", 1]
+    sft = ["sft/sft.py", "--config", "sft/configs/debug.yaml", "--train_files", rows, "--eval_files", rows, *common]
+    dpo = [
+        "rlhf/dpo.py",
+        "--config",
+        "rlhf/configs/debug.yaml",
+        "--train_files",
+        pairs,
+        "--eval_files",
+        pairs,
+        *common,
+    ]
+    with pytest.raises(UserError, match="a.jsonl:5: .*doctor.py .* --stage sft.*--train_on_unfit_data true"):
+        conftest.run(*sft)
+    with pytest.raises(UserError, match="b.jsonl: not fit: .*doctor.py .* --stage dpo .* --max_length 8"):
+        conftest.run(*dpo, "--max_length", 8)
+    for recipe in (sft, dpo):
+        with pytest.raises(UserError, match="no file matches .*/exam"):
+            conftest.run(*recipe, "--exams", tmp_path / "exam")
+    assert not (tmp_path / "out").exists()
+    conftest.run(*sft, "--train_on_unfit_data", "true")
+    assert "1 of 5 rows are bad and left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["arguments"]["train_on_unfit_data"] is True
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("sft/v1_sft_demo.jsonl", 0),
+        ("sft/moss_003_conversations.jsonl.gz", 0),
+        ("sft/glaive_toolcall_zh_demo.json", 1),
+        ("preference/infinity_preference_train.parquet", 0),
+        ("preference/kto_en_demo.json", 0),
+        ("pretrain/wanjuan_zh_web_sample.jsonl.gz", 0),
+        ("pretrain/zh_industrycorpus_sample.parquet", 0),
+        ("pretrain/en_tinyshakespeare.txt", 0),
+    ],
+)
+def test_real_files_get_a_verdict(doctor, tokenizer, name, status):
+    found, text = doctor(DATA / name, "--tokenizer", tokenizer, "--max_length", 4096)
+    assert found == status and "verdict: " in text and "example      " in text

@@ -1,0 +1,274 @@
+"""Does a row of every schema become the conversation it stands for, and is every other row refused with its reason?"""
+
+import json
+
+import conftest
+import pytest
+from standard_rows import ANSWER, ASSISTANT, CALL, FOLLOW_UP, LABELLED, PAIR, REJECTED, SYSTEM, TOOL, TOOL_ROW, USER
+from transformers import AutoTokenizer
+
+from buddygpt.data.chat.rules import BadRow, check_row, neutralise, select_turns
+from buddygpt.data.chat.schemas import SCHEMAS, convert, recognise
+
+
+def moss_turn(question: str, answer: str, commands: str = "None") -> dict:
+    return {
+        "Human": f"<|Human|>: {question}<eoh>\n",
+        "Inner Thoughts": "<|Inner Thoughts|>: one<eot>\n",
+        "Commands": f"<|Commands|>: {commands}<eoc>\n",
+        "Tool Responses": "<|Results|>: None<eor>\n",
+        "MOSS": f"<|MOSS|>: {answer}<eom>\n",
+    }
+
+
+CASES = [
+    ("alpaca", {"instruction": "q", "input": "", "output": "a"}, ANSWER),
+    (
+        "alpaca",
+        {"instruction": "i", "input": "j", "output": "a", "history": [["q", "b"]], "system": "s"},
+        {"messages": [SYSTEM, USER, REJECTED, {"role": "user", "content": "i\nj"}, ASSISTANT]},
+    ),
+    (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1, "y": null}}'},
+                {"from": "observation", "value": "1"},
+                {"from": "gpt", "value": "a"},
+            ],
+            "tools": '[{"name": "f", "parameters": {}}]',
+        },
+        TOOL_ROW,
+    ),
+    ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ANSWER),
+    (  # minimind-3: everything is a string, tools are the system turn's
+        "sharegpt",
+        {
+            "conversations": [
+                {"role": "system", "content": "", "tools": json.dumps([TOOL]), "reasoning_content": ""},
+                {"role": "user", "content": "q", "tool_calls": ""},
+                {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
+                {"role": "tool", "content": "1"},
+                {"role": "assistant", "content": "a", "tool_calls": ""},
+            ]
+        },
+        TOOL_ROW,
+    ),
+    (
+        "sharegpt",
+        {"conversations": [USER, ASSISTANT | {"reasoning_content": "r"}], "id": 3, "label": {"x": []}, "reward": 1.5},
+        {"messages": [USER, ASSISTANT | {"reasoning_content": "r"}]},
+    ),
+    (  # LLaMA-Factory: several calls at once
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": json.dumps([{"name": "f", "arguments": {"x": 1, "y": None}}] * 2)},
+                {"from": "observation", "value": "1"},
+                {"from": "gpt", "value": "a"},
+            ],
+        },
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+                {"role": "tool", "content": "1"},
+                ASSISTANT,
+            ]
+        },
+    ),
+    ("q_a", {"q": "q", "a": "a", "history": []}, ANSWER),
+    (
+        "seed_tasks",
+        {"instruction": "q", "instances": [{"input": "", "output": "a"}], "is_classification": False},
+        ANSWER,
+    ),
+    (
+        "moss",
+        {
+            "meta_instruction": "s",
+            "chat": {
+                "turn_10": moss_turn("r", "a"),
+                "turn_9": moss_turn("q", "b"),
+            },
+        },
+        FOLLOW_UP,
+    ),
+    ("messages_label", {"messages": [USER, ASSISTANT], "label": False}, LABELLED),
+    ("sharegpt_label", {"conversations": [USER, ASSISTANT], "label": False}, LABELLED),
+    ("kto", {"prompt": "q", "completion": "a", "label": False}, LABELLED),
+    ("kto", LABELLED, LABELLED),
+    ("kto", {"prompt": "q", "completion": "a", "label": "False"}, LABELLED),  # as a .csv file has it
+    ("messages_label", {"messages": [USER, ASSISTANT], "label": 0}, LABELLED),
+    ("prompt_reject", {"prompt": "q", "chosen": "a", "reject": "b"}, PAIR),
+    ("instruction_preference", {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, PAIR),
+    ("hc3", {"question": "q", "human_answers": ["b", "c"], "chatgpt_answers": ["a"]}, PAIR),
+    ("dialogue_pair", {"chosen": [USER, ASSISTANT], "rejected": [USER, REJECTED]}, PAIR),
+    ("preference", PAIR | {"tools": [TOOL]}, PAIR | {"tools": [TOOL]}),
+    ("human_assistant", {"conversation": [{"human": "q", "assistant": "a"}], "category": "c"}, ANSWER),
+    ("messages", {"messages": [SYSTEM, USER, ASSISTANT], "tools": None}, {"messages": [SYSTEM, USER, ASSISTANT]}),
+    ("messages", TOOL_ROW, TOOL_ROW),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "q"}], "loss_weight": 0.0},
+                {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+            ]
+        },
+        ANSWER,
+    ),
+    ("prompt_response", {"prompt": "q", "response": "a"}, ANSWER),
+    ("input_target", {"kind": "NLI", "input": "q", "target": "a"}, ANSWER),
+    ("question_answer", {"question": "q", "answer": "a"}, ANSWER),
+    ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
+    ("preference", PAIR, PAIR),
+    (
+        "preference",
+        {"prompt": "q", "chosen": [SYSTEM, USER, ASSISTANT], "rejected": [SYSTEM, USER, REJECTED], "messages": []},
+        PAIR | {"prompt": [SYSTEM, USER]},
+    ),
+    (
+        "sharegpt_preference",
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        PAIR,
+    ),
+    ("preference", {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": "a", "rejected": "b"}, PAIR),
+    ("message_pair", {"chosen_messages": [USER, ASSISTANT], "rejected_messages": [USER, REJECTED]}, PAIR),
+    ("dialogue_pair", {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "expected"), CASES)
+def test_a_row_is_recognised_and_becomes_its_standard_form(name, row, expected):
+    assert [schema.name for schema in recognise(row)] == [name]
+    assert [schema.name for schema in recognise(row, SCHEMAS[name].kind)] == [name]
+    assert convert(row, SCHEMAS[name]) == ([expected], 0)
+
+
+def test_every_schema_has_a_case():
+    assert {name for name, _, _ in CASES} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize(
+    ("schema", "row", "reason"),
+    [
+        ("messages", {"messages": []}, "no messages"),
+        ("messages", {"messages": [USER]}, "the last turn is `user`"),
+        ("messages", {"messages": [ASSISTANT, USER, ASSISTANT]}, "turn 1 is `assistant` after `start`"),
+        ("messages", {"messages": [USER, USER, ASSISTANT]}, "turn 2 is `user` after `user`"),
+        ("messages", {"messages": [USER, SYSTEM, ASSISTANT]}, "turn 2 is `system` after `user`"),
+        ("messages", {"messages": [USER, ASSISTANT, {"role": "tool", "content": "1"}]}, "`tool` after `assistant`"),
+        ("messages", {"messages": [USER, {"role": "assistant", "content": " \n"}]}, r"turn 2 \(assistant\) is empty"),
+        ("messages", {"messages": [USER, {"role": "assistant", "content": "\u200b\ufeff"}]}, "turn 2 .* is empty"),
+        ("messages", {"messages": [USER, {"role": "robot", "content": "a"}]}, "unknown role 'robot'"),
+        ("messages", {"messages": [USER, ASSISTANT | {"content": "\x00"}]}, "NUL"),
+        ("messages", {"messages": [USER, ASSISTANT | {"content": "a" * 1_100_000}]}, "more than 1,000,000 characters"),
+        ("moss", {"chat": {"turn_1": moss_turn("q", "a", 'Search("x")')}}, "commands plugins"),
+        ("seed_tasks", {"instruction": "q", "instances": []}, "no instances"),
+        ("hc3", {"question": "q", "human_answers": [], "chatgpt_answers": ["a"]}, "one side has no answers"),
+        ("kto", LABELLED | {"label": "good"}, "label is neither true nor false"),
+        ("dialogue_pair", {"chosen": "a", "rejected": "b"}, "no turn that opens"),
+        ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "content is neither a string"),
+        ("messages", {"messages": [USER, "a"]}, "a turn is not an object"),
+        ("messages", {"messages": [USER, ASSISTANT], "label": True}, "kto"),
+        ("messages", {"messages": [USER, ASSISTANT], "label": 0}, "kto"),
+        ("sharegpt", {"conversations": [USER, ASSISTANT], "label": True}, "kto"),
+        ("messages", {"messages": [USER, ASSISTANT], "tools": "[{"}, "tools is not valid JSON"),
+        ("sharegpt", {"conversations": [{"from": "function_call", "value": "f(1)"}]}, "a tool call is not"),
+        ("alpaca", {}, "the row is empty"),
+        ("alpaca", {"instruction": "q"}, "no key output"),
+        ("alpaca", {"instruction": "q", "input": 3, "output": "a"}, "instruction or input is not a string"),
+        ("alpaca", {"instruction": "q", "output": "a", "label": True}, "kto"),
+        ("alpaca", {"instruction": "q", "output": "a", "kto_tag": False}, "kto"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": [USER]}, "history is not a list of"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": ["你好"]}, "history is not a list of"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": [["q"]]}, "history is not a list of"),
+        ("alpaca", {"instruction": "q", "output": 3}, "turn 2 is not a string"),
+        ("alpaca", {"instruction": "q", "output": "a\ud800"}, "surrogate"),
+        ("human_assistant", {"conversation": ["q", "a"]}, "conversation is not a list of"),
+        ("human_assistant", {"conversation": [{"human": "q"}]}, "conversation is not a list of"),
+        ("moss", {"chat": {"turn_1": "q"}}, "does not have the types"),
+        ("preference", PAIR | {"rejected": [ASSISTANT]}, "chosen equals rejected"),
+        ("preference", {"prompt": "q", "chosen": "a", "rejected": ""}, "turn 2 .* is empty"),
+        ("preference", {"prompt": "x", "chosen": [USER, ASSISTANT], "rejected": [USER, REJECTED]}, "not begin with"),
+        ("message_pair", {"chosen_messages": [USER, ASSISTANT], "rejected_messages": [REJECTED]}, "differ before"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_reason(schema, row, reason):
+    with pytest.raises(BadRow, match=reason):
+        convert(row, SCHEMAS[schema])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """One of 300 entries, made by the project's script."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "a.txt").write_text("你好，世界。hello world\n" * 50, encoding="utf-8")
+    arguments = ["--files", folder / "a.txt", "--vocab_size", 300, "--output", folder / "out"]
+    conftest.run("tokenizer/train_tokenizer.py", *arguments)
+    return AutoTokenizer.from_pretrained(folder / "out")
+
+
+def test_no_row_whatever_it_holds_puts_a_token_of_ours_into_the_prompt(tokenizer):
+    tokens = list(tokenizer.get_added_vocab())
+    hostile = "".join(tokens) + "<<|im_end|>|im_end|>" + "<tool_<tool_call>call>"
+    call = {"type": "function", "function": {"name": hostile, "arguments": {hostile: [hostile]}}}
+    messages = [
+        {"role": "user", "content": hostile},
+        {"role": "assistant", "content": hostile, "tool_calls": [call]},
+        {"role": "tool", "content": hostile},
+        {"role": "assistant", "content": hostile},
+    ]
+    tools = [{"type": "function", "function": {"name": "f", "description": hostile}}]
+
+    def count(row):
+        ids = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], return_dict=True)["input_ids"]
+        return {token: ids.count(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+
+    (row,), neutralised = convert({"messages": messages, "tools": tools}, SCHEMAS["messages"])
+    harmless = json.loads(json.dumps({"messages": messages, "tools": tools}).replace(json.dumps(hostile)[1:-1], "x"))
+    assert neutralised and count(row) == count(harmless)
+    for token in tokens:
+        assert neutralise({"x": token})[1] == 1
+        with pytest.raises(BadRow, match="special token"):
+            check_row({"messages": [USER, ASSISTANT | {"content": token}]}, "sft")
+
+
+@pytest.mark.parametrize(
+    ("token", "neutral"),
+    [
+        ("<|eot_id|>", "<| eot_id |>"),
+        ("<|im-end|>", "<| im-end |>"),
+        ("<｜begin▁of▁sentence｜>", "<｜ begin▁of▁sentence ｜>"),
+        ("</tool_response>", "< /tool_response >"),
+        ("[INST]", "[ INST ]"),
+        ("</s>", "< /s >"),
+        ("<\u200b|im_end|>", "<\u200b|im_end|>"),
+        ("<|im_\u200bend|>", "<| im_\u200bend |>"),
+        ("a <| b |> c || d |> e", "a <| b |> c || d |> e"),
+    ],
+)
+def test_a_special_token_gets_spaces_around_its_name_and_nothing_else_does(token, neutral):
+    row = {"messages": [USER, ASSISTANT | {"content": f'"{token}\n'}]}
+    assert neutralise(row, ("<s>", "</s>", "[INST]"))[0]["messages"][1]["content"] == f'"{neutral}\n'
+
+
+def test_special_tokens_of_another_tokenizer_are_refused_by_name():
+    with pytest.raises(BadRow, match="special token </s>"):
+        check_row({"messages": [USER, ASSISTANT | {"content": "a</s>"}]}, "sft", ("<s>", "</s>"))
+
+
+def test_turns_are_chosen():
+    first, last = FOLLOW_UP["messages"][1:3], FOLLOW_UP["messages"][3:]
+    assert select_turns(FOLLOW_UP, "all") == FOLLOW_UP
+    assert select_turns(FOLLOW_UP, "single") is None and select_turns(ANSWER, "single") == ANSWER
+    assert select_turns(FOLLOW_UP, "first") == {"messages": [SYSTEM, *first]}
+    assert select_turns(FOLLOW_UP, "last") == {"messages": [SYSTEM, *last]}
+    assert select_turns(TOOL_ROW, "last") == TOOL_ROW, "a tool's answer is no new question"

@@ -1,0 +1,214 @@
+"""Is every row of an unusual or damaged file read, or named by its place, in memory that does not grow?"""
+
+import gzip
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from buddygpt.cli.errors import UserError
+from buddygpt.cli.files import find_files
+from buddygpt.data.text.rows import progress_bar, read_rows
+
+GB = "春天到了，院子里的桃花开了。"
+
+
+def json_file(path: Path, rows: list[dict]) -> Path:
+    """Write lines, or an array, as the suffix says."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines), encoding="utf-8")
+    return path
+
+
+def rows_of(path: Path, data: bytes, **options) -> list:
+    path.write_bytes(data)
+    return list(read_rows(path, ["text"], **options))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
+def test_gb18030_is_recognised_and_damaged_utf8_is_not_taken_for_it(name, tmp_path):
+    wrap = {"a.jsonl": '{"text": "%s"}\n', "a.json": '[{"text": "%s"}]', "a.csv": "text\n%s\n", "a.txt": "%s"}[name]
+
+    def error(data: bytes) -> str:
+        try:
+            return rows_of(tmp_path / name, data)[-1].error
+        except UserError as error:  # an array cannot be read on
+            return str(error)
+
+    hint = "not valid UTF-8; it looks like GB18030: convert it with `iconv -f GB18030 -t UTF-8`"
+    assert error((wrap % GB).encode("gb18030")).endswith(hint)
+    for damaged in (
+        (wrap % GB).encode().replace("桃".encode(), "桃".encode()[:2]),
+        (wrap % "caf\xe9 na\xefve").encode("latin-1"),
+    ):
+        assert error(damaged).endswith("not valid UTF-8")
+
+
+def test_gb18030_in_a_parquet_file_is_recognised(tmp_path):
+    column = pa.array([GB.encode("gb18030")]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    (row,) = read_rows(tmp_path / "a.parquet", ["text"])
+    assert "it looks like GB18030" in row.error
+
+
+def test_utf16_is_recognised(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: it is UTF-16; convert it with `iconv -f UTF-16"):
+        rows_of(tmp_path / "a.jsonl", '{"text": "a"}\n'.encode("utf-16"))
+
+
+@pytest.mark.parametrize(
+    "data, contents",
+    [
+        ('{"text": "a\u2028b\x85c"}\n{"text": "d"}', ["a\u2028b\x85c", "d"]),
+        ('\ufeff{"text": "a"}\n', ["a"]),
+        ('\ufeff[{"text": "a"}]', ["a"]),
+        ('{"text": "a"}\r\n{"text": "b\\r\\n"}\r\n', ["a", "b\r\n"]),
+        ('{"text": "a\\u0000b"}\n', ["a\x00b"]),
+        ("", []),
+        ("[]", []),
+        ("\n \n", ["", ""]),
+    ],
+)
+def test_unusual_files_are_read(data, contents, tmp_path):
+    for name in ("a.jsonl", "a.json"):
+        assert [row.content for row in rows_of(tmp_path / name, data.encode())] == contents
+
+
+@pytest.mark.parametrize(
+    "name, data, number, message",
+    [
+        ("a.jsonl", b'{"text": "a\x00b"}\n', 1, "not valid JSON: Invalid control character"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"\x00" * 9 + b"\n", 2, "not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', 2, "not valid JSON: Unexpected UTF-8 BOM"),
+        ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', 1, "not valid JSON: Extra data"),
+        ("a.jsonl", b"[" * 200_000 + b"\n", 1, "the row is no object|nested|recursion"),
+        ("a.jsonl", b'{"text": ' + b"1" * 9999 + b"}\n", 1, "not valid JSON: Exceeds the limit"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', 2, "no column `text`; there are: body"),
+        ("a.json", b'[{"text": "a"}, {"body": "b"}]', 2, "no column `text`; there are: body"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_place(name, data, number, message, tmp_path):
+    if data.startswith(b"[["):
+        data = b'{"text": ' + data
+    row = rows_of(tmp_path / name, data)[-1]
+    assert row.number == number
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(row.error)
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("a.json", b'[{"text": "a"}, {"text": "b', r"a\.json:1: cannot be read: row 2: not valid JSON: Unterminated"),
+        ("a.json", b'[{"text": "a"}, ', "row 2: not valid JSON: Expecting value"),
+        (
+            "a.json",
+            b'[{"text": "a"}, {"text": b}, ' + b'{"text": "c"}, ' * 9999,
+            "row 2: not valid JSON: Expecting value",
+        ),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]' + b" " * 99, "row 1: not valid JSON: Expecting ',' delimiter"),
+        ("a.json", b"[" * 200_000, "row 1: not valid JSON: maximum recursion depth"),
+        ("a.parquet", b"", r"a\.parquet: cannot be read: Parquet file size is 0 bytes"),
+        ("a.csv", b'text\na\n"b\nc\n', r"a\.csv:2: cannot be read: unexpected end of data"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n') + b"tail", r"a\.jsonl\.gz:1: cannot be read: Not a gzipped"),
+        ("a.csv", b"", r"a\.csv: cannot be read: no column `text`"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read: Not a gzipped file"),
+        ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst: cannot be read: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_on_is_one_line(name, data, message, tmp_path):
+    with pytest.raises(UserError, match=message) as caught:
+        rows_of(tmp_path / name, data)
+    assert "\n" not in str(caught.value)
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+@pytest.mark.parametrize("suffix, compress", [("gz", gzip.compress), ("zst", zstd)])
+def test_compressed_files_are_read_whole_or_the_last_good_row_is_named(suffix, compress, tmp_path):
+    lines = b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(50_000))
+    path = tmp_path / f"a.jsonl.{suffix}"
+    assert len(rows_of(path, compress(lines) + compress(lines))) == 100_000, "several members, as pigz and cat make"
+    assert rows_of(path, compress(b"")) == []
+    path.write_bytes(compress(lines)[:-100])
+    read_before = []
+    with pytest.raises(UserError, match=rf"a\.jsonl\.{suffix}:\d+: cannot be read: ") as caught:
+        read_before.extend(row.number for row in read_rows(path, ["text"]))
+    assert 10_000 < len(read_before) < 50_000 and f":{len(read_before)}: cannot" in str(caught.value)
+
+
+def peak_of(path: Path) -> int:
+    tracemalloc.start()
+    for _ in read_rows(path, ["text"]):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_line_of_50_megabytes_is_read_in_memory_bounded_by_itself(name, tmp_path):
+    text = "长" * 17_000_000
+    json_file(tmp_path / name, [{"text": "a"}, {"text": text}, {"text": "b"}])
+    rows = list(read_rows(tmp_path / name, ["text"]))
+    assert [len(row.content) for row in rows] == [1, len(text), 1]
+    del rows
+    assert peak_of(tmp_path / name) < 6 * (tmp_path / name).stat().st_size
+
+
+def test_memory_for_a_json_array_does_not_grow_with_it(tmp_path):
+    rows = [{"text": "春" * 1000}] * 2000
+    small, large = json_file(tmp_path / "small.json", rows), json_file(tmp_path / "large.json", rows * 4)
+    assert large.stat().st_size > 20e6
+    assert peak_of(large) < 1.2 * peak_of(small) < 2e6
+
+
+READ_PARQUET = """
+import sys
+from pathlib import Path
+import pyarrow
+from buddygpt.data.text.rows import read_rows
+assert sum(1 for _ in read_rows(Path(sys.argv[1]), ["text"]))
+print(pyarrow.default_memory_pool().max_memory())
+"""
+
+
+def test_memory_for_a_parquet_file_does_not_grow_with_its_row_group(tmp_path):
+    for name, count in (("small", 2000), ("large", 16_000)):
+        texts = [hashlib.sha256(str(i).encode()).hexdigest() * 30 for i in range(count)]
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=count, use_dictionary=False)
+    peaks = []
+    for name in ("small", "large"):
+        command = [sys.executable, "-c", READ_PARQUET, str(tmp_path / f"{name}.parquet")]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] < 1.5 * peaks[0] < 16e6
+
+
+@pytest.mark.parametrize("codec", ["", ".gz", ".zst"])
+def test_a_bar_ends_at_the_size_of_the_file(codec, tmp_path):
+    data = b'{"text": "a"}\n' * 9999
+    path = tmp_path / f"a.jsonl{codec}"
+    path.write_bytes({"": bytes, ".gz": gzip.compress, ".zst": zstd}[codec](data))
+    with progress_bar([path], file=io.StringIO()) as bar:
+        assert sum(1 for _ in read_rows(path, ["text"], bar)) == 9999
+        assert bar.n == bar.total == path.stat().st_size
+
+
+def test_find_files_takes_names_globs_and_folders(tmp_path):
+    for name in ("a.jsonl", "b/c.txt.zst", "b/notes.md", ".git/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert find_files([str(tmp_path)]) == [tmp_path / "a.jsonl", tmp_path / "b" / "c.txt.zst"]
+    assert find_files([str(tmp_path / "*")]) == [tmp_path / "a.jsonl"]
+    with pytest.raises(UserError, match="no file matches"):
+        find_files([str(tmp_path / ".git" / "*.jsonl")])

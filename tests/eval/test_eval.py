@@ -1,0 +1,369 @@
+"""Are the scores true? Every one is compared with a likelihood, a generation or an interval computed here by hand."""
+
+import csv
+import functools
+import importlib
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from buddygpt.cli.errors import UserError
+from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
+
+EVAL = ROOT / "eval"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+FACTS = {
+    "法国首都？": "巴黎",
+    "日本首都？": "东京",
+    "英国首都？": "伦敦",
+    "中国首都？": "北京",
+    "3+4?": "7",
+    "6+6?": "12",
+    "5+5?": "10",
+    "dog?": "狗",
+}
+DOCUMENTS = ["中国首都是北京。", "A dog is 狗. " * 30]  # the second is longer than the model's context
+CONTEXT = 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    vocabulary = {token: number for number, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=specials[:2],
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """A model that learned to answer FACTS in chat."""
+    torch.manual_seed(0)
+    config = BuddyGPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = BuddyGPTForCausalLM(config)
+    texts = [chat(question) + answer + "<|im_end|>" for question, answer in FACTS.items()]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(250):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """A sample folder; two of the eight keys of the exam and one of the question set are wrong on purpose."""
+    folder = tmp_path_factory.mktemp("sample")
+    facts = list(FACTS.items())
+    for split in ("dev", "val", "test"):
+        for subject, rows in {"capitals": facts[:4], "sums": facts[4:]}.items():
+            exam_csv(folder / "exam" / split / f"{subject}.csv", rows)
+    questions = [{"question": q, "answer": a, "subject": "all"} for q, a in facts]
+    questions[0]["answer"] = " 巴黎。"  # punctuation and white space do not count
+    questions[1]["answer"] = "京都"
+    jsonl(folder / "qa_test.jsonl", questions)
+    pairs = [preference([q], a, a + a) for q, a in facts[:6]]  # the chosen answer begins the rejected one
+    pairs.append(preference([facts[6][0]], "狗", facts[6][1]))  # the wrong one is chosen
+    pairs.append(preference(["dog?", "狗", "6+6?"], "12", "7"))  # several turns
+    jsonl(folder / "preference_eval.jsonl", pairs)
+    jsonl(folder / "heldout.jsonl", [{"text": text} for text in DOCUMENTS])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(model, tokenizer, sample, tmp_path_factory):
+    """All tasks, of one checkpoint asked both ways, through the scripts."""
+    folder = tmp_path_factory.mktemp("eval")
+    model.save_pretrained(folder / "checkpoint")
+    tokenizer.save_pretrained(folder / "checkpoint")
+    tasks = ["sample_exam_text", "sample_exam_letter", "sample_qa", "sample_pairs", "heldout_text"]
+    with pytest.MonkeyPatch.context() as patch:
+        run_eval(
+            patch,
+            *("--checkpoints", f"bare={folder / 'checkpoint'}", f"chat={folder / 'checkpoint'}", "--chat", "chat"),
+            *("--tasks", *tasks, "--num_fewshot", 2, "--output", folder / "results", "--batch_size", 4),
+            *("--sample_dir", sample, "--heldout_text", sample / "heldout.jsonl"),
+        )
+        run(patch, "report", "--results", folder / "results", "--output", folder / "report.md")
+    return folder
+
+
+def test_option_text_scores_are_the_likelihoods_of_the_closed_answers(evaluated, model, tokenizer):
+    for name, end in {"bare": "\n", "chat": "<|im_end|>"}.items():
+        correct = 0
+        for row in samples(evaluated, name, "sample_exam_text"):
+            question, options = row["doc"]["question"], row["doc"]["choices"]
+            prompt = chat(question) if name == "chat" else bare(question)
+            expected = [loglikelihood(model, tokenizer, prompt, option + end) for option in options]
+            measured = [float(response[0][0]) for response in row["resps"]]
+            assert measured == pytest.approx(expected, abs=1e-3)
+            correct += max(range(4), key=expected.__getitem__) == row["doc"]["label"]
+        score = scores(evaluated)[name]["sample_exam_text"]["acc"]
+        assert (score["value"], score["n"], score["chance"]) == (correct / 8, 8, 0.25)
+    assert correct == 6  # the model knows all eight facts; two keys are wrong
+
+
+def test_letter_scores_are_the_likelihoods_of_the_letters_after_the_examples(evaluated, model, tokenizer):
+    rows = samples(evaluated, "bare", "sample_exam_letter")
+    examples = rows[0]["arguments"]["gen_args_0"]["arg_0"]
+    assert examples.count("答案：") == 3 and "答案：A\n\n" in examples
+    for row in rows:
+        prompt = row["arguments"]["gen_args_0"]["arg_0"]
+        assert prompt.endswith(f"{row['doc']['question']}\nA. {row['doc']['A']}\n" + prompt[prompt.rindex("B. ") :])
+        expected = [loglikelihood(model, tokenizer, prompt, letter) for letter in "ABCD"]
+        assert [float(response[0][0]) for response in row["resps"]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_free_form_answers_are_the_greedy_ones_and_compared_without_final_punctuation(evaluated, model, tokenizer):
+    for row in samples(evaluated, "chat", "sample_qa"):
+        (message,) = row["doc"]["prompt"]
+        prompt = tokenizer(chat(message["content"]), return_tensors="pt")
+        answer = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert row["filtered_resps"] == [tokenizer.decode(answer, skip_special_tokens=True)]
+        assert row["exact_match"] == (message["content"] != "日本首都？")
+    assert scores(evaluated)["chat"]["sample_qa"]["exact_match"]["value"] == 7 / 8
+    assert scores(evaluated)["chat"]["sample_qa"]["exact_match"]["chance"] is None
+
+
+def test_pairs_are_compared_to_their_end_and_after_every_turn(evaluated, model, tokenizer):
+    rows = samples(evaluated, "chat", "sample_pairs")
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["doc"]["prompt"], tokenize=False, add_generation_prompt=True)
+        expected = [loglikelihood(model, tokenizer, prompt, choice + "<|im_end|>") for choice in row["doc"]["choices"]]
+        assert [float(response[0][0]) for response in row["resps"]] == pytest.approx(expected, abs=1e-3)
+    assert [row["acc"] for row in rows[:7]] == [1, 1, 1, 1, 1, 1, 0]
+    measured = scores(evaluated)["chat"]
+    assert measured["sample_pairs"]["acc"]["chance"] == 0.5
+    longer, not_longer = (
+        measured[f"sample_pairs/{kind}"]["acc"]["n"] for kind in ("rejected_longer", "rejected_not_longer")
+    )
+    assert (longer, not_longer) == (7, 1)  # "10" against "狗" is longer too
+
+
+def test_bits_per_byte_equal_a_hand_computation_over_windows_that_begin_after_the_separator(
+    evaluated, model, tokenizer
+):
+    total = 0.0
+    for text in DOCUMENTS:
+        tokens = tokenizer(text)["input_ids"]
+        separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        total += token_loglikelihood(model, [separator], tokens[:CONTEXT])
+        for start in range(CONTEXT, len(tokens), CONTEXT):  # the last window is filled up with context from before
+            window = tokens[start : start + CONTEXT]
+            context = tokens[start + len(window) - CONTEXT - 1 : start]
+            total += token_loglikelihood(model, context, window)
+    size = sum(len(text.encode()) for text in DOCUMENTS)
+    measured = scores(evaluated)["bare"]["heldout_text"]["bits_per_byte"]
+    assert measured["value"] == pytest.approx(-total / math.log(2) / size, rel=1e-5)
+    assert measured["ci95"] is None and measured["n"] == 2
+
+
+def test_report_agrees_with_lm_eval_and_shows_subjects_chance_and_intervals(evaluated):
+    (path,) = (evaluated / "results" / "chat").glob("results_*.json")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for task, metrics in scores(evaluated)["chat"].items():
+        for metric, score in metrics.items():
+            if "/" not in task:
+                assert results["results"][task][f"{metric},none"] == pytest.approx(score["value"])
+    text = (evaluated / "report.md").read_text(encoding="utf-8")
+    assert "| sample_exam_text | acc | 8 | 25.0% |" in text and "75.0% [40.9, 92.9] |" in text
+    assert "| capitals | acc | 4 | 25.0% |" in text and "| chat template | none |" in text
+    assert (evaluated / "scores.png").stat().st_size > 10_000
+    subjects = [scores(evaluated)["chat"][f"sample_exam_text/{subject}"]["acc"] for subject in ("capitals", "sums")]
+    assert [score["n"] for score in subjects] == [4, 4] and sum(score["value"] for score in subjects) / 2 == 6 / 8
+
+
+def test_interval_is_wilsons_and_chance_inside_it_is_marked():
+    report = importlib.import_module("buddygpt.eval.report")
+    score = report.proportion(8, 10, 0.25)
+    assert score["ci95"] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)  # Wilson (1927) for 8 of 10
+    assert not report.at_chance(score) and report.at_chance(report.proportion(3, 10, 0.25))
+    assert not report.at_chance(report.proportion(3, 10, None))
+
+
+def test_local_exams_run_offline_under_the_stock_names(evaluated, tmp_path, monkeypatch):
+    facts = list(FACTS.items())
+    for split, rows in {"dev": facts[:2], "test": facts[2:]}.items():
+        exam_csv(tmp_path / "cmmlu" / split / "agronomy.csv", rows, "Question", "Answer")
+    exam_csv(tmp_path / "cmmlu/test/anatomy.csv", facts[:2], "Question", "Answer")
+    exam_csv(tmp_path / "ceval/val/law_val.csv", facts[:3])
+    exams = ("--cmmlu", tmp_path / "cmmlu", "--ceval", tmp_path / "ceval", "--output", tmp_path / "tasks")
+    run(monkeypatch, "local_exams", *exams)
+    run_eval(
+        monkeypatch,
+        *("--checkpoints", f"bare={evaluated / 'checkpoint'}", "--tasks", "cmmlu", "ceval-valid"),
+        *("--include_path", tmp_path / "tasks", "--num_fewshot", 1, "--output", tmp_path / "results"),
+    )
+    run(monkeypatch, "report", "--results", tmp_path / "results", "--output", tmp_path / "report.md")
+    measured = scores(tmp_path)["bare"]
+    counts = {task: metrics["acc"]["n"] for task, metrics in measured.items()}
+    assert counts == {"cmmlu": 8, "cmmlu/agronomy": 6, "cmmlu/anatomy": 2, "ceval-valid": 3, "ceval-valid/law": 3}
+    (path,) = (tmp_path / "results" / "bare").glob("results_*.json")
+    groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+    assert groups["cmmlu"]["acc,none"] == pytest.approx(measured["cmmlu"]["acc"]["value"])
+    shots = {
+        task: samples(tmp_path, "bare", task)[0]["arguments"]["gen_args_0"]["arg_0"].count("答案：")
+        for task in ("cmmlu_agronomy", "cmmlu_anatomy", "ceval-valid_law")
+    }
+    assert shots == {"cmmlu_agronomy": 2, "cmmlu_anatomy": 1, "ceval-valid_law": 1}  # no dev, no examples
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({}, "has no"),
+        ({"astrology.csv": "Question,A,B,C,D,Answer\nq,1,2,3,4,A\n"}, "not a subject of this exam"),
+        ({"agronomy.csv": "question,A,B,C,D,answer\nq,1,2,3,4,A\n"}, "no column Question, Answer"),
+        ({"agronomy.csv": "Question,A,B,C,D,Answer\n"}, "has no rows"),
+        ({"agronomy.csv": "Question,A,B,C,D,Answer\nq,1,2,3,4,A\nq,1,2,3,4,E\n"}, "line 3: the answer is `E`"),
+        ({"agronomy.csv": "Question,A,B,C,D,Answer\nq,1,2\n"}, "line 2: a question, option or answer is empty"),
+    ],
+)
+def test_local_exams_name_what_is_wrong(files, match, tmp_path, monkeypatch):
+    (tmp_path / "test").mkdir()
+    for name, text in files.items():
+        (tmp_path / "test" / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=match):
+        run(monkeypatch, "local_exams", "--cmmlu", tmp_path, "--output", tmp_path / "tasks")
+    assert not (tmp_path / "tasks").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--checkpoints", "a=/nowhere"], "a=/nowhere is not a checkpoint"),
+        (["--checkpoints", "CHECKPOINT"], "is not NAME=FOLDER"),
+        (["--checkpoints", "a=CHECKPOINT", "a=CHECKPOINT"], "the name `a` is given twice"),
+        (["--checkpoints", "a=BROKEN"], "a=.* cannot be loaded"),
+        (["--chat", "b"], "chat: `b` is not among the checkpoints"),
+        (["--include_path", "/nowhere"], "include_path: /nowhere is not a folder"),
+        (["--tasks", "sample_exam_txt"], "did you mean `sample_exam_text`"),
+        (["--tasks", "sample_qa"], "needs sample_dir"),
+        (["--tasks", "heldout_text", "--heldout_text", "/nowhere"], "/nowhere does not exist"),
+        (["--tasks", "heldout_text", "--heldout_text", "ROWS"], "row 2: `text` is missing or empty"),
+        (["--taks", "sample_qa"], "--?taks"),
+    ],
+)
+def test_run_eval_names_what_is_wrong_before_any_model_runs(arguments, match, evaluated, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    jsonl(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": ""}])
+    places = {"CHECKPOINT": evaluated / "checkpoint", "BROKEN": tmp_path, "ROWS": tmp_path / "rows.jsonl"}
+    for word, place in places.items():
+        arguments = [argument.replace(word, str(place)) for argument in arguments]
+    for key, value in {"--checkpoints": f"a={evaluated / 'checkpoint'}", "--tasks": "sample_qa"}.items():
+        arguments = arguments if key in arguments else [*arguments, key, value]
+    with pytest.raises(UserError, match=match):
+        run_eval(monkeypatch, *arguments, "--output", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_checkpoint_without_chat_template_cannot_be_asked_through_one(evaluated, tmp_path, monkeypatch):
+    for path in (evaluated / "checkpoint").iterdir():
+        if path.is_file() and path.suffix != ".jinja":
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(UserError, match="has no chat template"):
+        run_eval(monkeypatch, "--checkpoints", f"a={tmp_path}", "--chat", "a", "--tasks", "sample_qa")
+
+
+def test_a_report_of_nothing_is_one_line_and_exit_status_2(tmp_path):
+    command = [sys.executable, EVAL / "report.py", "--results", tmp_path, "--output", tmp_path / "report.md"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "has no NAME/results_*.json" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "report.md").exists()
+
+
+def run(patch, script, *arguments):
+    patch.setattr(sys, "argv", [script, *map(str, arguments)])
+    importlib.import_module(f"buddygpt.eval.{script}").main()
+
+
+def run_eval(patch, *arguments):
+    """run_eval.py over our own tasks only: the index of lm-eval's 14,000 takes seconds."""
+    module = importlib.import_module("buddygpt.eval.run_eval")
+    patch.setattr(module, "TaskManager", functools.partial(TaskManager, include_defaults=False))
+    run(patch, "run_eval", *arguments)
+
+
+def exam_csv(path, facts, question="question", answer="answer"):
+    """Write an exam in which the key is right for all but each file's first row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", question, "A", "B", "C", "D", answer])
+        for number, (asked, right) in enumerate(facts):
+            rows.writerow([number, asked, "1", right, "None", "猫", "A" if number == 0 else "B"])
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def preference(turns, chosen, rejected):
+    prompt = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
+    return {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def chat(question):
+    return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def bare(question):
+    return f"问：{question}\n答：" if "首都" in question else f"Q: {question}\nA: "
+
+
+def samples(folder, name, task):
+    (path,) = (folder / "results" / name).glob(f"samples_{task}_*.jsonl")
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def scores(folder):
+    return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+
+
+def loglikelihood(model, tokenizer, context, continuation):
+    """log p(continuation | context). One token per byte, so that the texts split where their tokens do."""
+    n_spaces = len(context) - len(context.rstrip())  # counted with the continuation, as in lm-eval
+    context, continuation = context[: len(context) - n_spaces], context[len(context) - n_spaces :] + continuation
+    return token_loglikelihood(model, tokenizer(context)["input_ids"], tokenizer(continuation)["input_ids"])
+
+
+@torch.no_grad()
+def token_loglikelihood(model, context, continuation):
+    logprobs = model(input_ids=torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+    return sum(logprobs[len(context) - 1 + i, token].item() for i, token in enumerate(continuation))

@@ -1,0 +1,120 @@
+"""Does an exported checkpoint chat through `transformers serve`, over HTTP and in the `transformers chat` client?"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_export import make_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from buddygpt.export import to_native
+from buddygpt.model import BuddyGPTForCausalLM
+
+TRANSFORMERS = str(Path(sys.executable).with_name("transformers"))
+ANSWERS = {"法国的首都是哪里？": "法国的首都是巴黎。", "What is 12 + 30?": "It is 42."}
+SECONDS_TO_START = 240
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+
+
+def chat(question: str, answer: str | None = None) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": question}]
+    return turns if answer is None else [*turns, {"role": "assistant", "content": answer}]
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Path:
+    """An exported tiny model that has learned the two answers by heart."""
+    folder = tmp_path_factory.mktemp("chat")
+    source = make_checkpoint(folder / "source", False, True)
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
+    model = BuddyGPTForCausalLM(model.config).train()
+    texts = [tokenizer.apply_chat_template(chat(*pair), tokenize=False) for pair in ANSWERS.items()]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["x", "--checkpoint", str(source), "--output", str(folder / "native")])
+        to_native.main()
+    return folder / "native"
+
+
+@pytest.fixture(scope="module")
+def server(native) -> Iterator[str]:
+    """The address of `transformers serve` on the exported folder; always stopped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [TRANSFORMERS, "serve", str(native), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    log = native.parent / "serve.log"
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stdout=output, stderr=output, cwd=native.parent
+        )
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def greedy(native: Path, question: str) -> str:
+    tokenizer, model = AutoTokenizer.from_pretrained(native), AutoModelForCausalLM.from_pretrained(native)
+    inputs = tokenizer.apply_chat_template(
+        chat(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=40)[0, inputs.input_ids.shape[1] :]
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_the_served_answer_is_the_greedy_answer_of_the_folder(native, server, question):
+    body = {"model": str(native), "messages": chat(question), "temperature": 0, "max_tokens": 40}
+    request = urllib.request.Request(
+        f"{server}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        choice = json.load(response)["choices"][0]
+    assert choice["message"]["content"] == greedy(native, question) == ANSWERS[question]
+    assert choice["finish_reason"] == "stop"
+
+
+def test_the_chat_client_shows_the_same_answers(native, server):
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    command = [TRANSFORMERS, "chat", str(native), server, "do_sample=False", "max_new_tokens=40", "--user", "me"]
+    questions = "".join(f"{question}\n!clear\n" for question in ANSWERS) + "!exit\n"
+    done = subprocess.run(
+        command, input=questions, env=environment, capture_output=True, text=True, timeout=SECONDS_TO_START
+    )
+    assert done.returncode == 0, done.stderr
+    for answer in ANSWERS.values():
+        assert answer in done.stdout

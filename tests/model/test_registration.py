@@ -1,0 +1,45 @@
+"""Importing the package registers the model, whatever was imported before it, and costs data preparation no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+IS_REGISTERED = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+config = AutoConfig.for_model("buddygpt")
+causal, base = AutoModelForCausalLM._model_mapping[type(config)], AutoModel._model_mapping[type(config)]
+from buddygpt import BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel
+assert (type(config), causal, base) == (BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel)
+found = [each._auto_class for each in (BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel)]
+assert found == ["AutoConfig", "AutoModelForCausalLM", "AutoModel"], found
+"""
+
+
+def run_python(program: str) -> str:
+    """Run it in a process of its own; return the last line of its error, or nothing."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return done.stderr.strip().split("\n")[-1] if done.returncode else ""
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "import buddygpt",
+        "from transformers import AutoModelForCausalLM; import buddygpt",
+        "from buddygpt.modeling_buddygpt import BuddyGPTAttention",
+        "from buddygpt import BuddyGPTConfig",
+    ],
+)
+def test_registered_in_any_order_of_imports(before):
+    assert run_python(f"{before}\n{IS_REGISTERED}") == ""
+
+
+def test_what_is_not_there_is_an_attribute_error():
+    with pytest.raises(ImportError, match="BuddyGPTForSpeech"):
+        from buddygpt.model import BuddyGPTForSpeech  # noqa: F401
+
+
+def test_preparing_text_imports_no_torch():
+    program = "import sys, buddygpt.data.prepare_pretrain\nassert 'torch' not in sys.modules"
+    assert run_python(program) == ""

@@ -1,0 +1,322 @@
+"""Is a GGUF file the same model with the same tokenizer, and is what does not fit one refused?"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import gguf
+import gguf_tokenizer
+import jinja2
+import pytest
+import to_gguf
+import torch
+from conftest import ROOT, run
+from gguf_tokenizer import PROBE, choose_pre_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from buddygpt.cli.errors import UserError
+from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
+
+TOKENIZERS = ROOT.parent / "shared" / "data" / "tokenizers"
+CHAT = [
+    {"role": "system", "content": "You are a helpful assistant."},
+    {"role": "user", "content": "法国的首都是哪里？What is 1+1?"},
+]
+WIDE = dict(head_dim=32)  # 4 heads of 32 channels are more than `hidden_size`
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# name -> the config's fields, the architecture expected
+VARIANTS = {
+    "bias": (dict(attention_bias=True), "qwen2"),
+    "bias-wide": (dict(attention_bias=True, tie_word_embeddings=True) | WIDE, "llama"),
+    "norm-wide-tied": (dict(use_qk_norm=True, tie_word_embeddings=True) | WIDE, "qwen3"),
+    "bias-norm-yarn": (dict(attention_bias=True, use_qk_norm=True, rope_parameters=YARN), "qwen3"),
+    "plain-wide": (WIDE, "llama"),
+    "plain-linear": (dict(rope_parameters=LINEAR), "llama"),
+}
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory) -> Path:
+    """The bundled sample and a tokenizer trained on it."""
+    folder = tmp_path_factory.mktemp("gguf")
+    run("data/sample/make_sample.py", "--output", folder / "sample")
+    text = folder / "sample" / "pretrain.jsonl"
+    run("tokenizer/train_tokenizer.py", "--files", text, "--vocab_size", 1000, "--output", folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path, sample):
+    """Save a random model whose every weight matters: large matrices, biases off 0, norms off 1."""
+
+    def make(name: str = "checkpoint", **fields) -> Path:
+        torch.manual_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
+        defaults = dict(
+            vocab_size=1024,  # 24 more than the tokenizer has
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = BuddyGPTForCausalLM(BuddyGPTConfig(**(defaults | fields)))
+        for parameter, weight in model.named_parameters():
+            torch.nn.init.normal_(weight, mean=1.0 if "norm" in parameter else 0.0, std=0.15)
+        model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, 0])
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    def call(checkpoint: Path, output: Path, file_type: str = "f16") -> str:
+        arguments = ["--checkpoint", checkpoint, "--output", output, "--file_type", file_type]
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+        to_gguf.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def fields_of(reader: gguf.GGUFReader) -> dict:
+    return {key: value.contents() for key, value in reader.fields.items()}
+
+
+@pytest.mark.parametrize("file_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_file_holds_the_model_and_its_tokenizer(tmp_path, checkpoint, export, variant, file_type):
+    fields, architecture = VARIANTS[variant]
+    source = checkpoint(**fields)
+    text = export(source, tmp_path / "out", file_type)
+    limit = to_gguf.FILE_TYPES[file_type][2]
+    assert 0 < float(text.split("the logits differ by ")[1].split()[0]) < limit
+    assert "pre-tokenizer qwen2: 0.00%" in text and "warning" not in text and "stay in f16" not in text
+
+    config, tokenizer = BuddyGPTConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    reader = gguf.GGUFReader(tmp_path / "out" / f"model-{file_type}.gguf")
+    read = fields_of(reader)
+    assert read["general.architecture"] == architecture
+    for key, value in {
+        "context_length": 256,
+        "embedding_length": 64,
+        "block_count": 2,
+        "attention.head_count_kv": 2,
+        "attention.key_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.scaling.factor": config.rope_parameters.get("factor"),
+        "rope.scaling.type": fields.get("rope_parameters", {}).get("rope_type"),
+    }.items():
+        assert read.get(f"{architecture}.{key}") == value, key
+    types = {each.name: each.tensor_type.name for each in reader.tensors}
+    assert ("output.weight" in types) != config.tie_word_embeddings
+    assert ("blk.1.attn_q.bias" in types) == config.attention_bias
+    assert {kind for name, kind in types.items() if "norm" in name or "bias" in name} == {"F32"}
+    assert types["token_embd.weight"] == types["blk.0.ffn_down.weight"] == file_type.upper()
+
+    ids = {name: read.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")}
+    assert ids == {"bos": None, "eos": 2, "eot": 2, "padding": 3} and not read["tokenizer.ggml.add_bos_token"]
+    tokens, kinds = read["tokenizer.ggml.tokens"], read["tokenizer.ggml.token_type"]
+    assert tokens[:5] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<tool_call>"]
+    assert tokens[-1] == "[PAD1023]" and kinds[:5] == [3, 3, 3, 3, 4] and kinds[999:1001] == [1, 5]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=f"model-{file_type}.gguf")
+    chat = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == chat
+    for text in (PROBE, chat, "<tool_call>\n{}\n</tool_call>"):
+        assert theirs(text).input_ids == tokenizer(text).input_ids
+
+
+def test_a_native_export_and_its_checkpoint_give_the_same_tensors(tmp_path, checkpoint, export):
+    source = checkpoint(use_qk_norm=True)
+    run("export/to_native.py", "--checkpoint", source, "--output", tmp_path / "native")
+    tensors = []
+    for folder in (source, tmp_path / "native"):
+        export(folder, tmp_path / f"{folder.name}-gguf", "bf16")
+        reader = gguf.GGUFReader(tmp_path / f"{folder.name}-gguf" / "model-bf16.gguf")
+        tensors.append({each.name: each.data.tobytes() for each in reader.tensors})
+    assert tensors[0] == tensors[1]
+
+
+def test_rows_that_do_not_fill_blocks_stay_in_f16_and_it_says_so(tmp_path, checkpoint, export):
+    text = export(checkpoint(intermediate_size=80), tmp_path / "out", "q8_0")
+    assert "2 matrices stay in f16" in text
+    types = {
+        each.name: each.tensor_type.name for each in gguf.GGUFReader(tmp_path / "out" / "model-q8_0.gguf").tensors
+    }
+    assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
+
+
+@pytest.mark.parametrize("fault", ["permutation", "rotary base", "tensor"])
+def test_a_file_that_is_not_the_model_is_refused_and_removed(tmp_path, checkpoint, export, monkeypatch, fault):
+    if fault == "permutation":
+        monkeypatch.setattr(to_gguf, "permute", lambda weight, heads: weight)
+    elif fault == "rotary base":
+        right = gguf.GGUFWriter.add_rope_freq_base
+        monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda writer, base: right(writer, base / 10))
+    else:
+        tensors = to_gguf.tensors
+        swapped = {
+            "blk.1.attn_norm.weight": "blk.1.ffn_norm.weight",
+            "blk.1.ffn_norm.weight": "blk.1.attn_norm.weight",
+        }
+        monkeypatch.setattr(
+            to_gguf, "tensors", lambda model: ((swapped.get(key, key), weight) for key, weight in tensors(model))
+        )
+    source = checkpoint()
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match="its logits differ by .* above 1e-02"):
+        export(source, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before
+
+
+LATENT = dict(num_key_value_heads=None, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10)
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            EXPERTS | dict(scoring_func="sigmoid"),
+            "it is `glm4_moe`, and GGUF is .* dense models only.*convert_hf_to_gguf.py",
+        ),
+        (LATENT, "it is `deepseek_v3`, and GGUF is .* dense models only.*convert_hf_to_gguf.py"),
+        (dict(rope_parameters=YARN | {"beta_fast": 16.0}), "its `rope_parameters` .*beta_fast.* not written here"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, checkpoint, export, fields, message):
+    with pytest.raises(UserError, match=message):
+        export(checkpoint(**fields), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def test_a_stock_model_with_a_bias_that_llama_cpp_has_keeps_it(tmp_path, sample, export):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=1000)
+    model = LlamaForCausalLM(LlamaConfig(attention_bias=True, **sizes))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, mean=0.1, std=0.2)
+    model.save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(sample / "tokenizer").save_pretrained(tmp_path / "llama")
+    assert "llama in f32: the logits differ by 0.0e+00" in export(tmp_path / "llama", tmp_path / "out", "f32")
+    names = {each.name for each in gguf.GGUFReader(tmp_path / "out" / "model-f32.gguf").tensors}
+    assert "blk.0.attn_output.bias" in names
+
+
+def test_files_of_several_types_share_a_folder_and_nothing_is_overwritten(tmp_path, checkpoint, export):
+    source, out = checkpoint(), tmp_path / "out"
+    export(source, out)
+    with pytest.raises(UserError, match="model-f16.gguf exists"):
+        export(source, out)
+    export(source, out, "q8_0")
+    assert {path.name for path in out.iterdir()} == {"model-f16.gguf", "model-q8_0.gguf", "Modelfile"}
+    assert (out / "Modelfile").read_text().splitlines() == [
+        "FROM ./model-q8_0.gguf",
+        'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}',
+        "{{ .Content }}<|im_end|>",
+        "{{ end }}<|im_start|>assistant",
+        '"""',
+        'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop "<|endoftext|>"',
+        "PARAMETER num_ctx 256",
+    ]
+    with pytest.raises(UserError, match=r"holds more than GGUF files \(chat_template.jinja\)"):
+        export(source, source)
+
+
+def test_a_template_that_is_not_chatml_is_left_to_the_user(tmp_path, checkpoint, export):
+    source = checkpoint()
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "warning: the chat template is not plain ChatML" in export(source, tmp_path / "out")
+    assert "TEMPLATE" not in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_the_template_in_the_file_needs_no_transformers():
+    template = (ROOT / "tokenizer" / "chat_template.jinja").read_text()
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
+        gguf_tokenizer.without_generation_marks(template)
+    )
+    answer = [*CHAT, {"role": "assistant", "content": "巴黎。"}]
+    assert plain.render(messages=answer, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n法国的首都是哪里？What is 1+1?<|im_end|>\n"
+        "<|im_start|>assistant\n巴黎。<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def train(pattern: str | None, text: str) -> Tokenizer:
+    """A byte-level BPE tokenizer that splits by `pattern`, or not at all."""
+    tokenizer = Tokenizer(models.BPE())
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([text] * 2, trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet))
+    return tokenizer
+
+
+def test_the_pre_tokenizer_is_found_by_its_tokens(sample):
+    with open(sample / "sample" / "pretrain.jsonl", encoding="utf-8") as file:
+        text = "\n".join(json.loads(line)["text"] for line in itertools.islice(file, 400))
+    own = Tokenizer.from_file(str(sample / "tokenizer" / "tokenizer.json"))
+    assert choose_pre_tokenizer(own) == choose_pre_tokenizer(own, text) == ("qwen2", 0)
+    for name in ("qwen35", "llama-bpe", "gpt-2"):
+        assert choose_pre_tokenizer(train(gguf_tokenizer.PRE_TOKENIZERS[name][0], PROBE)) == (name, 0)
+    _, share = choose_pre_tokenizer(train(None, PROBE))
+    assert share > 0.1
+
+
+def test_a_tokenizer_like_none_of_llama_cpps_is_warned_of(tmp_path, checkpoint, export):
+    source = checkpoint(vocab_size=1600)
+    PreTrainedTokenizerFast(tokenizer_object=train(None, PROBE), eos_token="<|im_end|>").save_pretrained(source)
+    text = export(source, tmp_path / "out")
+    assert "warning: llama.cpp has no split like this tokenizer's" in text
+
+
+@pytest.mark.skipif(not TOKENIZERS.exists(), reason="needs shared/data")
+@pytest.mark.parametrize(("name", "expected"), [("qwen2.5", "qwen2"), ("minimind_6400", "gpt-2")])
+def test_published_tokenizers_are_known(name, expected):
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    assert choose_pre_tokenizer(tokenizer.backend_tokenizer) == (expected, 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_generates_the_same_tokens(tmp_path, checkpoint, export, variant):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    source = checkpoint(**VARIANTS[variant][0])
+    export(source, tmp_path / "out", "f32")
+    path = str(tmp_path / "out" / "model-f32.gguf")
+    engine = llama_cpp.Llama(path, n_ctx=256, verbose=False, logits_all=True, type_k=0, type_v=0)  # cache in f32
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, return_tensors="pt").input_ids
+    assert engine.tokenize(text.encode(), add_bos=False, special=True) == prompt[0].tolist()
+    assert engine.tokenize(PROBE.encode(), add_bos=False, special=False) == tokenizer(PROBE).input_ids
+    engine.eval(prompt[0].tolist())
+    with torch.no_grad():
+        expected = model(prompt).logits[0]
+    actual = torch.tensor(engine.scores[: prompt.shape[1]])
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+    model.generation_config.eos_token_id = None  # llama.cpp's generator does not stop either
+    greedy = model.generate(prompt, do_sample=False, max_new_tokens=16)
+    engine.reset()
+    generated = itertools.islice(engine.generate(prompt[0].tolist(), temp=0, repeat_penalty=1.0), 16)
+    assert list(generated) == greedy[0, prompt.shape[1] :].tolist()

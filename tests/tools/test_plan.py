@@ -1,0 +1,280 @@
+"""Is what the planner says right, does it say no where it must, and do the benchmarks run?"""
+
+import gc
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, run
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from buddygpt.cli.errors import UserError
+from buddygpt.model import BuddyGPTConfig
+
+ab, memory, peak_memory, plan = (importlib.import_module(name) for name in ("ab", "memory", "peak_memory", "plan"))
+memory_benchmark = importlib.import_module("memory_model")
+MemoryModel, Setup = memory.MemoryModel, memory.Setup
+
+# 100 x 8 embedding; q and o 8 x 8, k and v 8 x 4; three 8 x 16 of SwiGLU; three norms of 8
+TINY = BuddyGPTConfig(
+    vocab_size=100, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1,
+)  # fmt: skip
+EMBEDDING, MATRICES, NORMS = 800, 64 + 32 + 32 + 64 + 3 * 128, 24
+ALL = EMBEDDING + MATRICES + NORMS
+
+COMMON = dict(vocab_size=2000, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4)
+LATENT = dict(kv_lora_rank=32, q_lora_rank=48, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32)
+EXPERTS = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, n_shared_experts=1)
+SHAPES = {
+    "dense": BuddyGPTConfig(**COMMON, num_key_value_heads=2, use_qk_norm=True),
+    "untied": BuddyGPTConfig(**COMMON, num_key_value_heads=2, tie_word_embeddings=False),
+    "latent": BuddyGPTConfig(**COMMON, **LATENT),
+    "mixture": BuddyGPTConfig(**COMMON, **EXPERTS, num_key_value_heads=2, first_k_dense_replace=1),
+    "soft": BuddyGPTConfig(**COMMON, n_soft_experts=4, moe_intermediate_size=64),
+    "qwen3": Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
+}
+FP32 = Setup("fp32", block_size=128, device="cpu")
+
+
+def states(**setup) -> dict[str, int]:
+    model = MemoryModel(TINY, Setup(block_size=16, **setup))
+    return model.states() | {"gradients": model.gradients()}
+
+
+def test_states_are_what_a_hand_counts():
+    assert states() == {"weights": 4 * ALL, "optimizer": 8 * ALL, "gradients": 4 * ALL}
+    assert states(precision="bf16_params") == {"weights": 2 * ALL, "optimizer": 4 * ALL, "gradients": 2 * ALL}
+    assert states(optimizer="muon")["optimizer"] == 4 * MATRICES + 8 * (EMBEDDING + NORMS)
+
+
+def test_8_bit_states_are_for_large_tensors_only():
+    config = BuddyGPTConfig(**COMMON, num_key_value_heads=2)
+    model = MemoryModel(config, Setup(optimizer="adamw_8bit", block_size=16))
+    matrices = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 352)  # all of more than 4,096 elements
+    rest = 2000 * 128 + 9 * 128
+    assert model.states()["optimizer"] == 2 * matrices + 8 * matrices // 256 + 8 * rest
+
+
+def test_zero_divides_states_among_gpus():
+    zero2, zero3 = (states(gpus=4, zero_stage=stage) for stage in (2, 3))
+    assert (zero2["weights"], zero2["gradients"]) == (2 * ALL, 2 * ALL // 4)
+    assert (zero2["master weights"], zero2["optimizer"]) == (4 * ALL // 4, 8 * ALL // 4)
+    assert zero3["weights"] == 2 * ALL // 4
+
+
+def test_checkpointing_keeps_the_layers_inputs():
+    found = memory.count_activations(SHAPES["dense"], 128, "fp32")
+    assert found.inputs == (128 * 128 * 4,) * 4
+    assert min(found.layers) > 5 * found.inputs[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_peak_is_within_15_percent_of_measured_on_real_tensors(shape):
+    for rows, checkpointing, accumulation in ((1, False, 1), (8, False, 2), (8, True, 1)):
+        setup = replace(FP32, checkpointing=checkpointing, accumulation=accumulation)
+        measured = memory_benchmark.measure_peak(SHAPES[shape], setup, rows, fake=False)
+        assert MemoryModel(SHAPES[shape], setup).peak(rows) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", ["dense", "latent", "mixture"])
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32_master", "adamw"), ("bf16_params", "muon")])
+def test_peak_is_within_15_percent_in_bf16(shape, precision, optimizer):
+    for checkpointing in (False, True):
+        setup = replace(FP32, precision=precision, optimizer=optimizer, checkpointing=checkpointing)
+        measured = memory_benchmark.measure_peak(SHAPES[shape], setup, rows=8)
+        assert MemoryModel(SHAPES[shape], setup).peak(8) == pytest.approx(measured, rel=0.15)
+
+
+def test_full_logits_are_the_peak_they_are():
+    config = BuddyGPTConfig(**COMMON | {"vocab_size": 20_000})
+    model = AutoModelForCausalLM.from_config(config).train()
+    ids = torch.zeros(4, 128, dtype=torch.long)
+    with peak_memory.PeakMemory() as tracker:
+        tracker.track(*model.parameters(), *model.buffers())
+        model(ids, labels=ids, use_cache=False, skip_logits=False).loss.backward()
+    predicted = MemoryModel(config, replace(FP32, full_logits=True))
+    without_optimizer = predicted.peak(4) - predicted.states()["optimizer"]
+    assert without_optimizer == pytest.approx(tracker.peak, rel=0.15)
+    assert predicted.peak(4) > 1.5 * MemoryModel(config, FP32).peak(4)
+
+
+@pytest.fixture
+def one_thread():
+    """Some kernels take memory of their own for each thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_measure_agrees_with_the_profiler(one_thread):
+    model = AutoModelForCausalLM.from_config(SHAPES["dense"]).train()
+    ids = torch.zeros(4, 128, dtype=torch.long)
+
+    def step() -> None:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    step()
+    model.zero_grad()
+    with peak_memory.PeakMemory() as tracker:
+        tracker.track(*model.parameters(), *model.buffers())
+        before = tracker.live
+        step()
+    model.zero_grad()
+    gc.collect()  # what others left behind would be counted as freed here
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert tracker.peak - before == pytest.approx(peak, rel=0.05)  # kernels have memory of their own
+
+
+def test_more_takes_more_and_the_largest_batch_is_the_largest():
+    model = MemoryModel(SHAPES["dense"], FP32)
+    peaks = [model.peak(rows) for rows in (1, 2, 4, 8, 16, 64)]
+    assert peaks == sorted(peaks)
+    assert MemoryModel(SHAPES["dense"], replace(FP32, block_size=512)).peak(4) > model.peak(4)
+    assert MemoryModel(SHAPES["dense"], replace(FP32, checkpointing=True)).peak(64) < model.peak(64)
+    largest = model.largest_micro_batch(200 * 2**20)
+    assert model.peak(largest) <= 200 * 2**20 < model.peak(largest + 1)
+    assert model.largest_micro_batch(2**20) == 0
+
+
+RECIPE = ["--config", "pretrain/configs/buddygpt-0.1b.yaml"]
+
+
+def test_a_recipe_that_fits(capsys):
+    run("tools/plan.py", *RECIPE, "--gpu", "3090", "--hours", 24, "--price_per_hour", 0.5, "--mfu", 0.4)
+    output = capsys.readouterr().out
+    assert "**Yes**" in output and "159.0M" in output and "as given (--mfu)" in output
+    assert "| cost | 12.00" in output
+    tokens_per_second = 0.4 * 71.2e12 / (6 * (42.5e6 + 116.5e6) + 6 * 8 * 16 * 2 * 48 * 1024)
+    found = next(line for line in output.splitlines() if line.startswith("| tokens/s"))
+    assert float(found.split("|")[2].split()[0].replace(",", "")) == pytest.approx(tokens_per_second, rel=0.01)
+
+
+def test_an_assumed_speed_is_called_so(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    assert plan._expected_mfu(None, plan.measured_mfu(plan.Gpu("H200", 1.0), "debug"))[1].startswith("assumed")
+    row = {"name": "debug", "mfu": 0.42, "goal": "40%"}
+    result = {"machine": {"device": "NVIDIA H200"}, "rows": [row, {"name": "other", "mfu": 0.3, "goal": "40%"}]}
+    (tmp_path / "gpu.json").write_text(json.dumps(result))
+    assert plan.measured_mfu(plan.Gpu("H200", 1.0), "debug") == (0.42, "measured on NVIDIA H200 for debug (gpu.json)")
+    assert plan.measured_mfu(plan.Gpu("H200", 1.0), "unknown")[0] == 0.3
+    assert plan.measured_mfu(plan.Gpu("RTX 3090", 1.0), "debug") is None
+
+
+ONE_BILLION = ["--model_config", "mini-qwen-1b", "--memory", "12GB", "--per_device_train_batch_size", 1]
+
+
+def test_one_that_does_not_fit_is_told_what_would(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("tools/plan.py", *ONE_BILLION, "--bf16", "true")
+    output = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert "**No**" in output and "checkpointing, Muon, bf16 weights" in output.split("What would:")[1]
+    run(
+        "tools/plan.py",
+        *ONE_BILLION,
+        "--dtype",
+        "bfloat16",
+        "--optimizer",
+        "muon",
+        "--activation_checkpointing",
+        "true",
+    )
+    assert "**Yes**" in capsys.readouterr().out
+
+
+def test_a_smaller_micro_batch_is_a_remedy(capsys):
+    with pytest.raises(SystemExit):
+        run("tools/plan.py", *RECIPE, "--gpu", "3090", "--per_device_train_batch_size", 64)
+    assert "a micro-batch of 5" in capsys.readouterr().out.split("What would:")[1]
+
+
+def test_no_bfloat16_on_a_t4(capsys):
+    with pytest.raises(SystemExit):
+        run("tools/plan.py", *RECIPE, "--gpu", "t4")
+    assert "a T4 has no bfloat16" in capsys.readouterr().out
+    run("tools/plan.py", *RECIPE, "--gpu", "t4", "--bf16", "false", "--fp16", "true")
+    assert "65.0 TFLOP/s" in capsys.readouterr().out
+
+
+def test_muon_is_refused_under_zero(capsys):
+    with pytest.raises(SystemExit):
+        run(
+            "tools/plan.py", *RECIPE, "--gpu", "3090", "--gpus", 8, "--optimizer", "muon",
+            "--accelerate_config", "accelerate_configs/zero2.yaml",
+        )  # fmt: skip
+    assert "Muon needs whole matrices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_config", "debug"], "give --gpu"),
+        (["--model_config", "debug", "--gpu", "voodoo"], "not known; give one of T4"),
+        (["--model_config", "debug", "--gpu", "a100"], "which of A100 40GB, A100 80GB"),
+        (["--model_config", "debug", "--memory", "12parsecs"], "give a size such as 12GB"),
+        (["--model_config", "nothing", "--gpu", "3090"], "no preset or file nothing"),
+        (["--gpu", "3090"], "give model_config"),
+        (["--model_config", "debug", "--gpu", "3090", "--mfu", "40", "--bf16", "true"], "a share of the peak"),
+        (["--model_config", "debug", "--gpu", "3090", "--hours", "0"], "must be more than 0"),
+        (["--model_config", "debug", "--gpu", "3090", "--accelerate_config", "none.yaml"], "cannot read"),
+        (["--model_config", "debug", "--gpu", "3090", "--blok_size", "64"], "did you mean `block_size`"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    with pytest.raises(UserError, match=message):
+        run("tools/plan.py", *arguments)
+
+
+def test_variants_take_turns_in_both_directions():
+    calls = []
+    variants = {name: lambda name=name: calls.append(name) or len(calls) for name in "AB"}
+    samples = ab.alternate(variants, rounds=2)
+    assert calls[2:4] == calls[5:3:-1] and sorted(calls[:2]) == ["A", "B"]
+    assert all(len(values) == 2 for values in samples.values())
+    assert ab.ratios([2.0, 6.0], [1.0, 2.0]) == [2.0, 3.0]
+
+
+def test_a_table_goes_between_its_markers():
+    document = "a\n<!-- x -->\nold\n<!-- /x -->\nb\n"
+    assert ab.insert_table(document, "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb\n"
+    with pytest.raises(ValueError, match="lacks the markers"):
+        ab.insert_table(document, "y", "new")
+
+
+def test_every_benchmark_has_its_place_in_the_document():
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for path in (ROOT / "tools/benchmarks").glob("*.py"):
+        if "Report(" in path.read_text(encoding="utf-8") and path.stem != "ab":
+            assert f"<!-- {path.stem} -->" in document and f"<!-- /{path.stem} -->" in document
+
+
+@pytest.mark.parametrize("name", ["claims", "speed_switches", "generation", "loader", "packing", "training_step"])
+def test_benchmarks_run(name, capsys):
+    run(f"tools/benchmarks/{name}.py", "--quick")
+    assert "not written" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_runs_with_torch_and_transformers_alone():
+    absent = ["peft", "trl", "accelerate", "datasets", "datatrove", "lm_eval", "bitsandbytes", "liger_kernel"]
+    code = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({absent})); sys.path.insert(0, 'tools/benchmarks');"
+        "sys.argv = ['gpu.py', '--device', 'cpu', '--quick'];"
+        "runpy.run_path('tools/benchmarks/gpu.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no claim about a GPU" in done.stdout and "FAIL" not in done.stdout

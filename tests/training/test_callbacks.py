@@ -1,0 +1,439 @@
+"""Is the speed that is shown the one a stopwatch and pencil give, and is what goes wrong named, with its step?"""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+from tiny_models import VARIANTS, make_model
+from tiny_shards import Shard, write_shards
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DeepseekV3Config, Qwen3Config, Qwen3MoeConfig, Trainer, TrainingArguments
+
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError
+from buddygpt.data.shards.blocks import BlockDataset
+from buddygpt.data.shards.format import TokenShards
+from buddygpt.data.shards.order import BlockOrder, make_order, update_history
+from buddygpt.data.shards.trace import Passage, describe_blocks, trace_block
+from buddygpt.model import BuddyGPTConfig
+from buddygpt.model.presets import load_config
+from buddygpt.training.callbacks.alarms import AlarmCallback
+from buddygpt.training.callbacks.experts import ExpertLoadCallback
+from buddygpt.training.callbacks.progress import describe_log
+from buddygpt.training.callbacks.throughput import ThroughputCallback, flops_per_token, peak_flops
+
+# --------------------------------------------------------------------------------------------------- FLOPs and peaks
+
+DENSE = dict(vocab_size=100, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=4)  # fmt: skip
+
+
+def test_dense_by_hand():
+    layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 40  # q; k and v; o; gate, up and down
+    attention = 2 * 4 * (4 + 4) * 32  # layers x heads x (query + value) x length
+    expected = 6 * (2 * layer + 16 * 100 + attention)
+    for tied in (True, False):
+        assert flops_per_token(BuddyGPTConfig(**DENSE, tie_word_embeddings=tied), 32) == expected
+        assert flops_per_token(Qwen3Config(**DENSE, tie_word_embeddings=tied), 32) == expected
+
+
+def test_latent_attention_by_hand():
+    latent = dict(q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3)
+    queries = 16 * 6 + 6 * 4 * (4 + 2)
+    keys_and_values = 16 * (8 + 2) + 8 * 4 * (4 + 3)
+    layer = queries + keys_and_values + 4 * 3 * 16 + 3 * 16 * 40
+    attention = 2 * 4 * (6 + 3) * 32
+    sizes = {key: value for key, value in DENSE.items() if key not in ("num_key_value_heads", "head_dim")}
+    stock = DeepseekV3Config(**sizes, **latent, num_key_value_heads=4, first_k_dense_replace=2)
+    for config in (BuddyGPTConfig(**sizes, **latent), stock):
+        assert flops_per_token(config, 32) == 6 * (2 * layer + 16 * 100 + attention)
+
+
+def test_mixture_by_hand():
+    experts = dict(num_experts_per_tok=2, moe_intermediate_size=12)
+    attention_matrices = 16 * 16 + 2 * 16 * 8 + 16 * 16
+    routed = 16 * 8 + 2 * 3 * 16 * 12  # the router, and 2 of 8 experts
+    attention = 2 * 4 * (4 + 4) * 32
+    one_dense_layer = BuddyGPTConfig(
+        **DENSE, **experts, n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1
+    )
+    layers = 2 * attention_matrices + 3 * 16 * 40 + routed + 3 * 16 * 12  # and the shared expert
+    assert flops_per_token(one_dense_layer, 32) == 6 * (layers + 16 * 100 + attention)
+    stock = Qwen3MoeConfig(**DENSE, **experts, num_experts=8)
+    assert flops_per_token(stock, 32) == 6 * (2 * (attention_matrices + routed) + 16 * 100 + attention)
+
+
+@pytest.mark.parametrize(
+    ("preset", "giga"),
+    [
+        ("buddygpt-0.1b", (1.03, 1.11, 1.26)),
+        ("bitbrain-0.6b", (4.28, 4.99, 6.39)),  # Qwen3-0.6B's shape
+        ("mini-qwen-1b", (6.60, 7.20, 8.41)),
+        ("buddygpt-0.7b-mla-moe", (2.90, 3.35, 4.26)),
+    ],
+)
+def test_presets_as_published(preset, giga):
+    found = [flops_per_token(load_config(preset), length) / 1e9 for length in (1024, 2048, 4096)]
+    assert found == pytest.approx(giga, abs=0.007)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mla", "gqa-moe", "soft-moe"])
+def test_pytorch_counts_the_same(variant):
+    model = make_model(**VARIANTS[variant]).train()
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    ids = torch.randint(0, model.config.vocab_size, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    found = flops_per_token(model.config, 16) * ids.numel()
+    # The embedding's input needs no gradient, and a soft mixture also multiplies by its weights: small differences.
+    assert counter.get_total_flops() == pytest.approx(found, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "float16"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989, 989),
+        ("NVIDIA H100 PCIe", 756, 756),
+        ("NVIDIA H200", 989, 989),
+        ("NVIDIA A100-SXM4-80GB", 312, 312),
+        ("NVIDIA GeForce RTX 4090", 165.2, 165.2),
+        ("NVIDIA GeForce RTX 4060 Ti", 44.1, 44.1),
+        ("Tesla V100-SXM2-32GB", None, 125),
+        ("Tesla V100-PCIE-16GB", None, 112),
+        ("Tesla T4", None, 65),
+        ("NVIDIA L40S", 362, 362),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA GeForce RTX 5090 D", None, None),
+        ("AMD Instinct MI300X", None, None),
+    ],
+)
+def test_peaks_of_devices(device, bfloat16, float16):
+    found = [peak_flops(device, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    assert found == [bfloat16 and bfloat16 * 1e12, float16 and float16 * 1e12, None]
+
+
+# ----------------------------------------------------------------------------------------------- shards and a trainer
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory) -> BlockDataset:
+    """40 blocks of 32 tokens in two shards of documents of 10 and of 25 tokens."""
+    shards = [Shard("a.ds", "zh", [10] * 64), Shard("b.ds", "en", [25] * 26)]
+    return BlockDataset(write_shards(tmp_path_factory.mktemp("shards"), shards), block_size=32)
+
+
+def order_of(blocks: BlockDataset) -> BlockOrder:
+    return make_order(update_history([], blocks, 0, 1), blocks, seed=1)
+
+
+def test_a_block_is_traced_to_its_documents(blocks):
+    rows = tuple({"id": f"zh.jsonl:{n + 1}", "chars": 10, "score": n / 8} for n in range(3, 7))
+    assert list(trace_block(blocks, 1)) == [Passage("a.ds", "zh", 3, 6, (8, 10, 10, 4), rows)]
+    assert describe_blocks(blocks, [0, 1, 20]) == (
+        "a.ds (zh): block 0 = documents 0-3, zh.jsonl:1 to zh.jsonl:4, "
+        "block 1 = documents 3-6, zh.jsonl:4 to zh.jsonl:7; "
+        "b.ds (en): block 20 = documents 0-1, en.jsonl:1 to en.jsonl:2"
+    )
+    for index in range(len(blocks)):  # what the passages say against the tokens themselves
+        separators = int((blocks[index]["input_ids"] == 0).sum())
+        passages = list(trace_block(blocks, index))
+        ended = sum(each.last - each.first for each in passages) + (blocks[index]["input_ids"][-1] == 0)
+        assert ended + len(passages) - 1 == separators
+        assert sum(sum(each.tokens) for each in passages) == 32
+        for each in passages:
+            numbers = [int(row["id"].split(":")[1]) - 1 for row in each.documents]
+            assert numbers == list(range(each.first, each.last + 1))
+
+
+def test_few_blocks_are_named_of_many(blocks):
+    line = describe_blocks(blocks, list(range(20)))
+    assert line.count("block ") == 8 and line.endswith("and 12 more blocks") and "\n" not in line
+
+
+class InOrder(torch.utils.data.Sampler):
+    def __init__(self, order: BlockOrder, rows: int):
+        self.order, self.rows = order, rows
+
+    def __iter__(self):
+        return map(self.order.index, range(self.rows))
+
+    def __len__(self):
+        return self.rows
+
+
+def watched(folder, dataset, steps: int, prepare=None, variant="gqa", **arguments) -> tuple[Trainer, list[str]]:
+    """Train a tiny model under watch; return the trainer and its warnings."""
+    model = make_model(**VARIANTS[variant] | dict(vocab_size=64, tie_word_embeddings=False))
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_nan_inf_filter=False,
+        **dict(learning_rate=1e-3, logging_steps=5, lr_scheduler_type="constant") | arguments,
+    )
+    held_out = torch.utils.data.Subset(dataset, [0])
+    trainer = Trainer(model=model, args=args, train_dataset=dataset, eval_dataset=held_out)
+    if prepare:
+        prepare(trainer)
+    order, rows = order_of(dataset), 2 * args.gradient_accumulation_steps
+    trainer._get_train_sampler = lambda *_: InOrder(order, steps * rows)
+    card: dict = {}
+    load = ExpertLoadCallback(trainer) if "moe" in variant else None
+    alarms = AlarmCallback(trainer, card, load, lambda step: describe_blocks(dataset, order.which_blocks(step, rows)))
+    callbacks = [load, ThroughputCallback(trainer, card), alarms]
+    trainer.callback_handler.callbacks[:0] = [each for each in callbacks if each is not None]
+    trainer.train()
+    return trainer, [row["warning"] for row in trainer.state.log_history if "warning" in row]
+
+
+# ----------------------------------------------------------------------------------------------------------- alarms
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_healthy_run_gives_no_warning(tmp_path, blocks, accumulate, capsys):
+    trainer, warnings = watched(tmp_path, blocks, 60, gradient_accumulation_steps=accumulate)
+    assert warnings == [] and "warning" not in capsys.readouterr().err
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    assert all(row["tokens_per_second"] > 0 and 0 <= row["data_wait"] < 1 for row in logged)
+    assert logged[-1]["eta_seconds"] == 0 and "mfu" not in logged[-1]  # the peak of a processor is not known
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_nan_is_traced_to_the_block_that_brought_it(tmp_path, blocks, accumulate, capsys):
+    poison, order = 37, order_of(blocks)
+    dataset = Poisoned(blocks.folder, 32, poison)
+
+    def make_token_63_nan(trainer):
+        trainer.model.get_input_embeddings().weight.data[63] = math.nan
+
+    _, warnings = watched(tmp_path, dataset, 20, make_token_63_nan, gradient_accumulation_steps=accumulate)
+    rows = 2 * accumulate
+    step = next(step for step in range(1, 21) if poison in order.which_blocks(step, rows))
+    assert len(warnings) == 1 and warnings[0].startswith(f"step {step}: the loss is nan")
+    assert f"block {poison} = documents" in warnings[0]
+    named = [int(number) for number in re.findall(r"block (\d+)", warnings[0])]
+    assert sorted(named) == sorted(order.which_blocks(step, rows))
+    assert capsys.readouterr().err.count("warning: step") == 1
+    assert json.loads((tmp_path / "run.json").read_text())["warnings"] == warnings
+
+
+class Poisoned(BlockDataset):
+    """Token 63 stands in one block only."""
+
+    def __init__(self, folder, block_size, poisoned: int):
+        super().__init__(folder, block_size)
+        self.poisoned = poisoned
+
+    def __getitem__(self, index):
+        block = super().__getitem__(index)
+        block["input_ids"][block["input_ids"] == 63] = 62
+        if index == self.poisoned:
+            block["input_ids"][5] = 63
+        return block
+
+
+def test_an_infinite_gradient_is_found_at_its_own_step(tmp_path, blocks):
+    def overflow(trainer):
+        original = trainer._get_grad_norm
+        trainer._get_grad_norm = lambda *args, **kwargs: (
+            torch.tensor(math.inf) if trainer.state.global_step == 7 else original(*args, **kwargs)
+        )
+
+    _, warnings = watched(tmp_path, blocks, 20, overflow)
+    assert len(warnings) == 1 and re.match(r"step 8: the loss is \d.*, the gradient norm inf", warnings[0])
+
+
+def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
+    def spike(trainer):
+        original, extra = trainer.training_step, {50: 6.0, 51: 6.0, 58: 6.0}  # two steps in a row are one spike
+        trainer.training_step = lambda *args, **kwargs: (
+            original(*args, **kwargs) + extra.get(trainer.state.global_step, 0)
+        )
+
+    _, warnings = watched(tmp_path, blocks, 64, spike, logging_steps=7)
+    assert [warning.split(":")[0] for warning in warnings] == ["step 51", "step 59"]
+    read = order_of(blocks).which_blocks(51, 2)
+    assert "loss spike" in warnings[0] and all(f"block {index} =" in warnings[0] for index in read)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The meter's clock, which only `clock.sleep` moves: a busy machine changes nothing."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr("buddygpt.training.callbacks.throughput.time", clock)
+    return clock
+
+
+def test_a_slow_loader_is_reported(tmp_path, blocks, clock):
+    class Slow(BlockDataset):
+        def __getitem__(self, index):
+            clock.sleep(0.05)
+            return super().__getitem__(index)
+
+    trainer, warnings = watched(tmp_path, Slow(blocks.folder, 32), 12, logging_steps=2)
+    assert len(warnings) == 1 and "waiting for data" in warnings[0]
+    logged = [row["data_wait"] for row in trainer.state.log_history if "loss" in row]
+    assert statistics.median(logged) > 0.5
+
+
+def test_an_expert_without_tokens_is_named(tmp_path, blocks):
+    def shut_out(trainer):
+        routers = [module for module in trainer.model.modules() if hasattr(module, "e_score_correction_bias")]
+        routers[1].e_score_correction_bias[3] = -100.0
+
+    _, warnings = watched(tmp_path, blocks, 45, shut_out, variant="gqa-moe", logging_steps=15)
+    assert len(warnings) == 1 and "no token reached expert 3 of MoE layer 1 in steps 1 to 15" in warnings[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ speed
+
+
+def test_speed_counts_real_tokens_and_no_pauses(tmp_path, blocks, clock):
+    """Half of every row is padding, steps take 50 ms, and each evaluation a second."""
+
+    class HalfPadded(BlockDataset):
+        def __getitem__(self, index):
+            mask = (torch.arange(32) < 16).long()
+            return super().__getitem__(index) | {"attention_mask": mask}
+
+    def slow_down(trainer):
+        step, evaluate = trainer.training_step, trainer.evaluate
+        trainer.training_step = lambda *args, **kwargs: (clock.sleep(0.05), step(*args, **kwargs))[1]
+        trainer.evaluate = lambda *args, **kwargs: (clock.sleep(1), evaluate(*args, **kwargs))[1]
+
+    dataset = HalfPadded(blocks.folder, 32)
+    trainer, _ = watched(tmp_path, dataset, 8, slow_down, logging_steps=4, eval_strategy="steps", eval_steps=2)
+    for row in (row for row in trainer.state.log_history if "loss" in row):
+        assert row["tokens_per_second"] == pytest.approx(2 * 16 / 0.05)
+
+
+def test_mfu_is_work_over_time_over_peak(tmp_path, blocks, monkeypatch):
+    monkeypatch.setattr("buddygpt.training.callbacks.throughput.find_peak", lambda trainer: 1e9)
+    trainer, _ = watched(tmp_path, blocks, 10)
+    for row in (row for row in trainer.state.log_history if "loss" in row):
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(trainer.model.config, 32) / 1e9)
+
+
+def test_progress_lines_are_short():
+    logs = {"loss": 3.21, "bits_per_byte": 1.1, "learning_rate": 4e-4, "tokens_per_second": 512_345.0, "mfu": 0.4321}
+    logs |= {"grad_norm": 0.5, "data_wait": 0.001, "eta_seconds": 3725.4, "epoch": 0.1, "num_input_tokens_seen": 9}
+    assert describe_log(logs, 20, 600) == (
+        "step 20/600  loss 3.2100  bits/byte 1.1000  grad 0.50  lr 4.00e-04  512k tokens/s  MFU 43.2%  "
+        "data wait 0.1%  ETA 1:02:05"
+    )
+    held_out = {"eval_zh_loss": 3.0, "eval_zh_bits_per_byte": 1.0, "eval_zh_runtime": 1.0}
+    assert describe_log(held_out, 20, 600) == "step 20/600  eval zh  loss 3.0000  bits/byte 1.0000"
+    assert describe_log({"train_runtime": 1.0, "train_loss": 2.0}, 20, 600) is None
+
+
+# ------------------------------------------------------------------------------------------------- the recipe itself
+
+
+@pytest.fixture(scope="module")
+def run_of_two_sources(workspace, tmp_path_factory) -> Path:
+    """A run of 8 steps on shards of a Chinese and an English file, a checkpoint every 4 steps."""
+    folder = tmp_path_factory.mktemp("two_sources")
+    rows = (workspace / "sample" / "pretrain.jsonl").read_text("utf-8").splitlines()
+    for name, ascii_only in (("zh", False), ("en", True)):
+        kept = [row for row in rows if json.loads(row)["text"].isascii() is ascii_only]
+        (folder / f"{name}.jsonl").write_text("\n".join(kept), encoding="utf-8")
+    sources = ["--sources", folder / "zh.jsonl", folder / "en.jsonl", "--output", folder / "shards"]
+    run("data/prepare_pretrain.py", *sources, "--tokenizer", workspace / "tokenizer", "--eval_fraction", 0.1)
+    pretrain(folder, workspace, "--logging_steps", 1, "--save_steps", 4, "--eval_steps", 4)
+    return folder
+
+
+def pretrain(folder: Path, workspace: Path, *arguments: object) -> None:
+    data = ["--train_data", folder / "shards/train", "--eval_data", folder / "shards/eval"]
+    steps = ["--tokenizer", workspace / "tokenizer", "--output_dir", folder / "run", "--max_steps", 8]
+    run("pretrain/pretrain.py", "--config", "pretrain/configs/debug.yaml", *data, *steps, *arguments)
+
+
+def test_held_out_text_is_measured_by_source(run_of_two_sources):
+    metrics = json.loads((run_of_two_sources / "run" / "run.json").read_text())["metrics"]
+    shards = TokenShards(run_of_two_sources / "shards" / "eval")
+    assert set(shards.sources) == {"en", "zh"} and sum(shards.sources.values()) == shards.tokens
+    blocks = {source: tokens // 64 for source, tokens in shards.sources.items()}
+    whole = sum(metrics[f"eval_{source}_loss"] * count for source, count in blocks.items()) / sum(blocks.values())
+    assert metrics["eval_loss"] == pytest.approx(whole)
+    for source in blocks:
+        part = TokenShards(shards.folder, source)
+        bits = metrics[f"eval_{source}_loss"] * part.tokens / part.text_bytes / math.log(2)
+        assert metrics[f"eval_{source}_bits_per_byte"] == pytest.approx(bits)
+    samples = (run_of_two_sources / "run" / "samples.md").read_text("utf-8")
+    assert samples.count("## step 4\n") == 1  # once, not once a source
+    assert "广东省的省会是" in samples and "The capital of France is" in samples
+
+
+def test_the_run_card_says_how_fast_and_how_large(run_of_two_sources):
+    card = json.loads((run_of_two_sources / "run" / "run.json").read_text())
+    assert card["warnings"] == [] and card["throughput"]["median_tokens_per_second"] > 0
+    config = load_config("debug", vocab_size=card["model_config"]["vocab_size"])
+    assert card["throughput"]["flops_per_token"] == flops_per_token(config, 64)
+    assert 2e8 < card["throughput"]["peak_process_memory_bytes"] < 1e11
+    embedding = config.vocab_size * config.hidden_size
+    assert card["parameters"] - card["non_embedding_parameters"] == embedding
+    assert card["active_parameters"] == card["parameters"]
+
+
+@pytest.mark.parametrize("step, weights", [(1, 0), (3, 0), (5, 4)])
+def test_a_step_is_replayed_as_it_was(run_of_two_sources, workspace, capsys, step, weights):
+    output = run_of_two_sources / "run"
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    pretrain(run_of_two_sources, workspace, "--replay-step", step)
+    told = capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+    found = re.search(r"step (\d+) on the weights after step (\d+): loss (\S+), gradient norm (\S+)", told)
+    assert (int(found[1]), int(found[2])) == (step, weights)
+    state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
+    logged = next(row for row in state["log_history"] if row["step"] == step and "loss" in row)
+    if step == weights + 1:  # with the very weights that the step had
+        assert float(found[3]) == pytest.approx(logged["loss"], abs=1e-3)
+        assert float(found[4]) == pytest.approx(logged["grad_norm"], abs=1e-3)
+    rows = re.findall(r"^loss (\S+)  \S+ \((?:zh|en)\): block (\d+) = documents \d+-\d+, \S+:\d+", told, re.MULTILINE)
+    losses = [float(loss) for loss, _ in rows]
+    assert len(rows) == 4 and losses == sorted(losses, reverse=True)
+    assert statistics.mean(losses) == pytest.approx(float(found[3]), abs=1e-3)
+
+
+def test_a_step_that_is_not_there_cannot_be_replayed(run_of_two_sources, workspace, tmp_path):
+    with pytest.raises(UserError, match="replay_step is 9, the run's steps are 1 to 8"):
+        pretrain(run_of_two_sources, workspace, "--replay-step", 9)
+    with pytest.raises(UserError, match=r"holds no run\.json"):
+        pretrain(run_of_two_sources, workspace, "--replay-step", 3, "--output_dir", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "installed, words, expected",
+    [
+        (False, [], []),
+        (True, [], ["trackio"]),
+        (True, ["--report_to", "none"], []),
+        (False, ["--report_to", "tensorboard"], ["tensorboard"]),
+    ],
+)
+def test_trackio_is_the_default_where_it_is_installed(monkeypatch, tmp_path, installed, words, expected):
+    monkeypatch.setattr("buddygpt.cli.arguments.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("sys.argv", ["script.py", "--output_dir", str(tmp_path), *words])
+    (args,) = parse_arguments(TrainingArguments)
+    assert args.report_to == expected and not args.logging_nan_inf_filter

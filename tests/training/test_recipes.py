@@ -1,0 +1,267 @@
+"""Do the recipes train, resume, and end with a folder the next stage takes? And do users' mistakes get one line?"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, dpo_arguments, history, pretrain_arguments, run, sft_arguments
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError
+from buddygpt.model import BuddyGPTForCausalLM
+
+SCRIPT_OF = {
+    "tokenizer": "tokenizer/train_tokenizer.py",
+    "data": "data/prepare_pretrain.py",
+    "pretrain": "pretrain/pretrain.py",
+    "sft": "sft/sft.py",
+    "rlhf": "rlhf/dpo.py",
+    "eval": "eval/run_eval.py",
+}
+CPU = dict.fromkeys(("pretrain", "sft", "rlhf"), ["--use_cpu", "true", "--bf16", "false"])  # where there is no GPU
+QWEN = ROOT.parent / "shared" / "data" / "tokenizers" / "qwen2.5"
+
+
+def check_folder(folder: Path, recipe: str) -> dict:
+    """A folder that any later stage takes: it loads, generates, stops, and says how it was made."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model) is BuddyGPTForCausalLM and tokenizer.chat_template
+    assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= model.config.auto_map.keys()
+    assert {"modeling_buddygpt.py", "loss_curve.png", "samples.md"} <= {path.name for path in folder.iterdir()}
+    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert {tokenizer.eos_token_id, separator} <= set(model.generation_config.eos_token_id)
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    card = json.loads((folder / "run.json").read_text())
+    assert card["recipe"] == recipe and card["versions"]["torch"] and math.isfinite(card["metrics"]["eval_loss"])
+    assert card["training_arguments"]["output_dir"] == str(folder)
+    return card
+
+
+def test_pretraining_learns_and_leaves_a_checkpoint(workspace, base):
+    card = check_folder(base, "pretrain")
+    losses = [row["loss"] for row in history(base) if "loss" in row]
+    assert abs(losses[0] - math.log(512)) < 1 and losses[-1] < losses[0] - 0.5
+    assert card["tokens_seen"] == 12 * 4 * 64
+    manifest = json.loads((workspace / "shards" / "eval" / "manifest.json").read_text())
+    expected = card["metrics"]["eval_loss"] / math.log(2) * manifest["tokens"] / manifest["text_bytes"]
+    evaluations = [row["eval_bits_per_byte"] for row in history(base) if "eval_bits_per_byte" in row]
+    assert evaluations[-1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_pretraining_resumes_bit_for_bit(workspace, base):
+    interrupted = workspace / "interrupted"
+    shutil.copytree(base / "checkpoint-6", interrupted / "checkpoint-6")
+    shutil.copytree(base / "checkpoint-12", interrupted / "checkpoint-12")
+    (interrupted / "checkpoint-12" / "trainer_state.json").unlink()  # as a kill in the middle of writing leaves it
+    run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", interrupted)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (interrupted, base))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_pretraining_continues_from_a_checkpoint_and_isolates_documents(workspace, base):
+    arguments = [*pretrain_arguments(workspace), "--max_steps", 2, "--isolate_documents", "true"]
+    config = workspace / "continued.yaml"
+    text = (ROOT / "pretrain/configs/debug.yaml").read_text().replace("model_config:", "model_name_or_path:")
+    config.write_text(text.replace("model/configs/debug.json", str(base)))
+    arguments[1] = config
+    run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "continued", "--logging_steps", 1)
+    first = history(workspace / "continued")[0]["loss"]
+    assert first < math.log(512) - 1  # it did not start anew
+
+
+@pytest.mark.skipif(not QWEN.exists(), reason="needs shared/data/tokenizers/qwen2.5")
+def test_pretraining_with_an_existing_tokenizer(workspace, tmp_path):
+    """Qwen's: 151,665 entries (so uint32 shards and a larger model), and its pad is the document separator."""
+    data = ["--sources", workspace / "sample/qa_test.jsonl", "--text_key", "question", "--eval_fraction", 0.1]
+    run("data/prepare_pretrain.py", *data, "--tokenizer", QWEN, "--output", tmp_path / "shards")
+    shards = ["--train_data", tmp_path / "shards/train", "--eval_data", tmp_path / "shards/eval", "--tokenizer", QWEN]
+    steps = ["--max_steps", 2, "--logging_steps", 1, "--block_size", 32, "--output_dir", tmp_path / "qwen"]
+    run("pretrain/pretrain.py", "--config", "pretrain/configs/debug.yaml", *shards, *steps)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "qwen")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen")
+    assert model.config.vocab_size == len(tokenizer) > 2**16
+    assert abs(history(tmp_path / "qwen")[0]["loss"] - math.log(len(tokenizer))) < 0.5
+    text = [{"role": "user", "content": "你好"}]
+    assert "<|im_start|>user\n你好<|im_end|>" in tokenizer.apply_chat_template(text, tokenize=False)
+
+
+def test_sft_answers_are_what_is_learned(workspace, base, chat_model):
+    check_folder(chat_model, "sft")
+    losses = [row["eval_loss"] for row in history(chat_model) if "eval_loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_sft_with_lora_ends_with_a_merged_model(workspace, base):
+    output = workspace / "sft-lora"
+    lora = ["--use_peft", "true", "--lora_r", 4, "--lora_target_modules", "all-linear"]
+    run("sft/sft.py", *sft_arguments(workspace, base), *lora, "--output_dir", output)
+    check_folder(output, "sft")
+    assert (output / "adapter" / "adapter_model.safetensors").exists()
+    before, merged = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
+    assert before.keys() == merged.keys()
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert changed and all("proj" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--use_peft", "true", "--precompute_ref_log_probs", "false"]], ids=["full", "lora"]
+)
+def test_dpo_prefers_the_chosen_answers(workspace, chat_model, extra):
+    output = workspace / f"dpo-{len(extra)}"
+    run("rlhf/dpo.py", *dpo_arguments(workspace, chat_model), *extra, "--output_dir", output)
+    card = check_folder(output, "dpo")
+    assert card["metrics"]["eval_loss"] < math.log(2)  # what a model equal to its reference has
+
+
+def test_a_mixture_of_experts_goes_through_every_recipe(workspace, tmp_path):
+    pretrain = [*pretrain_arguments(workspace), "--model_config", "debug-mla-moe"]
+    run("pretrain/pretrain.py", *pretrain, "--output_dir", tmp_path / "whole")
+    logged = [row for row in history(tmp_path / "whole") if "loss" in row]
+    assert all(row["router/dropped"] == 0 and 0 < row["router/entropy"] <= 1 for row in logged)
+    assert all(row["router/load_min"] <= 1 <= row["router/load_max"] for row in logged)
+    assert (tmp_path / "whole" / "expert_load.png").exists()
+
+    shutil.copytree(tmp_path / "whole/checkpoint-6", tmp_path / "resumed/checkpoint-6")
+    run("pretrain/pretrain.py", *pretrain, "--output_dir", tmp_path / "resumed")
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("resumed", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    biases = [name for name in expected if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 1 and 0 < expected[biases[0]].abs().max() <= 12 * 0.001 + 1e-6
+
+    run("sft/sft.py", *sft_arguments(workspace, tmp_path / "whole"), "--output_dir", tmp_path / "sft")
+    run("rlhf/dpo.py", *dpo_arguments(workspace, tmp_path / "sft"), "--output_dir", tmp_path / "dpo")
+    check_folder(tmp_path / "dpo", "dpo")
+    tuned = load_file(tmp_path / "dpo" / "model.safetensors")
+    assert torch.equal(tuned[biases[0]], expected[biases[0]])  # tuning leaves the balance alone
+    assert any("router/entropy" in row for row in history(tmp_path / "sft"))
+
+
+def test_weights_may_be_bfloat16_throughout(workspace, tmp_path):
+    pretrain = [*pretrain_arguments(workspace), "--model_config", "debug-mla-moe", "--dtype", "bfloat16"]
+    run("pretrain/pretrain.py", *pretrain, "--output_dir", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name for name, weight in weights.items() if weight.dtype != torch.bfloat16}
+    assert kept == {name for name in weights if name.endswith("e_score_correction_bias")}  # moved by thousandths
+    states = torch.load(tmp_path / "checkpoint-12" / "optimizer.pt")["state"].values()
+    assert {state["exp_avg_sq"].dtype for state in states} == {torch.bfloat16}
+    losses = [row["loss"] for row in history(tmp_path) if "loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.fixture(scope="session")
+def strange(workspace) -> Path:
+    """Things a user may hand over by mistake."""
+    folder = workspace / "strange"
+    text = workspace / "sample" / "qa_test.jsonl"
+    run("tokenizer/train_tokenizer.py", "--files", text, "--text_column", "question", "--vocab_size", 400,
+        "--output", folder / "tokenizer")  # fmt: skip
+    (folder / "t5").mkdir()
+    (folder / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    (folder / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    (folder / "cut.jsonl").write_text('{"messages": [\n')
+    (folder / "empty.jsonl").touch()
+    return folder
+
+
+MISTAKES = {
+    "unknown key": ("pretrain", ["--learning_rat", 1], "learning_rat.*did you mean `learning_rate`"),
+    "bad value": ("pretrain", ["--max_steps", "many"], "max_steps.*many"),
+    "no shards": ("pretrain", ["--train_data", "nowhere"], "nowhere.*manifest.json"),
+    "other tokenizer": ("pretrain", ["--tokenizer", "STRANGE/tokenizer"], "is not the one that .* was made with"),
+    "no tokenizer": ("pretrain", ["--tokenizer", "STRANGE/adapter"], "cannot read a tokenizer from"),
+    "long blocks": ("pretrain", ["--block_size", 10_000_000], "less than one block"),
+    "two models": ("pretrain", ["--model_name_or_path", "BASE"], "give one of model_config"),
+    "two precisions": ("pretrain", ["--dtype", "bfloat16", "--fp16", "true"], "contradict each other"),
+    "no model config": ("pretrain", ["--model_config", "none.json"], "cannot read the model config none.json"),
+    "no checkpoint": ("sft", ["--model_name_or_path", "STRANGE/none"], "no such checkpoint folder"),
+    "no model in it": ("sft", ["--model_name_or_path", "STRANGE"], "it has no config.json"),
+    "other kind": ("sft", ["--model_name_or_path", "STRANGE/t5"], "`t5` model, which is not a causal"),
+    "adapter": ("rlhf", ["--model_name_or_path", "STRANGE/adapter"], "LoRA adapter"),
+    "bad row": ("sft", ["--train_files", "STRANGE/rows.jsonl"], r"rows\.jsonl"),
+    "cut row": ("sft", ["--train_files", "STRANGE/cut.jsonl"], r"cut\.jsonl"),
+    "empty file": ("rlhf", ["--train_files", "STRANGE/empty.jsonl"], r"empty\.jsonl"),
+    "no file": ("rlhf", ["--train_files", "STRANGE/none.jsonl"], r"none\.jsonl"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_in_one_line(mistake, workspace, base, strange):
+    recipe, extra, message = MISTAKES[mistake]
+    script, arguments = {
+        "pretrain": ("pretrain/pretrain.py", pretrain_arguments(workspace)),
+        "sft": ("sft/sft.py", sft_arguments(workspace, base)),
+        "rlhf": ("rlhf/dpo.py", dpo_arguments(workspace, base)),
+    }[recipe]
+    extra = [str(word).replace("STRANGE", str(strange)).replace("BASE", str(base)) for word in extra]
+    output = workspace / "mistaken"
+    with pytest.raises(UserError, match=message):
+        run(script, *arguments, *extra, "--output_dir", output)
+    assert not output.exists()
+
+
+def test_another_models_checkpoints_are_not_resumed(workspace, base):
+    arguments = [*pretrain_arguments(workspace), "--model_config", "model/configs/quickstart.json"]
+    with pytest.raises(UserError, match="cannot resume from .*hidden_size is 64, this run's is 128"):
+        run("pretrain/pretrain.py", *arguments, "--output_dir", base)
+
+
+def test_a_run_is_not_resumed_from_another_base_or_other_data(workspace, base, chat_model, strange):
+    arguments = sft_arguments(workspace, chat_model)  # was trained from `base`
+    with pytest.raises(UserError, match="its base_sha256 was .*Give another --output_dir"):
+        run("sft/sft.py", *arguments, "--output_dir", chat_model)
+    with pytest.raises(UserError, match="its block_size was 64, this run's is 32"):
+        run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--block_size", 32, "--output_dir", base)
+
+
+def test_changed_arguments_are_told_on_resuming(workspace, base, capsys):
+    run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", base, "--logging_steps", 3)
+    assert "checkpoint-12 with logging_steps 2 -> 3" in capsys.readouterr().out
+
+
+def test_exit_status_and_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "sft/sft.py"), "--config", "none.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1] == "error: no such file: none.yaml"
+    assert "Traceback" not in result.stderr
+
+
+SCRIPTS = [
+    *("pretrain/pretrain.py", "sft/sft.py", "rlhf/dpo.py", "tokenizer/train_tokenizer.py"),
+    *("tools/measure_tokenizer.py", "data/prepare_pretrain.py", "data/convert_chat.py"),
+    *("data/sample/make_sample.py", "eval/run_eval.py", "eval/report.py", "eval/local_exams.py"),
+    *("export/to_native.py", "export/from_native.py", "tools/to_gguf.py", "runs/ask.py", "runs/summarize.py"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_opens_with_the_purpose_and_the_command(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(script, "--help")
+    told = capsys.readouterr().out
+    assert stop.value.code == 0 and script in told and "--config FILE.yaml" in told
+
+
+@pytest.mark.parametrize("config", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/configs/*.yaml")))
+def test_every_config_has_only_known_keys(config, monkeypatch):
+    """Parsed by its own script, up to the point where work would begin."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse_only(*args, **kwargs):
+        parse_arguments(*args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr("buddygpt.cli.arguments.parse_arguments", parse_only)
+    with pytest.raises(Parsed):
+        run(SCRIPT_OF[config.split("/")[0]], "--config", config, *CPU.get(config.split("/")[0], []))

@@ -1,0 +1,1 @@
+"""What every run shows: speed, alarms, samples, curves, expert load, progress."""

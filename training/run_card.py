@@ -1,0 +1,63 @@
+"""`run.json`: what made this checkpoint, so that every number in it can be traced and made again."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from buddygpt.model.parameters import count_parameters
+
+PACKAGES = ("buddygpt", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "datatrove")
+
+
+def write_run_card(trainer: Trainer, facts: dict[str, Any]) -> None:
+    """Write `output_dir/run.json` from the trainer's own state and what the recipe adds.
+
+    Args:
+        trainer: Its resolved arguments, world size, step, tokens seen and warnings are recorded.
+        facts: Further entries; values that are not JSON are written as text.
+    """
+    args, state = trainer.args, trainer.state
+    count = count_parameters(trainer.model.config)
+    card = {
+        **facts,
+        "training_arguments": args.to_dict(),
+        "model_config": trainer.model.config.to_dict(),
+        "parameters": trainer.model.num_parameters(),
+        "non_embedding_parameters": count.non_embedding,
+        "active_parameters": count.active,
+        "steps": state.global_step,
+        "tokens_seen": state.num_input_tokens_seen or None,
+        "world_size": args.world_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "warnings": [row["warning"] for row in state.log_history if "warning" in row],
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    path = Path(args.output_dir) / "run.json"
+    partial = path.with_name("run.json.partial")
+    partial.write_text(json.dumps(card, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
