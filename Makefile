@@ -3,16 +3,20 @@ PYTHON ?= python3
 MODEL ?= quickstart
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint
+.PHONY: setup quickstart test check lint
 
 setup: .venv/installed
 
-# The seconds are kept for the quickstart's report.
+# The file holds the seconds that the installation took, for the quickstart's report.
 .venv/installed: requirements.txt pyproject.toml
 	start=$$(date +%s) \
 	&& $(PYTHON) -m venv .venv \
 	&& $(BIN)/pip install --requirement requirements.txt \
 	&& echo $$(( $$(date +%s) - start )) > $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install --requirement requirements-dev.txt
+	touch $@
 
 quickstart: setup
 	MODEL=$(MODEL) PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/quickstart.sh
@@ -20,6 +24,11 @@ quickstart: setup
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
 
-lint: setup
+# Before every commit: lint and the tests that are not marked slow, in under two minutes on two cores.
+check: lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m "not slow"
+
+lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
