@@ -27,42 +27,11 @@ from buddygpt.cli.errors import UserError, run_script
 from buddygpt.model.parameters import count_parameters
 from buddygpt.model.presets import load_config
 from buddygpt.pretrain.pretrain import PretrainArguments
-from buddygpt.training.callbacks.throughput import PEAK_TFLOPS_FLOAT16_ONLY, flops_per_token, peak_flops
+from buddygpt.training.flops import GpuSpec, flops_per_token, load_gpus, peak_flops
 
 RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 GIB = 2**30
 
-# GiB that nvidia-smi shows; names as in the table of peaks.
-GPU_MEMORY = {
-    "T4": 15.0,
-    "V100 16GB": 16.0,
-    "V100 32GB": 32.0,
-    "RTX 2080 Ti": 11.0,
-    "RTX 3060": 12.0,
-    "RTX 3080": 10.0,
-    "RTX 3090": 24.0,
-    "RTX 4060": 8.0,
-    "RTX 4060 Ti": 8.0,
-    "RTX 4070": 12.0,
-    "RTX 4080": 16.0,
-    "RTX 4090": 24.0,
-    "RTX 5070": 12.0,
-    "RTX 5080": 15.9,
-    "RTX 5090": 31.8,
-    "A10": 22.5,
-    "L4": 22.5,
-    "A40": 45.0,
-    "L40S": 45.0,
-    "RTX A6000": 48.0,
-    "A100 40GB": 40.0,
-    "A100 80GB": 80.0,
-    "A800 80GB": 80.0,
-    "H20": 95.6,
-    "H100": 79.6,
-    "H800": 79.6,
-    "H200": 140.4,
-    "B200": 179.1,
-}
 # Kept free, by assumption: what CUDA takes for itself, and what the allocator loses to fragmentation.
 CONTEXT_BYTES = GIB // 2
 FRAGMENTATION = 0.05
@@ -70,11 +39,24 @@ SMALL_VOCABULARY = 16_384
 ASSUMED_MFU = 0.3
 
 
+def list_gpus() -> dict[str, tuple[GpuSpec, float]]:
+    """Return each version of each GPU: label -> its specification and its memory in GiB."""
+    versions = {}
+    for gpu in load_gpus().values():
+        for memory in gpu.memory_gib:
+            label = gpu.name if len(gpu.memory_gib) == 1 else f"{gpu.name} {memory:g}GB"
+            versions[label] = (gpu, memory)
+    return versions
+
+
+GPUS = list_gpus()
+
+
 @dataclass
 class PlanArguments(PretrainArguments):
     train_data: str | None = field(default=None, metadata={"help": "Not read."})
     tokenizer: str | None = field(default=None, metadata={"help": "Its size is the vocabulary's, if it is a folder."})
-    gpu: str | None = field(default=None, metadata={"help": f"One of {', '.join(GPU_MEMORY)}."})
+    gpu: str | None = field(default=None, metadata={"help": f"One of {', '.join(GPUS)}."})
     memory: str | None = field(default=None, metadata={"help": "Memory of a GPU: 12GB (10^9 bytes) or 12GiB (2^30)."})
     gpus: int = field(default=1, metadata={"help": "GPUs, each with its own part of the batch."})
     hours: float = field(default=24.0, metadata={"help": "Hours of training."})
@@ -114,12 +96,12 @@ def find_gpu(args: PlanArguments) -> Gpu:
     memory = None if args.memory is None else _parse_memory(args.memory)
     if args.gpu is None:
         return Gpu(None, memory)
-    found = [name for name in GPU_MEMORY if _plain(args.gpu) in (_plain(name), _plain(name.split(" ")[0]))]
+    found = [label for label, (gpu, _) in GPUS.items() if _plain(args.gpu) in (_plain(label), _plain(gpu.name))]
     if len(found) != 1:
-        names = ", ".join(found or GPU_MEMORY)
+        names = ", ".join(found or GPUS)
         raise UserError(f"--gpu {args.gpu}: {'which of' if found else 'not known; give one of'} {names}, or --memory")
-    older = any(name in found[0].split() or name == found[0] for name in PEAK_TFLOPS_FLOAT16_ONLY)
-    return Gpu(found[0], memory or GPU_MEMORY[found[0]] * GIB, not older)
+    gpu, size = GPUS[found[0]]
+    return Gpu(found[0], memory or size * GIB, gpu.bf16)
 
 
 def _plain(name: str) -> str:

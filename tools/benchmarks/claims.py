@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ab import Report
 from memory import Setup
-from plan import GIB, GPU_MEMORY, Gpu, Plan
+from plan import GIB, GPUS, Gpu, Plan
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import run_script
@@ -19,9 +19,9 @@ AUTOCAST, WITH_CHECKPOINTS = Setup(), Setup(checkpointing=True)
 BF16 = Setup(precision="bf16_params")
 BF16_LEAST = Setup(precision="bf16_params", optimizer="muon", checkpointing=True)
 BF16_8BIT = Setup(precision="bf16_params", optimizer="adamw_8bit", checkpointing=True)
-SMALL_CARD = Gpu("12 GB card", GPU_MEMORY["RTX 3060"] * GIB)
-RTX_3090 = Gpu("RTX 3090", GPU_MEMORY["RTX 3090"] * GIB)
-T4 = Gpu("T4", GPU_MEMORY["T4"] * GIB, has_bf16=False)
+SMALL_CARD = Gpu("12 GB card", GPUS["RTX 3060"][1] * GIB)
+RTX_3090 = Gpu("RTX 3090", GPUS["RTX 3090"][1] * GIB)
+T4 = Gpu("T4", GPUS["T4"][1] * GIB, has_bf16=False)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,32 +23,14 @@ import torch
 from ab import ROOT, Report, alternate, ratios, spread
 from bare_loop import BareLoop
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
-from transformers import Trainer as _  # noqa: F401  it looks for peft when it is imported: not while that is a stand-in
-
-
-def load_file(name: str, path: Path, **missing: Any) -> ModuleType:
-    """Import one file of this checkout as `name`; `missing` stands in for packages it imports that are not here."""
-    spec = importlib.util.spec_from_file_location(
-        name, path, submodule_search_locations=[str(path.parent)] if path.name == "__init__.py" else None
-    )
-    module = importlib.util.module_from_spec(spec)
-    stand_ins = {key: value for key, value in missing.items() if importlib.util.find_spec(key) is None}
-    sys.modules |= {name: module} | stand_ins
-    spec.loader.exec_module(module)
-    for key in stand_ins:  # transformers would take it for the package
-        del sys.modules[key]
-    return module
-
 
 # The namespace `buddygpt` without an installation: its packages are the folders of this checkout.
 if importlib.util.find_spec("buddygpt") is None:
     sys.modules["buddygpt"] = ModuleType("buddygpt")
     sys.modules["buddygpt"].__path__ = [str(ROOT)]
-throughput = load_file(
-    "buddygpt_throughput", ROOT / "training" / "callbacks" / "throughput.py", peft=SimpleNamespace(PeftModel=())
-)
-from buddygpt.model.liger_kernels import apply_liger_kernel_to_buddygpt  # noqa: E402
-from buddygpt.model.presets import load_config  # noqa: E402
+from buddygpt.model.liger_kernels import apply_liger_kernel_to_buddygpt
+from buddygpt.model.presets import load_config
+from buddygpt.training.flops import flops_per_token, peak_flops
 
 TINY = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 TINY_GROUPED, TINY_LATENT = TINY | dict(num_key_value_heads=2, head_dim=16), TINY | dict(num_key_value_heads=4)
@@ -65,7 +46,7 @@ class Machine:
         self.cuda = args.device == "cuda"
         self.end = time.monotonic() + 60 * args.minutes
         name = torch.cuda.get_device_name() if self.cuda else "cpu"
-        self.peak = throughput.peak_flops(name, torch.bfloat16) if self.cuda else None
+        self.peak = peak_flops(name, torch.bfloat16) if self.cuda else None
 
     def config(self, name: str, **overrides: Any):
         """A preset; tiny where the run is quick."""
@@ -232,7 +213,7 @@ def train_group(machine: Machine, report: Report, makers: dict[str, Callable], r
     results = compare(machine, makers, rows)
     first = next(iter(results.values()))[1]
     for name, (loop, speeds, memory) in results.items():
-        work = throughput.flops_per_token(loop.model.config, loop.length)
+        work = flops_per_token(loop.model.config, loop.length)
         mfu = median(speeds) * work / machine.peak if machine.peak else None
         peak = memory[0] if memory else None
         cells = [name, f"{loop.rows} x {loop.length:,}", spread(speeds), f"{mfu:.1%}" if mfu else "-"]

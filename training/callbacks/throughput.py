@@ -1,11 +1,5 @@
-"""How fast a run is, and what share of the hardware that is: FLOPs of a token, peaks of devices, tokens/s and MFU.
+"""Speed of a run: tokens per second, MFU (defined in training/flops.py), time spent waiting for data, peak memory."""
 
-`flops_per_token` is the definition of every MFU (model FLOPs utilisation, arXiv:2204.02311 appendix B) shown here:
-
-    MFU = FLOPs of a token x tokens per second / (devices x peak of one device)
-"""
-
-import re
 import resource
 import statistics
 import sys
@@ -15,116 +9,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-# Dense tensor-core peaks in TFLOP/s, the same for bfloat16 and float16, from NVIDIA's datasheets and architecture
-# white papers (half of what they quote "with sparsity"). GeForce cards: accumulating in float32, as training does,
-# which is half of the peak with float16 accumulation.
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200": 989,
-    "H200 NVL": 835,
-    "H100": 989,
-    "H100 NVL": 835,
-    "H100 PCIe": 756,
-    "H800": 989,
-    "H800 PCIe": 756,
-    "H20": 148,
-    "A100": 312,
-    "A800": 312,
-    "A40": 149.7,
-    "A30": 165,
-    "A10": 125,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "RTX 6000 Ada": 364.2,
-    "RTX A6000": 154.8,
-    "RTX 5090": 209.5,
-    "RTX 5080": 112.6,
-    "RTX 5070 Ti": 87.9,
-    "RTX 5070": 61.7,
-    "RTX 4090": 165.2,
-    "RTX 4090 D": 147.1,
-    "RTX 4080 SUPER": 104.4,
-    "RTX 4080": 97.5,
-    "RTX 4070 Ti": 80.2,
-    "RTX 4070": 58.3,
-    "RTX 4060 Ti": 44.1,
-    "RTX 4060": 30.2,
-    "RTX 3090 Ti": 80,
-    "RTX 3090": 71.2,
-    "RTX 3080": 59.5,
-    "RTX 3070": 40.6,
-    "RTX 3060": 25.5,
-}
-# Without bfloat16 tensor cores; RTX 20 with float32 accumulation, as above.
-PEAK_TFLOPS_FLOAT16_ONLY = {
-    "V100": 125,
-    "V100-PCIE": 112,
-    "V100S": 130,
-    "T4": 65,
-    "RTX 2080 Ti": 53.8,
-}
-_OTHER_CARD = r"(?! (Ti|SUPER|D|Laptop|Mobile|with Max-Q|MIG))"  # a variant that has a peak of its own
-
-
-def flops_per_token(config: PreTrainedConfig, length: int) -> float:
-    """FLOPs that training spends on one token: the forward pass and, twice as much, the backward pass.
-
-        6 x matrix parameters + 6 x layers x heads x (width of a query or key + width of a value) x length
-
-    - Matrix parameters: every matrix that a token is multiplied with. The output head once, tied or not; the embedding
-      not, it is looked up; of routed experts the `num_experts_per_tok` that a token goes through; routers, shared
-      experts and all experts of a soft mixture.
-    - Attention as if each token saw all `length` tokens of its row, not halved for causality (as in PaLM, Megatron and
-      nanoGPT), nor cut at document ends where attention is kept inside documents: the full row is counted.
-    - Nothing is added for what gradient checkpointing computes again, for norms, activations or the optimizer.
-
-    Args:
-        config: Of BuddyGPT or of a stock architecture with grouped-query or multi-head latent attention.
-        length: Tokens in a row.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    attention = config.num_hidden_layers * config.num_attention_heads * _attention_width(config)
-    return 6 * (_matrix_parameters(model, config) + attention * length)
-
-
-def _matrix_parameters(model: nn.Module, config: PreTrainedConfig) -> float:
-    head = model.get_output_embeddings().weight
-    looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} - {head}
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1 and parameter not in looked_up]
-    idle = sum(
-        parameter.numel() * (1 - config.num_experts_per_tok / experts.num_experts)
-        for name, experts in model.named_modules()
-        if name.endswith(".experts")
-        for parameter in experts.parameters()
-        if parameter.ndim > 1
-    )
-    return sum(matrix.numel() for matrix in matrices) - idle
-
-
-def _attention_width(config: PreTrainedConfig) -> int:
-    """Of one head: elements of a query, which a key has too, and of a value."""
-    if getattr(config, "kv_lora_rank", None):
-        return config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    return 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s that a device reaches at best in dense products of `dtype`; None where that is not known for sure.
-
-    Args:
-        device_name: As `torch.cuda.get_device_name()` gives it. The longest name in the tables that it holds counts.
-        dtype: What the products are computed in; only bfloat16 and float16 are known.
-    """
-    tables = [PEAK_TFLOPS] if dtype is torch.bfloat16 else []
-    tables = [PEAK_TFLOPS, PEAK_TFLOPS_FLOAT16_ONLY] if dtype is torch.float16 else tables
-    known = {name: peak for table in tables for name, peak in table.items()}
-    found = [name for name in known if re.search(rf"\b{name}\b{_OTHER_CARD}", device_name, re.IGNORECASE)]
-    return known[max(found, key=len)] * 1e12 if found else None
+from buddygpt.training.flops import flops_per_token, peak_flops
 
 
 class ThroughputCallback(TrainerCallback):
