@@ -20,9 +20,9 @@ from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import checkpoint_sha256, load_tokenizer, require_causal_lm
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
-from buddygpt.data.shards.blocks import BlockDataset, collate_blocks
+from buddygpt.data.shards.blocks import BlockDataset, BlockStream, collate_blocks
 from buddygpt.data.shards.format import MANIFEST
-from buddygpt.data.shards.order import BlockStream, make_order, update_history
+from buddygpt.data.shards.history import make_order, update_history
 from buddygpt.data.shards.trace import describe_blocks
 from buddygpt.model.presets import load_config
 from buddygpt.pretrain.replay import replay_step
@@ -92,7 +92,7 @@ class PretrainTrainer(StreamTrainer):
             if f"{prefix}loss" in logs:
                 logs[f"{prefix}bits_per_byte"] = logs[f"{prefix}loss"] * ratio / math.log(2)
         if "loss" in logs:
-            for source, (epochs, share) in self.train_dataset.order.sources_read(self.blocks_read).items():
+            for source, (epochs, share) in self.train_dataset.order.progress_by_source(self.blocks_read).items():
                 logs |= {f"epochs/{source}": epochs, f"share/{source}": share}
         super().log(logs, start_time)
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 
-from buddygpt.data.shards.order import BlockStream
+from buddygpt.data.shards.blocks import BlockStream
 
 
 class StreamTrainer(Trainer):

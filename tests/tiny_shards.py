@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from buddygpt.data.shards.format import FORMAT_VERSION, documents_file, hash_shard
-from buddygpt.data.shards.mixture import achieve_mixture
+from buddygpt.data.shards.mixture import resolve_mixture
 
 
 class Shard(NamedTuple):
@@ -36,7 +36,7 @@ def write_shards(folder: Path, shards: list[Shard], tokenizer_sha256: str = "", 
     manifest = {"format_version": FORMAT_VERSION, "dtype": "uint16"}
     manifest |= {"tokenizer": "tiny", "tokenizer_sha256": tokenizer_sha256}
     manifest |= {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "text_bytes")}
-    manifest |= {"eos_id": 0, "shards": entries, "sources": achieve_mixture([*sources.values()])}
+    manifest |= {"eos_id": 0, "shards": entries, "sources": resolve_mixture([*sources.values()])}
     manifest["generations"] = [{"shards": [shard.file for shard in shards]}]
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder

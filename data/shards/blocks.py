@@ -1,8 +1,8 @@
-"""What a model is trained on: blocks of tokens, read from the shards one by one, and batches of them.
+"""Blocks of tokens, read one by one from the shards, and batches of blocks.
 
-Batches keep documents apart whatever runs the attention. Eager, SDPA and flex attention find the documents from
-`position_ids`, provided that there is no attention mask; the collator that `Trainer` takes by default adds one. Flash
-attention reads `position_ids` in batches of one row only, so it is given the bounds.
+Attention stays inside documents with every implementation. Eager, SDPA and flex attention find the documents from
+`position_ids`, if the batch has no attention mask; `Trainer`'s default collator would add one. Flash attention reads
+`position_ids` only in batches of one row, so larger batches carry the bounds of the documents.
 """
 
 from itertools import pairwise
@@ -14,19 +14,20 @@ from torch.utils.data import Dataset, default_collate
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.format import TokenShards
+from buddygpt.data.shards.order import BlockOrder
 
 
 class BlockDataset(TokenShards, Dataset):
-    """Blocks of `block_size` tokens, cut from the shards as if they were one file; what is left at the end is dropped.
+    """Blocks of `block_size` tokens, cut from the shards as if they were one file.
 
-    A block is read from disk when it is asked for, and nothing but that block: opening costs the same for any size of
-    data, workers share no state, and block `i` is the same in every run.
+    The remainder at the end is dropped. Each access reads only the requested block from disk. So opening takes the
+    same time for any amount of data, workers share no state, and block `i` is the same in every run.
 
     Args:
         folder: A folder of token shards.
         block_size: Tokens in a block.
-        isolate_documents: Add `position_ids` that begin again at 0 after every separator, from which attention is
-            kept inside documents.
+        isolate_documents: Add `position_ids` that restart at 0 after every separator, to keep attention inside
+            documents.
         source: As in [`TokenShards`].
 
     Raises:
@@ -48,18 +49,21 @@ class BlockDataset(TokenShards, Dataset):
 
     @property
     def blocks_of(self) -> dict[str, list[range]]:
-        """The blocks of each source: those that begin in its shards, a range for each of these.
+        """The blocks of each source, one range per shard: those whose first token lies in that shard.
 
-        Where shards are added at the end, blocks are added at the ends of these lists, and nothing else changes.
+        Appended shards only append to these lists.
         """
-        starts = [-(-start // self.block_size) for start in (0, *self._ends.tolist())]
+        # The first block that begins in each shard, or in a later one if none begins there; then the end of the last.
+        firsts = [0]
+        for end in self._ends.tolist():
+            firsts.append(-(-end // self.block_size))
         ranges: dict[str, list[range]] = {}
-        for shard, (first, stop) in zip(self.shards, pairwise(starts), strict=True):
+        for shard, (first, stop) in zip(self.shards, pairwise(firsts), strict=True):
             ranges.setdefault(shard["source"], []).append(range(first, min(stop, len(self))))
         return ranges
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `labels` (the same), and `position_ids` if asked for: int64, (block_size,)."""
+        """Return `input_ids`, equal `labels`, and `position_ids` if documents are isolated: int64, (block_size,)."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         tokens = self._read(index * self.block_size, self.block_size)
@@ -70,31 +74,69 @@ class BlockDataset(TokenShards, Dataset):
         return block
 
     def _read(self, start: int, count: int) -> np.ndarray:
+        """Return `count` tokens from position `start` of all shards in a row."""
         pieces = []
-        shard = int(np.searchsorted(self._ends, start, side="right"))
+        number = int(np.searchsorted(self._ends, start, side="right"))
         while count:
-            begin = start - (self._ends[shard] - self.shards[shard]["tokens"])
-            size = min(count, int(self._ends[shard]) - start)
-            path = self.folder / self.shards[shard]["file"]
-            pieces.append(np.fromfile(path, self.dtype, size, offset=int(begin) * self.dtype.itemsize))
-            start, count, shard = start + size, count - size, shard + 1
+            shard, shard_end = self.shards[number], int(self._ends[number])
+            begin = start - (shard_end - shard["tokens"])
+            size = min(count, shard_end - start)
+            path = self.folder / shard["file"]
+            pieces.append(np.fromfile(path, self.dtype, size, offset=begin * self.dtype.itemsize))
+            start += size
+            count -= size
+            number += 1
         return np.concatenate(pieces)
 
     def _positions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the distance of each token from the first token of its document or of the block."""
         index = torch.arange(self.block_size)
         is_first = torch.cat([torch.tensor([True]), input_ids[:-1] == self.eos_id])
-        return index - torch.where(is_first, index, 0).cummax(0).values
+        document_start = torch.where(is_first, index, 0).cummax(0).values
+        return index - document_start
+
+
+class BlockStream(Dataset):
+    """All blocks that a run reads: item `p` is the block at position `p` of the order.
+
+    Args:
+        blocks: The data set that the blocks are read from.
+        order: Its order.
+        length: Blocks that the run reads: steps x blocks in a step.
+    """
+
+    def __init__(self, blocks: BlockDataset, order: BlockOrder, length: int) -> None:
+        self.blocks = blocks
+        self.order = order
+        self.length = length
+        self.block_size = blocks.block_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        """Return the block as [`BlockDataset`] does."""
+        return self.blocks[self.order.index(position)]
 
 
 def collate_blocks(blocks: list[dict[str, torch.Tensor]], with_bounds: bool = False) -> dict[str, torch.Tensor | int]:
-    """Stack blocks of T tokens into (B, T). `with_bounds` adds, from the `position_ids`, what flash attention's kernel
-    of variable lengths takes, as transformers names it."""
+    """Stack blocks of T tokens into tensors of shape (B, T).
+
+    Args:
+        blocks: Items of a [`BlockDataset`].
+        with_bounds: Add what [`document_bounds`] returns.
+    """
     batch = default_collate(blocks)
-    return batch | document_bounds(batch["position_ids"]) if with_bounds else batch
+    if with_bounds:
+        batch.update(document_bounds(batch["position_ids"]))
+    return batch
 
 
 def document_bounds(position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
-    """Where documents begin and end in the flattened batch, (documents + 1,), and how long the longest is.
+    """Return the arguments of flash attention's variable-length kernel, as transformers names them.
+
+    `cu_seq_lens_*` are the document bounds in the flattened batch: int32, (documents + 1,). `max_length_*` is the
+    length of the longest document.
 
     Args:
         position_ids: (B, T), 0 at the first token of each row and of each document.

@@ -10,7 +10,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.format import FORMAT_VERSION, MANIFEST, read_manifest
-from buddygpt.data.shards.mixture import achieve_mixture, collect_wishes
+from buddygpt.data.shards.mixture import collect_requests, resolve_mixture
 from buddygpt.data.text.pipeline import DocumentReader
 from buddygpt.data.text.report import write_report
 
@@ -82,7 +82,7 @@ class ManifestWriter(PipelineStep):
 
     def _describe_sources(self, split: str, old: list[dict], shards: list[dict]) -> list[dict[str, Any]]:
         """Return the sources with what they hold; held-out text is read once, whatever the mixture."""
-        wishes = collect_wishes(old, self.plan["sources"])
+        wishes = collect_requests(old, self.plan["sources"])
         sizes = {name: Counter() for name in wishes}
         for shard in shards:
             sizes[shard["source"]].update({key: shard[key] for key in SIZES})
@@ -90,8 +90,8 @@ class ManifestWriter(PipelineStep):
         if not shards:
             return []
         if split == "train":
-            return achieve_mixture(sources, self.plan["config"]["languages"])
-        return achieve_mixture([source | {"epochs": 1, "weight": None} for source in sources if source["tokens"]])
+            return resolve_mixture(sources, self.plan["config"]["languages"])
+        return resolve_mixture([source | {"epochs": 1, "weight": None} for source in sources if source["tokens"]])
 
     def _count_rows(self) -> dict[str, Counter]:
         """Return what became of the rows of each source: read, written, and dropped by rule."""

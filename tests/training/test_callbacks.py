@@ -17,7 +17,8 @@ from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.blocks import BlockDataset
 from buddygpt.data.shards.format import TokenShards
-from buddygpt.data.shards.order import BlockOrder, make_order, update_history
+from buddygpt.data.shards.history import make_order, update_history
+from buddygpt.data.shards.order import BlockOrder
 from buddygpt.data.shards.trace import Passage, describe_blocks, trace_block
 from buddygpt.model.presets import load_config
 from buddygpt.training.callbacks.alarms import AlarmCallback

@@ -23,9 +23,10 @@ from torch.utils.data import BatchSampler
 from transformers import PreTrainedTokenizerFast, Trainer
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.shards.blocks import BlockDataset
+from buddygpt.data.shards.blocks import BlockDataset, BlockStream
 from buddygpt.data.shards.format import tokenizer_fingerprint
-from buddygpt.data.shards.order import BlockOrder, BlockStream, Share, make_order
+from buddygpt.data.shards.history import make_order
+from buddygpt.data.shards.order import BlockOrder, Quota
 from buddygpt.model.presets import PRESETS, load_config
 from buddygpt.pretrain.stream_trainer import PositionSampler
 from buddygpt.training.resume import claim_folder, find_damage, last_checkpoint
@@ -40,7 +41,7 @@ BLOCK = 32
 @pytest.mark.parametrize("processes, batch, accumulation", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 1, 2), (8, 1, 1)])
 def test_a_global_batch_is_the_same_however_it_is_split(processes, batch, accumulation):
     """What accelerate hands to each process, from step 5 on, across the end of an epoch."""
-    shares = {"a": Share(9, 9), "b": Share(12, 6)}
+    shares = {"a": Quota(9, 9), "b": Quota(12, 6)}
     order, steps = BlockOrder({"a": [range(9)], "b": [range(9, 21)]}, [(0, shares)], seed=0), range(5, 9)
     parts = []
     for process in range(processes):
@@ -164,7 +165,7 @@ def die_in(moment: str, call: int) -> None:
 def forks():
     """Processes that begin with everything imported."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["buddygpt.training.run", "buddygpt.data.shards.order", "deepspeed"])
+    context.set_forkserver_preload(["buddygpt.training.run", "buddygpt.data.shards.blocks", "deepspeed"])
     return context
 
 

@@ -24,8 +24,8 @@ from transformers import default_data_collator
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import run_script
-from buddygpt.data.shards.blocks import BlockDataset
-from buddygpt.data.shards.order import BlockStream, make_order, update_history
+from buddygpt.data.shards.blocks import BlockDataset, BlockStream
+from buddygpt.data.shards.history import make_order, update_history
 
 
 @dataclass

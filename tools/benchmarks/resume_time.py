@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, loggi
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import run_script
-from buddygpt.data.shards.blocks import BlockDataset
-from buddygpt.data.shards.order import BlockStream, make_order, update_history
+from buddygpt.data.shards.blocks import BlockDataset, BlockStream
+from buddygpt.data.shards.history import make_order, update_history
 from buddygpt.model.presets import load_config
 from buddygpt.pretrain.stream_trainer import StreamTrainer
 from buddygpt.training.resume import find_start, write_checkpoints_beside, write_checksums

@@ -13,8 +13,9 @@ from tiny_shards import Shard, write_shards
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.blocks import BlockDataset
-from buddygpt.data.shards.mixture import achieve_mixture
-from buddygpt.data.shards.order import BlockOrder, EpochOrder, Share, count_slots, make_order, permute, update_history
+from buddygpt.data.shards.history import count_slots, make_order, update_history
+from buddygpt.data.shards.mixture import resolve_mixture
+from buddygpt.data.shards.order import BlockOrder, EpochOrder, Quota, permute
 
 # --- what is wished, and what is achieved ---
 
@@ -47,7 +48,7 @@ ZH, EN, WIKI = source("zh", 600, "zh"), source("en", 600, "en"), source("wiki", 
     ],
 )
 def test_a_wish_becomes_epochs_and_shares(sources, languages, epochs):
-    achieved = achieve_mixture(sources, languages)
+    achieved = resolve_mixture(sources, languages)
     assert [each["epochs"] for each in achieved] == pytest.approx(epochs)
     read = [each["tokens"] * each["epochs"] for each in achieved]
     assert [each["share"] for each in achieved] == pytest.approx([amount / sum(read) for amount in read])
@@ -73,12 +74,12 @@ def test_a_wish_becomes_epochs_and_shares(sources, languages, epochs):
         ([source("a", 5, epochs="two")], None, "epochs of a is two; write"),
         ([ZH, EN], {"zh": float("nan"), "en": 1}, "languages zh is nan; write"),
         ([ZH, EN], {"zh": True, "en": 1}, "languages zh is True; write"),
-        ([source("a", 0)], None, "the sources have no tokens"),
+        ([source("a", 0)], None, "no source has any tokens"),
     ],
 )
 def test_wishes_that_cannot_be_are_refused(sources, languages, message):
     with pytest.raises(UserError, match=message):
-        achieve_mixture(sources, languages)
+        resolve_mixture(sources, languages)
 
 
 # --- one permutation after another ---
@@ -118,15 +119,15 @@ def test_a_size_changes_after_the_epochs_before():
 # --- sources woven together ---
 
 
-def stage(**sources: int | tuple[int, int]) -> dict[str, Share]:
+def stage(**sources: int | tuple[int, int]) -> dict[str, Quota]:
     """Of each source its blocks and slots; one number: as many slots as blocks."""
-    return {name: Share(*(each if isinstance(each, tuple) else (each, each))) for name, each in sources.items()}
+    return {name: Quota(*(each if isinstance(each, tuple) else (each, each))) for name, each in sources.items()}
 
 
 class SlowOrder:
     """What a mixture is, spelt out: lists, and an iterator for each source."""
 
-    def __init__(self, blocks: dict[str, list[range]], history: list[tuple[int, dict[str, Share]]], seed: int) -> None:
+    def __init__(self, blocks: dict[str, list[range]], history: list[tuple[int, dict[str, Quota]]], seed: int) -> None:
         self.blocks = {name: [block for each in ranges for block in each] for name, ranges in blocks.items()}
         self.history, self.seed, self.now = history, seed, {}
         self.own = {name: self.read_source(name) for name in blocks}
@@ -150,7 +151,7 @@ class SlowOrder:
             epoch += 1
 
 
-def random_history(rng: random.Random) -> tuple[dict[str, list[range]], list[tuple[int, dict[str, Share]]]]:
+def random_history(rng: random.Random) -> tuple[dict[str, list[range]], list[tuple[int, dict[str, Quota]]]]:
     """Sources that grow, come later and change their epochs."""
     blocks: dict[str, list[range]] = {}
     history, total, epoch = [], 0, 0
@@ -160,7 +161,7 @@ def random_history(rng: random.Random) -> tuple[dict[str, list[range]], list[tup
             blocks.setdefault(name, []).append(range(total, total + size))
             total += size
         counts = {name: sum(map(len, ranges)) for name, ranges in blocks.items()}
-        shares = {name: Share(n, rng.randint(1, 2 * n) if n else 0) for name, n in counts.items()}
+        shares = {name: Quota(n, rng.randint(1, 2 * n) if n else 0) for name, n in counts.items()}
         history.append((epoch, shares))
         epoch += rng.randint(0, 3)
     return blocks, history
@@ -190,7 +191,7 @@ def test_every_block_of_a_source_is_read_equally_often():
         counts += read
         english = [counts[block] for block in range(10, 30)]
         assert max(english) - min(english) <= 1 and sum(english) == 9 * (epoch + 1)
-    read = order.sources_read(20 * 66)
+    read = order.progress_by_source(20 * 66)
     assert read == {"zh": (40, 54 / 66), "en": (9, 9 / 66), "few": (60, 3 / 66)}
 
 
@@ -220,7 +221,7 @@ def source_of_each(blocks: BlockDataset) -> list[str]:
 
 def test_three_to_one_is_read_as_three_to_one(tmp_path):
     shards = [Shard(f"{name}{n}.ds", name, [50] * 20, name) for n in range(3) for name in ("zh", "en")]
-    achieved = achieve_mixture([source("zh", 3000, "zh"), source("en", 3000, "en")], {"zh": 3, "en": 1})
+    achieved = resolve_mixture([source("zh", 3000, "zh"), source("en", 3000, "en")], {"zh": 3, "en": 1})
     epochs = {each["name"]: each["epochs"] for each in achieved}
     blocks = BlockDataset(write_shards(tmp_path, shards, **epochs), 16)
     order, sources = make_order(update_history([], blocks, 0, 1), blocks, seed=3), source_of_each(blocks)

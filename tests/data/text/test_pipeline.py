@@ -121,7 +121,7 @@ KILLS = [  # in which stage, and when the n-th call of a function begins there
     ("tokenise", write_shards, "hash_shard", 2),
     ("eval", DocumentTable, "add", 5),
     ("eval", write_shards, "reorder_documents", 2),
-    ("manifest", finish_shards, "achieve_mixture", 2),
+    ("manifest", finish_shards, "resolve_mixture", 2),
     ("manifest", finish_shards, "write_report", 1),
     ("publish", Publisher, "run", 1),
     ("publish", finish_shards, "finish_publishing", 1),  # OUT is there, the stage not completed
