@@ -1,1 +1,1 @@
-"""Token shards on disk, and the blocks that training reads from them."""
+"""Token shards on disk, and the order in which training reads their blocks."""

@@ -1,36 +1,38 @@
 """Pretraining data on disk: a folder of token files with a manifest.
 
-A shard is a datatrove token file with documents of one source: `NAME.ds` holds token ids one after another
-(little-endian uint16 or uint32), a separator after every document, `NAME.ds.index` the end of every document in tokens
-(uint64), and `NAME.documents.parquet` what each document is (see buddygpt.data.provenance). `manifest.json` says what
-is in the folder, in which proportion it is to be read, and what it was made from; data/prepare_pretrain.py writes it.
+A shard holds documents of one source, as datatrove's token files do: `NAME.ds` has the token ids (little-endian uint16
+or uint32) with a separator after every document, and `NAME.ds.index` the end of every document in tokens (uint64).
+`NAME.documents.parquet` describes each document (see buddygpt.data.shards.trace). `manifest.json` lists the shards,
+the mixture in which sources are read, and the inputs. data/prepare_pretrain.py writes all of it.
 """
 
 import hashlib
 import json
 import math
 from collections import Counter
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
-REMEDY = "Make the shards again with data/prepare_pretrain.py."
+REMEDY = "Prepare the shards again with data/prepare_pretrain.py."
+INDEX_ENTRY_BYTES = 8
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what two tokenizers share exactly when text means the same ids to both.
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a hash that is equal for two tokenizers exactly if both turn text into the same ids.
 
-    It is the sha256 of the vocabulary, the merges and the added tokens with their ids, whatever file or format they
-    were read from.
+    It is the sha256 of the vocabulary, the merges and the added tokens with their ids, and does not depend on the file
+    format of the tokenizer.
 
     Raises:
         UserError: The tokenizer has no `tokenizers` backend.
@@ -48,18 +50,19 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Return the manifest of a folder of token shards.
 
     Raises:
-        UserError: It is missing, unreadable or of another version, or does not say how a source is to be read.
+        UserError: The manifest is missing, unreadable or of another version, or lacks a source or its epochs.
     """
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is no folder of token shards: it has no {MANIFEST}. {REMEDY}") from error
+        raise UserError(f"{folder} is not a folder of token shards: it has no {MANIFEST}. {REMEDY}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}. {REMEDY}") from error
-    found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version is {found}, this code reads {FORMAT_VERSION}. {REMEDY}")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format_version is {version}, this code reads {FORMAT_VERSION}. {REMEDY}")
+
     described = {source["name"] for source in manifest["sources"]}
     for shard in manifest["shards"]:
         if shard["source"] not in described:
@@ -72,68 +75,78 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def documents_file(shard: dict[str, Any]) -> str:
-    """Return the name of the table of a shard's documents."""
+    """Return the name of the table that describes a shard's documents."""
     return str(Path(shard["file"]).with_suffix(".documents.parquet"))
 
 
 def shard_files(shard: dict[str, Any]) -> dict[str, str]:
-    """Return the names of a shard's files, by the key of the manifest that has their sha256."""
+    """Return the names of a shard's files, each under the manifest key of its sha256."""
     file = shard["file"]
     return {"sha256": file, "index_sha256": f"{file}.index", "documents_sha256": documents_file(shard)}
 
 
 def hash_shard(folder: Path, file: str) -> dict[str, str]:
-    """Return what the manifest says of the content of a shard's files."""
+    """Return the sha256 of each of a shard's files, under its manifest key."""
     return {key: file_sha256(folder / name) for key, name in shard_files({"file": file}).items()}
 
 
-def find_damage(folder: Path, shard: dict[str, Any], dtype: np.dtype, read: bool = False) -> list[str]:
-    """Say of every file of a shard that is not as the manifest has it what is wrong.
+def find_damage(folder: Path, shard: dict[str, Any], dtype: np.dtype, compare_hashes: bool = False) -> list[str]:
+    """Return one message for each file of a shard that differs from the manifest.
 
     Args:
-        folder: Where it lies.
-        shard: Its entry in the manifest.
-        dtype: Of a token.
-        read: Compare what the files hold, not only their sizes.
+        folder: The folder of the shard.
+        shard: The shard's entry in the manifest.
+        dtype: Type of a token.
+        compare_hashes: Read the files and compare their sha256, not only their sizes.
     """
-    sizes = {"sha256": shard["tokens"] * dtype.itemsize, "index_sha256": shard["documents"] * 8}
-    found = []
+    expected_sizes = {
+        "sha256": shard["tokens"] * dtype.itemsize,
+        "index_sha256": shard["documents"] * INDEX_ENTRY_BYTES,
+    }
+    damage = []
     for key, name in shard_files(shard).items():
         path = folder / name
         if not path.is_file():
-            found.append(f"{path} is missing, though {MANIFEST} names it")
-        elif (size := path.stat().st_size) != sizes.get(key, size):
-            found.append(f"{path} holds {size} bytes where {MANIFEST} promises {sizes[key]}")
-        elif read and file_sha256(path) != shard[key]:
-            found.append(f"{path} was changed: its sha256 is not the one in {MANIFEST}")
-    return found
+            damage.append(f"{path} is missing, though {MANIFEST} names it")
+            continue
+        size = path.stat().st_size
+        expected_size = expected_sizes.get(key, size)  # the manifest does not have the size of the table of documents
+        if size != expected_size:
+            damage.append(f"{path} holds {size} bytes, but {MANIFEST} says {expected_size}")
+        elif compare_hashes and file_sha256(path) != shard[key]:
+            damage.append(f"{path} was changed: its sha256 is not the one in {MANIFEST}")
+    return damage
 
 
 def verify_shards(folder: str | Path) -> dict[str, Any]:
-    """Read every shard again; return the manifest.
+    """Hash every file of every shard and return the manifest.
 
     Raises:
-        UserError: Naming all damaged files, or as [`read_manifest`].
+        UserError: Files are damaged (the message names all of them), or as [`read_manifest`].
     """
     manifest = read_manifest(folder)
-    shards = tqdm(manifest["shards"], desc=f"hashing {folder}", unit="shard", leave=False)
     dtype = np.dtype(manifest["dtype"])
-    damages = [damage for shard in shards if (damage := find_damage(Path(folder), shard, dtype, read=True))]
-    if damages:
-        told = "; ".join(chain.from_iterable(damages))
-        raise UserError(f"{len(damages)} of {len(manifest['shards'])} shards are damaged: {told}. {REMEDY}")
+    damaged_shards = 0
+    messages: list[str] = []
+    for shard in tqdm(manifest["shards"], desc=f"hashing {folder}", unit="shard", leave=False):
+        damage = find_damage(Path(folder), shard, dtype, compare_hashes=True)
+        damaged_shards += bool(damage)
+        messages.extend(damage)
+    if messages:
+        found = "; ".join(messages)
+        raise UserError(f"{damaged_shards} of {len(manifest['shards'])} shards are damaged: {found}. {REMEDY}")
     return manifest
 
 
 class TokenShards:
-    """A folder of token files, checked against its manifest.
+    """A folder of token shards whose files have the sizes that its manifest says.
 
     Args:
-        folder: What data/prepare_pretrain.py wrote: `OUT/train` or `OUT/eval`.
-        source: Take only the shards of this one of `sources`.
+        folder: A folder that data/prepare_pretrain.py wrote: `OUT/train` or `OUT/eval`.
+        source: Take only the shards of this source.
 
     Raises:
-        UserError: As [`read_manifest`], or a shard is missing or cut short.
+        UserError: As [`read_manifest`], or a shard is missing or truncated.
     """
 
     def __init__(self, folder: str | Path, source: str | None = None) -> None:
@@ -141,12 +154,14 @@ class TokenShards:
         self.manifest = read_manifest(folder)
         if source is not None:
             shards = [shard for shard in self.manifest["shards"] if shard["source"] == source]
-            sums = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "text_bytes")}
-            self.manifest |= {"shards": shards, **sums}
+            self.manifest["shards"] = shards
+            for key in ("tokens", "documents", "text_bytes"):
+                self.manifest[key] = sum(shard[key] for shard in shards)
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         for shard in self.shards:
-            if damage := find_damage(self.folder, shard, self.dtype):
+            damage = find_damage(self.folder, shard, self.dtype)
+            if damage:
                 raise UserError(f"{damage[0]}. {REMEDY}")
 
     @property
@@ -166,7 +181,7 @@ class TokenShards:
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the documents' text: what bits per byte are counted over."""
+        """UTF-8 bytes of the documents' text, as used for bits per byte."""
         return self.manifest["text_bytes"]
 
     @property
@@ -179,29 +194,35 @@ class TokenShards:
 
     @property
     def epochs(self) -> dict[str, float]:
-        """How often each source is read in an epoch of the mixture: `sources` of the manifest."""
+        """Source epochs in one mixture epoch, by source."""
         return {source["name"]: source["epochs"] for source in self.manifest["sources"]}
 
     @property
     def tokens_per_byte(self) -> float:
-        """Tokens to a byte of text, of the text as it is read: each source for its epochs."""
+        """Tokens per byte of the text that a mixture epoch reads."""
         epochs = self.epochs
-        read = [(epochs[shard["source"]], shard) for shard in self.shards]
-        return sum(n * shard["tokens"] for n, shard in read) / sum(n * shard["text_bytes"] for n, shard in read)
+        tokens = sum(epochs[shard["source"]] * shard["tokens"] for shard in self.shards)
+        text_bytes = sum(epochs[shard["source"]] * shard["text_bytes"] for shard in self.shards)
+        return tokens / text_bytes
 
     def verify(self) -> None:
-        """As [`verify_shards`]."""
+        """Hash every file of every shard, see [`verify_shards`]."""
         verify_shards(self.folder)
 
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise UserError where the shards were not made with this tokenizer."""
+    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raise UserError if the shards were made with another tokenizer."""
         self.check_fingerprint(tokenizer.name_or_path, tokenizer_fingerprint(tokenizer))
 
-    def check_fingerprint(self, name_or_path: str, given: str) -> None:
-        """As [`TokenShards.check_tokenizer`], of a tokenizer with this fingerprint."""
-        made = self.manifest["tokenizer_sha256"]
-        if given != made:
+    def check_fingerprint(self, name_or_path: str, fingerprint: str) -> None:
+        """Raise UserError if the shards were made with a tokenizer of another fingerprint.
+
+        Args:
+            name_or_path: The tokenizer's name in the message.
+            fingerprint: Its [`tokenizer_fingerprint`].
+        """
+        expected = self.manifest["tokenizer_sha256"]
+        if fingerprint != expected:
             raise UserError(
-                f"tokenizer {name_or_path} ({given[:12]}) is not the one that {self.folder} was made with, "
-                f"{self.manifest['tokenizer']} ({made[:12]}). Use that one, or make the shards again with this one."
+                f"tokenizer {name_or_path} ({fingerprint[:12]}) is not the one that {self.folder} was made with, "
+                f"{self.manifest['tokenizer']} ({expected[:12]}). Use that one, or prepare the shards again with this."
             )

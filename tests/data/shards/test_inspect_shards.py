@@ -76,7 +76,7 @@ def test_every_damaged_shard_is_named(shards, capsys):
         run("data/inspect_shards.py", shards, "--verify")
     told = str(caught.value)
     assert told.startswith("3 of 3 shards are damaged: ") and "\n" not in told
-    assert re.search(r"0\.ds was changed: its sha256 .*; \S+1\.ds\.index holds 16 bytes where .* promises 40; ", told)
+    assert re.search(r"0\.ds was changed: its sha256 .*; \S+1\.ds\.index holds 16 bytes, but .* says 40; ", told)
     assert "2.documents.parquet is missing" in told
 
 
@@ -127,7 +127,7 @@ def test_mistakes_are_named(shards, words, message):
 
 
 def test_another_folder_or_tokenizer_is_refused(shards, tmp_path):
-    with pytest.raises(UserError, match="is no folder of token shards"):
+    with pytest.raises(UserError, match="is not a folder of token shards"):
         run("data/inspect_shards.py", tmp_path)
     backend = Tokenizer(WordLevel({"<end>": 0, "a": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(tmp_path / "other")

@@ -387,7 +387,7 @@ def test_neither_another_tokenizer_nor_a_changed_file_is_added(grown, config, mo
     write_jsonl(tmp_path / "0.jsonl", texts(7))
     with pytest.raises(UserError, match=r"0\.jsonl was changed since it was read into the shards"):
         prepare(config("out"), monkeypatch, "--append", "true")
-    with pytest.raises(UserError, match=r"none/train is no folder of token shards"):
+    with pytest.raises(UserError, match=r"none/train is not a folder of token shards"):
         prepare(config("none"), monkeypatch, "--append", "true")
     assert not (tmp_path / "none.partial").exists()
 

@@ -21,7 +21,7 @@ from buddygpt.cli.errors import UserError
 from buddygpt.data import prepare_pretrain
 from buddygpt.data.shards.blocks import BlockDataset
 from buddygpt.data.shards.format import TokenShards, documents_file, tokenizer_fingerprint
-from buddygpt.data.text import sources as text_sources
+from buddygpt.data.text import readers
 from buddygpt.data.text.operators import normalize_lines
 from buddygpt.data.text.tokenize import token_dtype
 
@@ -254,7 +254,7 @@ def test_a_finished_folder_is_kept_or_the_change_is_named(tmp_path, prepare, cap
 def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepare, capsys, monkeypatch):
     for name in "ab":
         write_jsonl(tmp_path / f"{name}.jsonl", TEXTS)
-    read_rows, read = text_sources.read_rows, []
+    read_rows, read = readers.read_rows, []
 
     def fail_at_b(path, *rest):
         for row in read_rows(path, *rest):
@@ -267,11 +267,11 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         return read_rows(path, *rest)
 
     for options in ({}, {"eval_fraction": 0.5}):
-        monkeypatch.setattr(text_sources, "read_rows", fail_at_b)
+        monkeypatch.setattr(readers, "read_rows", fail_at_b)
         with pytest.raises(KeyboardInterrupt):
             prepare(sources=tmp_path / "?.jsonl", tasks=2, output=f"out{len(options)}")
         assert not (tmp_path / f"out{len(options)}").exists()
-        monkeypatch.setattr(text_sources, "read_rows", remember)
+        monkeypatch.setattr(readers, "read_rows", remember)
         out = prepare(sources=tmp_path / "?.jsonl", tasks=2, output=f"out{len(options)}", **options)
         assert not out.with_name(f"{out.name}.partial").exists()
     assert read == ["b.jsonl", "a.jsonl", "b.jsonl"]
@@ -405,7 +405,7 @@ def test_a_damaged_folder_is_named(shards):
     with pytest.raises(UserError, match=f"{name} was changed"):
         TokenShards(shards).verify()
     (shards / name).write_bytes(data[:-2])
-    with pytest.raises(UserError, match=f"{name} holds {len(data) - 2} bytes where .* promises {len(data)}"):
+    with pytest.raises(UserError, match=f"{name} holds {len(data) - 2} bytes, but .* says {len(data)}"):
         BlockDataset(shards, 8)
     (shards / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
@@ -418,7 +418,7 @@ def test_a_damaged_folder_is_named(shards):
     with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):
         TokenShards(shards)
     manifest.unlink()
-    with pytest.raises(UserError, match="is no folder of token shards: it has no manifest.json"):
+    with pytest.raises(UserError, match="is not a folder of token shards: it has no manifest.json"):
         TokenShards(shards)
 
 
