@@ -1,4 +1,4 @@
-"""Does the inspector count what is there, find what is damaged, and name the documents of a block?"""
+"""The shard inspector counts what is there, finds what is damaged, and names the documents of a block."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def inspect(capsys, *words: object) -> str:
 
 def test_statistics_are_those_of_the_shards(shards, tmp_path, capsys):
     told = inspect(capsys, shards, "--output", tmp_path / "lengths.png")
-    assert "450 tokens (uint16), 15 documents, 2.00 bytes of text per token\nshards: 3, generations: 1" in told
+    assert "450 tokens (uint16), 15 documents, 2.00 bytes of text per token\nshards: 3, preparation runs: 1" in told
     rows = {tuple(line.split()[:2]): line.split()[2:] for line in told.splitlines() if line.endswith("%")}
     assert rows == {  # 250, 250 and 37.5 tokens in an epoch
         ("wiki", "zh"): ["125", "7", "2.00", "2", "46.5%"],
@@ -80,7 +80,7 @@ def test_every_damaged_shard_is_named(shards, capsys):
     assert "2.documents.parquet is missing" in told
 
 
-def test_every_file_beside_the_tokens_is_hashed(shards):
+def test_every_file_next_to_the_tokens_is_hashed(shards):
     flip(shards / "0.ds", 5)
     flip(shards / "0.documents.parquet", 9)
     flip(shards / "1.ds.index", 0)  # one document is a token shorter, the next one longer
@@ -115,7 +115,7 @@ def test_rows_are_those_asked_for(shards, first, last):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--block", 12, "--block_size", 36], "there is no block 12: of 36 tokens there are 0 to 11"),
+        (["--block", 12, "--block_size", 36], "there is no block 12: with 36 tokens each, there are blocks 0 to 11"),
         (["--block", 0, "--block_size", 0], "block_size is 0; use at least 1"),
         (["--block", 0, "--block_size", 451], "holds 450 tokens, less than one block of 451"),
         (["--block", 0, "--block_size", 36, "--tokenizer", "nowhere"], "cannot read a tokenizer from nowhere"),
