@@ -1,8 +1,9 @@
-"""Byte-level BPE learnt on characters: half the time and memory of learning on bytes, and no broken entries.
+"""Train a byte-level BPE tokenizer by merging characters instead of bytes.
 
-A Chinese character is three bytes, so a trainer that starts from bytes holds three symbols for each, and spends
-entries on pieces like `的` and the first two bytes of what follows. Here the frequent characters are built from their
-bytes first, then `BpeTrainer` merges characters. The result is plain byte-level BPE: what is rare falls back to bytes.
+A Chinese character is three bytes in UTF-8. A trainer that starts from bytes keeps three symbols per character, and
+spends entries on fragments such as `的` plus the first two bytes of the next character. This trainer gives frequent
+characters an entry first, then lets `BpeTrainer` merge characters. That halves time and memory, and no entry holds
+part of a character next to another one. The result is ordinary byte-level BPE: rare characters fall back to bytes.
 """
 
 import json
@@ -12,81 +13,119 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
-# Not flagged special, as in Qwen: decoding with skip_special_tokens keeps them, so that tool calls can be parsed.
+# Not marked as special, as in Qwen: decoding with skip_special_tokens keeps them, so tool calls can be parsed.
 TOOL_TOKENS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-BYTES = bytes_to_unicode()  # byte -> the character that stands for it in a token
-FIXED = [*SPECIAL_TOKENS, *TOOL_TOKENS, *sorted(BYTES.values())]
+BYTE_CHARACTERS = bytes_to_unicode()  # byte -> the character that represents it in an entry, as in GPT-2
+FIXED_ENTRIES = [*SPECIAL_TOKENS, *TOOL_TOKENS, *sorted(BYTE_CHARACTERS.values())]
 
-# Text is cut as Qwen2's is, digits one by one. llama.cpp has it built in, so an exported model reads the same tokens.
+# The pre-tokenizer of Qwen2: merges stay inside the pieces of text that it matches, and each digit is a piece.
+# llama.cpp has it built in, so an exported model produces the same tokens there.
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-SIGN = r"[^\r\n\p{L}\p{N}]?"  # one space or punctuation mark, Chinese ones too, goes with the word behind it
+PREFIX = r"[^\r\n\p{L}\p{N}]?"  # one space or punctuation mark (Chinese ones too) joins the word after it
 OTHERS = [r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"]
-PATTERN = "|".join([CONTRACTION, SIGN + r"\p{L}+", *OTHERS])
+PATTERN = "|".join([CONTRACTION, PREFIX + r"\p{L}+", *OTHERS])
 
 
-def training_pattern(max_token_length: int) -> str:
-    """Return a finer cut to learn from: Chinese apart from other letters, in runs no longer than a token may be.
+def train_byte_level_bpe(texts: list[str], vocab_size: int, min_frequency: int, max_token_length: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer with at most `vocab_size` entries.
 
-    It takes a tenth less time. Memory hardly changes: most runs of Chinese are distinct at any length.
+    Args:
+        texts: Pieces of text, all in memory.
+        vocab_size: Number of entries, at least `len(FIXED_ENTRIES)`.
+        min_frequency: Characters and pairs of tokens that occur less often get no entry.
+        max_token_length: Longest entry in characters; Chinese entries may have a third as many.
     """
-    han = rf"[\p{{L}}&&\p{{Han}}]{{1,{max(max_token_length // 3, 1)}}}"
-    return "|".join([CONTRACTION, SIGN + han, SIGN + r"[\p{L}&&[^\p{Han}]]+", *OTHERS])
-
-
-def to_token(data: bytes) -> str:
-    """Return bytes as byte-level tokens show them."""
-    return "".join(BYTES[byte] for byte in data)
+    characters, prefixes = choose_characters(count_characters(texts), vocab_size, min_frequency)
+    n_merges = vocab_size - len(FIXED_ENTRIES) - len(prefixes)
+    merges = learn_merges(texts, characters, n_merges, min_frequency=min_frequency, max_token_length=max_token_length)
+    return build_tokenizer(prefixes, merges)
 
 
 def count_characters(texts: list[str], batch: int = 100) -> np.ndarray:
-    """Return how often each code point occurs: (1,114,112,)."""
+    """Return how often each Unicode code point occurs, shape (1,114,112)."""
     counts = np.zeros(0x110000, np.int64)
     for start in range(0, len(texts), batch):
-        codes = np.frombuffer("".join(texts[start : start + batch]).encode("utf-32-le"), "<u4")
-        found = np.bincount(codes)
-        counts[: len(found)] += found
+        joined = "".join(texts[start : start + batch])
+        codes = np.frombuffer(joined.encode("utf-32-le"), "<u4")
+        batch_counts = np.bincount(codes)
+        counts[: len(batch_counts)] += batch_counts
     return counts
 
 
 def choose_characters(counts: np.ndarray, vocab_size: int, min_frequency: int) -> tuple[list[str], list[bytes]]:
-    """Return the characters worth an entry, and the entries that build them: beginnings of their bytes, shorter first.
+    """Choose the characters that get an entry.
 
-    Worth it is what is about as frequent as the last merge will be. That is near a tenth of (length of the text /
-    entries), where a trainer that starts from bytes stops at 8,192, 16,384 and 32,768 entries of Chinese and English.
+    A character gets one if it is about as frequent as the last merge will be. That frequency is close to
+    (characters of text) / (10 * vocab_size): trainers that start from bytes stop there at 8,192, 16,384 and 32,768
+    entries on Chinese and English text.
+
+    Returns:
+        The characters, including all of ASCII, and the entries that build them: prefixes of their UTF-8 bytes, two
+        or more bytes long, shorter ones first.
     """
-    least = max(min_frequency, counts.sum() / (10 * vocab_size))
-    characters = [chr(code) for code in range(128)]  # are bytes already
-    built: dict[bytes, None] = {}
-    for code in np.argsort(-counts, kind="stable"):
-        if counts[code] < least:
+    threshold = max(min_frequency, counts.sum() / (10 * vocab_size))
+    characters = [chr(code) for code in range(128)]  # ASCII characters are single bytes and need no further entry
+    prefixes: dict[bytes, None] = {}  # used as an ordered set
+    most_frequent_first = np.argsort(-counts, kind="stable")
+    for code in most_frequent_first:
+        if counts[code] < threshold:
             break
         data = chr(code).encode()
-        missing = [data[:end] for end in range(2, len(data) + 1) if data[:end] not in built]
-        if len(FIXED) + len(built) + len(missing) > vocab_size:
+        if len(data) == 1:
+            continue
+        # Characters with the same first bytes share those prefixes.
+        missing = [data[:end] for end in range(2, len(data) + 1) if data[:end] not in prefixes]
+        if len(FIXED_ENTRIES) + len(prefixes) + len(missing) > vocab_size:
             break
-        if missing:
-            characters.append(chr(code))
-            built.update(dict.fromkeys(missing))
-    return characters, list(built)
+        characters.append(chr(code))
+        prefixes.update(dict.fromkeys(missing))
+    return characters, list(prefixes)
 
 
-def learn_merges(texts: list[str], characters: list[str], size: int, **limits: int) -> list[list[str]]:
-    """Return the merges of the characters that make `size` entries; other characters are passed over."""
+def learn_merges(
+    texts: list[str], characters: list[str], n_merges: int, min_frequency: int, max_token_length: int
+) -> list[list[str]]:
+    """Return up to `n_merges` pairs of entries to merge, in order; characters not in `characters` are ignored."""
     tokenizer = Tokenizer(models.BPE())
-    cut = Regex(training_pattern(limits["max_token_length"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(cut, behavior="isolated")
-    alphabet = {"initial_alphabet": characters, "limit_alphabet": len(characters)}
-    trainer = trainers.BpeTrainer(vocab_size=len(characters) + size, **alphabet, **limits)
+    pieces = Regex(training_pattern(max_token_length))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(characters) + n_merges,
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        min_frequency=min_frequency,
+        max_token_length=max_token_length,
+    )
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
     return json.loads(tokenizer.to_str())["model"]["merges"]
 
 
-def assemble(built: list[bytes], merges: list[list[str]]) -> Tokenizer:
-    """Return the tokenizer of the fixed entries, the characters' and the merges', in this order."""
-    pairs = [(to_token(data[:-1]), to_token(data[-1:])) for data in built]
-    pairs += [(to_token(left.encode()), to_token(right.encode())) for left, right in merges]
-    entries = dict.fromkeys([*FIXED, *(left + right for left, right in pairs)])
-    tokenizer = Tokenizer(models.BPE(vocab={entry: i for i, entry in enumerate(entries)}, merges=pairs))
+def training_pattern(max_token_length: int) -> str:
+    """Return `PATTERN` with smaller pieces: runs of Chinese are separate, and no longer than an entry may be.
+
+    Training on them takes a tenth less time. Memory hardly changes, because most runs of Chinese occur only once,
+    whether they are short or long.
+    """
+    han = rf"[\p{{L}}&&\p{{Han}}]{{1,{max(max_token_length // 3, 1)}}}"
+    other_letters = r"[\p{L}&&[^\p{Han}]]+"
+    return "|".join([CONTRACTION, PREFIX + han, PREFIX + other_letters, *OTHERS])
+
+
+def build_tokenizer(prefixes: list[bytes], merges: list[list[str]]) -> Tokenizer:
+    """Build a byte-level tokenizer whose entries are `FIXED_ENTRIES`, then `prefixes`, then the merged `merges`.
+
+    Args:
+        prefixes: Byte strings that build characters, as [`choose_characters`] returns them.
+        merges: Pairs of strings of characters.
+    """
+    # Every entry that is not fixed is a merge of two others: the bytes of a character, or two strings of characters.
+    byte_merges = [(to_entry(data[:-1]), to_entry(data[-1:])) for data in prefixes]
+    byte_merges += [(to_entry(left.encode()), to_entry(right.encode())) for left, right in merges]
+    # Two merges may give the same entry; dict.fromkeys keeps the first.
+    entries = dict.fromkeys([*FIXED_ENTRIES, *(left + right for left, right in byte_merges)])
+    vocab = {entry: number for number, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=byte_merges))
+
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
@@ -96,16 +135,6 @@ def assemble(built: list[bytes], merges: list[list[str]]) -> Tokenizer:
     return tokenizer
 
 
-def learn(texts: list[str], vocab_size: int, min_frequency: int, max_token_length: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer of at most `vocab_size` entries, learnt from the texts.
-
-    Args:
-        texts: Pieces of text, all in memory.
-        vocab_size: At least the `FIXED` entries.
-        min_frequency: A character or a pair of tokens seen less often gets no entry.
-        max_token_length: Characters in a token; a third as many Chinese ones.
-    """
-    characters, built = choose_characters(count_characters(texts), vocab_size, min_frequency)
-    size = vocab_size - len(FIXED) - len(built)
-    limits = {"min_frequency": min_frequency, "max_token_length": max_token_length}
-    return assemble(built, learn_merges(texts, characters, size, **limits))
+def to_entry(data: bytes) -> str:
+    """Return bytes as a byte-level vocabulary writes them: one character for each byte."""
+    return "".join(BYTE_CHARACTERS[byte] for byte in data)

@@ -1,169 +1,135 @@
-"""Train a byte-level BPE tokenizer for Chinese, English, code and digits, or cut a large one down to what is used.
+"""Train a byte-level BPE tokenizer for Chinese, English, code and digits.
 
     python tokenizer/train_tokenizer.py --config tokenizer/configs/quickstart.yaml
-    python tokenizer/train_tokenizer.py --prune_from QWEN --files corpus/*.jsonl --vocab_size 32768 --output OUT
 
-The output is a folder that `AutoTokenizer.from_pretrained` reads, with the chat template beside this file. Any text in
-Unicode comes back as it was. The same input gives the same tokenizer.json, byte for byte.
+The output is a folder that `AutoTokenizer.from_pretrained` reads. It includes chat_template.jinja from this folder.
+Encoding and decoding returns any Unicode text unchanged. The same input gives the same tokenizer.json, byte for byte.
 
     <|endoftext|>   ends every document of the pretraining text: `tokenizer.document_separator_token`
     <|im_end|>      ends every turn of a chat: `tokenizer.eos_token`
-    <|pad|>         fills batches and nothing else: `tokenizer.pad_token`
+    <|pad|>         fills batches and has no other use: `tokenizer.pad_token`
 
-A pruned tokenizer keeps the template, the special tokens and the normaliser it had. `old_ids.json` beside it holds the
-former id of each of its ids, to cut a model's embedding with.
-
-Memory is bounded by `max_bytes`: training takes 20 to 40 bytes of it a byte of text, at worst (no two runs of Chinese
-alike) 70; about 1.1 GB for the default. More text costs time and hardly compresses better: see README.md.
+`max_bytes` limits memory: training needs 20 to 40 bytes per byte of text, or 70 if no two runs of Chinese are alike.
+The default needs about 1.1 GB. More text takes longer and hardly improves compression: see README.md.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from buddygpt.cli.arguments import parse_arguments
-from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, run_script
-from buddygpt.cli.files import find_files
+from buddygpt.cli.files import find_files, write_atomically
 from buddygpt.data.text.rows import progress_bar, read_rows
-from buddygpt.tokenizer.byte_level_bpe import FIXED, learn
-from buddygpt.tokenizer.prune_vocabulary import (
-    choose_entries,
-    count_tokens,
-    fixed_entries,
-    read_state,
-    rebuild,
-    split_by_hash,
-)
+from buddygpt.tokenizer.byte_level_bpe import FIXED_ENTRIES, train_byte_level_bpe
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
-PIECE = 100_000  # characters of a document handed to the trainer at once
+PIECE_LENGTH = 100_000  # characters; longer documents reach the trainer in pieces of this length
 
 
 @dataclass
 class TokenizerArguments:
-    """What to learn from, and how large to become."""
+    """What to train on, and how large the vocabulary becomes."""
 
     files: list[str] = field(metadata={"help": "Files or globs: .jsonl, .json, .parquet, .csv, .txt, also .gz."})
-    output: str = field(metadata={"help": "The tokenizer folder to make."})
-    vocab_size: int = field(default=16384, metadata={"help": "Entries, with 256 bytes and the special tokens."})
-    prune_from: str | None = field(
-        default=None,
-        metadata={"help": "Instead of training: keep the entries of this tokenizer that the files use most."},
-    )
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    output: str = field(metadata={"help": "Tokenizer folder to write."})
+    vocab_size: int = field(default=16384, metadata={"help": "Entries, including 256 bytes and the special tokens."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     max_bytes: int = field(
         default=50_000_000,
-        metadata={"help": "Text read at most; each file gives its share of the bytes on disk."},
+        metadata={"help": "Read at most this much text; each file contributes its share of the bytes on disk."},
     )
-    min_frequency: int = field(default=2, metadata={"help": "A character or pair seen less often is not learnt."})
+    min_frequency: int = field(
+        default=2, metadata={"help": "Characters and pairs of tokens that occur less often get no entry."}
+    )
     max_token_length: int = field(
-        default=32, metadata={"help": "Characters in a token, a third as many Chinese ones; keeps boilerplate out."}
+        default=32,
+        metadata={"help": "Longest entry in characters, a third as many for Chinese. Keeps boilerplate out."},
     )
-    model_max_length: int = field(default=32768, metadata={"help": "Longer texts are warned of, not cut."})
+    model_max_length: int = field(
+        default=32768, metadata={"help": "The tokenizer warns about longer texts but does not truncate them."}
+    )
 
 
-def read_texts(files: list[Path], column: str, max_bytes: int) -> Iterator[str]:
-    """Yield the files' text in pieces, at most `max_bytes` of it; UserError at a row that cannot be read."""
-    total = sum(file.stat().st_size for file in files)
-    with progress_bar(files, desc="reading") as bar:
-        for file in files:
-            left = max_bytes * file.stat().st_size // max(total, 1)
-            for row in read_rows(file, [column], bar, txt_sample_by="line"):
-                if row.error:
-                    raise UserError(f"{file}:{row.number}: {row.error}")
-                for start in range(0, len(row.content), PIECE):
-                    piece = row.content[start : start + PIECE]
-                    left -= len(piece.encode())
-                    if left < 0:
-                        break
-                    yield piece
-                if left < 0:
-                    break
+def main() -> None:
+    (args,) = parse_arguments(TokenizerArguments, description=__doc__)
+    output = Path(args.output)
 
+    # Check everything that can be checked before reading gigabytes of text.
+    if args.vocab_size < len(FIXED_ENTRIES):
+        raise UserError(
+            f"vocab_size {args.vocab_size} is below the {len(FIXED_ENTRIES)} of 256 bytes and the special tokens"
+        )
+    check_output(output)
+    texts = read_all_texts(args.files, args.text_column, args.max_bytes)
 
-def save(tokenizer: Tokenizer, output: Path, old_ids: list[int] | None = None, **options: Any) -> None:
-    """Write the tokenizer folder beside its place, then put it there, over an earlier tokenizer if there is one."""
-    work = output.with_name(f"{output.name}.partial")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(work)
-    if old_ids is not None:
-        (work / "old_ids.json").write_text(json.dumps(old_ids), encoding="utf-8")
-    if output.exists():
-        shutil.rmtree(output)
-    work.rename(output)
-
-
-def train_into(output: Path, texts: Iterator[str], args: TokenizerArguments) -> None:
-    """Learn a tokenizer from the texts, and say how large it is."""
-    tokenizer = learn(list(texts), args.vocab_size, args.min_frequency, args.max_token_length)
-    save(
-        tokenizer,
-        output,
+    backend = train_byte_level_bpe(texts, args.vocab_size, args.min_frequency, args.max_token_length)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
         extra_special_tokens={"document_separator_token": "<|endoftext|>"},
         model_max_length=args.model_max_length,
         chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
     )
-    size = tokenizer.get_vocab_size()
+    with write_atomically(output) as partial:
+        tokenizer.save_pretrained(partial)
+
+    size = backend.get_vocab_size()
     print(f"{output}: {size:,} entries")
     if size < args.vocab_size:
         print(
-            f"warning: the text has no more pairs seen {args.min_frequency} times; `vocab_size` was {args.vocab_size}"
+            f"warning: `vocab_size` is {args.vocab_size}, but the text has no more pairs that occur "
+            f"{args.min_frequency} times"
         )
 
 
-def prune_into(output: Path, texts: Iterator[str], source: PreTrainedTokenizerBase, args: TokenizerArguments) -> None:
-    """Keep the entries of `source` that the texts use most, and say what that costs on texts held out."""
-    before, (used, held_out) = source.backend_tokenizer, split_by_hash(texts)
-    state = read_state(source, args.prune_from)
-    after, old_ids = rebuild(state, choose_entries(state, count_tokens(before, used), args.vocab_size))
-    has_chatml = {"<|im_start|>", "<|im_end|>"} <= source.get_added_vocab().keys()
-    ours = CHAT_TEMPLATE.read_text(encoding="utf-8") if has_chatml else None
-    save(
-        after,
-        output,
-        old_ids,
-        **source.special_tokens_map,
-        extra_special_tokens=source.extra_special_tokens,
-        model_max_length=source.model_max_length,
-        chat_template=source.chat_template or ours,
-    )
-    print(f"{output}: {len(old_ids):,} of {len(source):,} entries")
-    if len(old_ids) < args.vocab_size:
-        print(f"warning: the text uses no more than these; `vocab_size` was {args.vocab_size}")
-    if held_out:
-        size = sum(len(text.encode()) for text in held_out)
-        old, new = (count_tokens(tokenizer, held_out).total() for tokenizer in (before, after))
-        cost = f"{new / old - 1:+.2%} tokens, {size / old:.2f} -> {size / new:.2f} bytes a token"
-        print(f"held-out text of {size:,} bytes: {cost}")
-
-
-def main() -> None:
-    (args,) = parse_arguments(TokenizerArguments, description=__doc__)
-    output = Path(args.output)
-    source = load_tokenizer(args.prune_from) if args.prune_from else None
-    fixed = len(fixed_entries(read_state(source, args.prune_from))) if source else len(FIXED)
-    if args.vocab_size < fixed:
-        raise UserError(f"vocab_size {args.vocab_size} is below the {fixed} of 256 bytes and the special tokens")
+def check_output(output: Path) -> None:
+    """Raise UserError if `output` exists and is not a tokenizer folder: it would be overwritten."""
     if output.exists() and not (output / "tokenizer.json").is_file():
-        raise UserError(f"{output} exists and is no tokenizer folder; choose another `output`")
-    texts = read_texts(find_files(args.files), args.text_column, args.max_bytes)
-    first = next(texts, None)
-    if first is None:
-        raise UserError(f"there is no text in column `{args.text_column}` of {', '.join(args.files)}")
-    texts = chain([first], texts)
-    if source:
-        prune_into(output, texts, source, args)
-    else:
-        train_into(output, texts, args)
+        raise UserError(f"{output} exists and is not a tokenizer folder; choose another `output`")
+
+
+def read_all_texts(patterns: list[str], column: str, max_bytes: int) -> list[str]:
+    """Return the pieces of [`read_texts`] from files, globs or folders.
+
+    Raises:
+        UserError: No file matches, a row cannot be read, or there is no text.
+    """
+    texts = list(read_texts(find_files(patterns), column, max_bytes))
+    if not texts:
+        raise UserError(f"there is no text in column `{column}` of {', '.join(patterns)}")
+    return texts
+
+
+def read_texts(files: list[Path], column: str, max_bytes: int) -> Iterator[str]:
+    """Yield text in pieces of at most `PIECE_LENGTH` characters, in total at most `max_bytes` of UTF-8.
+
+    Each file contributes its share of the bytes on disk.
+
+    Raises:
+        UserError: A row cannot be read.
+    """
+    total_size = sum(file.stat().st_size for file in files)
+    with progress_bar(files, desc="reading") as bar:
+        for file in files:
+            budget = max_bytes * file.stat().st_size // max(total_size, 1)
+            for piece in _read_pieces(file, column, bar):
+                budget -= len(piece.encode())
+                if budget < 0:
+                    break
+                yield piece
+
+
+def _read_pieces(file: Path, column: str, bar: tqdm) -> Iterator[str]:
+    for row in read_rows(file, [column], bar, txt_sample_by="line"):
+        if row.error:
+            raise UserError(f"{file}:{row.number}: {row.error}")
+        for start in range(0, len(row.content), PIECE_LENGTH):
+            yield row.content[start : start + PIECE_LENGTH]
 
 
 if __name__ == "__main__":

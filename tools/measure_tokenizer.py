@@ -1,14 +1,15 @@
-"""Compare tokenizers: characters and bytes a token, and speed, on Chinese, English, code and digits.
+"""Compare tokenizers on Chinese, English, code and digits: characters and bytes per token, and speed.
 
     python tools/measure_tokenizer.py --tokenizers outputs/quickstart/tokenizer QWEN --output outputs/tokenizers
     python tools/measure_tokenizer.py --tokenizers A B --texts zh=corpus/zh/*.jsonl en=corpus/en/*.txt
 
-More bytes a token mean shorter sequences; the price is the vocabulary. A tokenizer looks better on the kind of text it
-was trained on, so compare on text that none of them has seen. The built-in texts are a few lines each: good for
-a first look, too short and too repetitive to rank speed.
+More bytes per token mean shorter sequences, at the price of a larger vocabulary. A tokenizer looks better on text like
+that it was trained on, so compare on text that none of them has seen. The built-in texts are a few lines each: enough
+for a first look, but too short and repetitive to rank speed.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, run_script
-from buddygpt.cli.files import find_files
+from buddygpt.cli.files import find_files, write_atomically
+from buddygpt.cli.tables import markdown_table
 from buddygpt.data.text.rows import progress_bar, read_rows
 
 BUILT_IN = {
@@ -38,13 +40,13 @@ BUILT_IN = {
 
 @dataclass
 class MeasureArguments:
-    """What to compare, on what, and where to put the result."""
+    """What to compare, on which texts, and the folder for the result."""
 
     tokenizers: list[str] = field(metadata={"help": "Tokenizer folders."})
-    texts: list[str] = field(default_factory=list, metadata={"help": "NAME=GLOB; the built-in texts if none."})
+    texts: list[str] = field(default_factory=list, metadata={"help": "NAME=GLOB. Default: the built-in texts."})
     text_key: list[str] = field(default_factory=lambda: ["text"], metadata={"help": "Columns that may hold the text."})
-    max_bytes: int = field(default=2_000_000, metadata={"help": "Read at most, of each text."})
-    seconds: float = field(default=1.0, metadata={"help": "Each speed is taken over at least this time."})
+    max_bytes: int = field(default=2_000_000, metadata={"help": "Read at most this much of each text."})
+    seconds: float = field(default=1.0, metadata={"help": "Measure each speed for at least this long."})
     output: str | None = field(default=None, metadata={"help": "Folder for tokenizers.md and tokenizers.png."})
 
 
@@ -60,88 +62,106 @@ class Measurement:
     mb_per_second: float
 
 
-def read_documents(pattern: str, args: MeasureArguments) -> list[str]:
-    """Return documents of the files behind a glob, up to `max_bytes`."""
-    documents, left = [], args.max_bytes
-    files = find_files([pattern])
-    with progress_bar(files, desc=pattern, leave=False) as bar:
-        for row_file, row in ((file, row) for file in files for row in read_rows(file, args.text_key, bar)):
-            if row.error:
-                raise UserError(f"{row_file}:{row.number}: {row.error}")
-            data = row.content.encode()[:left]
-            documents.append(data.decode(errors="ignore"))
-            left -= len(data)
-            if not left:
-                break
-    return documents
+def main() -> None:
+    (args,) = parse_arguments(MeasureArguments, description=__doc__)
+    texts = read_texts(args)
+    measurements = []
+    for folder in args.tokenizers:
+        tokenizer = load_tokenizer(folder)
+        for text, documents in texts.items():
+            chars_per_token, bytes_per_token, mb_per_second = measure(tokenizer, documents, args.seconds)
+            name = Path(folder).name
+            measurements.append(
+                Measurement(name, len(tokenizer), text, chars_per_token, bytes_per_token, mb_per_second)
+            )
+    table = to_markdown(measurements)
+    print(table, end="")
+    if args.output:
+        output = Path(args.output)
+        with write_atomically(output / "tokenizers.md") as partial:
+            partial.write_text(table, encoding="utf-8")
+        plot(measurements, output / "tokenizers.png")
 
 
 def read_texts(args: MeasureArguments) -> dict[str, list[str]]:
-    """Return name -> documents; UserError where a text is not NAME=GLOB or holds nothing."""
-    texts = {} if args.texts else {name: [text] for name, text in BUILT_IN.items()}
+    """Return name -> documents.
+
+    Raises:
+        UserError: An item of `texts` is not NAME=GLOB, or its files hold no text.
+    """
+    if not args.texts:
+        return {name: [text] for name, text in BUILT_IN.items()}
+    texts = {}
     for item in args.texts:
         name, separator, pattern = item.partition("=")
         if not separator:
             raise UserError(f"texts: `{item}` is not NAME=GLOB, such as zh=corpus/*.jsonl")
-        texts[name] = read_documents(pattern, args)
+        texts[name] = list(read_documents(pattern, args.text_key, args.max_bytes))
         if not any(texts[name]):
             raise UserError(f"texts: there is no text in {pattern}")
     return texts
 
 
+def read_documents(pattern: str, text_key: list[str], max_bytes: int) -> Iterator[str]:
+    """Yield documents of the files that match a glob, in total at most `max_bytes` of UTF-8."""
+    files = find_files([pattern])
+    remaining = max_bytes
+    with progress_bar(files, desc=pattern, leave=False) as bar:
+        for file in files:
+            for row in read_rows(file, text_key, bar):
+                if row.error:
+                    raise UserError(f"{file}:{row.number}: {row.error}")
+                data = row.content.encode()[:remaining]
+                yield data.decode(errors="ignore")  # the limit may cut a character
+                remaining -= len(data)
+                if remaining == 0:
+                    return
+
+
 def measure(tokenizer: PreTrainedTokenizerBase, documents: list[str], seconds: float) -> tuple[float, float, float]:
-    """Return characters a token, bytes a token and MB/s of encoding, with no special tokens added."""
+    """Return characters per token, bytes per token and MB/s of encoding, without special tokens."""
     backend = tokenizer.backend_tokenizer
-    characters, size = sum(map(len, documents)), sum(len(text.encode()) for text in documents)
+    n_chars = sum(len(document) for document in documents)
+    n_bytes = sum(len(document.encode()) for document in documents)
+
     rounds, start = 0, time.perf_counter()
     while rounds == 0 or time.perf_counter() - start < seconds:
-        encoded = backend.encode_batch_fast(documents, add_special_tokens=False)
+        encodings = backend.encode_batch_fast(documents, add_special_tokens=False)
         rounds += 1
     elapsed = time.perf_counter() - start
-    tokens = sum(map(len, encoded))
-    return characters / tokens, size / tokens, rounds * size / elapsed / 1e6
+
+    n_tokens = sum(len(encoding) for encoding in encodings)
+    return n_chars / n_tokens, n_bytes / n_tokens, rounds * n_bytes / elapsed / 1e6
 
 
-def to_markdown(rows: list[Measurement]) -> str:
-    lines = ["| tokenizer | vocabulary | text | characters/token | bytes/token | MB/s |", "|---|--:|---|--:|--:|--:|"]
-    for row in rows:
-        figures = f"{row.chars_per_token:.2f} | {row.bytes_per_token:.2f} | {row.mb_per_second:.2f}"
-        lines.append(f"| {row.tokenizer} | {row.vocabulary:,} | {row.text} | {figures} |")
-    return "\n".join(lines) + "\n"
+def to_markdown(measurements: list[Measurement]) -> str:
+    """Return the measurements as a Markdown table."""
+    header = ["tokenizer", "vocabulary", "text", "characters/token", "bytes/token", "MB/s"]
+    rows = []
+    for one in measurements:
+        figures = [f"{figure:.2f}" for figure in (one.chars_per_token, one.bytes_per_token, one.mb_per_second)]
+        rows.append([one.tokenizer, f"{one.vocabulary:,}", one.text, *figures])
+    return markdown_table(header, rows, align=["---", "--:", "---", "--:", "--:", "--:"]) + "\n"
 
 
-def plot(rows: list[Measurement], path: Path) -> None:
-    """Draw bytes a token, one group of bars a text."""
-    texts, tokenizers = list(dict.fromkeys(r.text for r in rows)), list(dict.fromkeys(r.tokenizer for r in rows))
+def plot(measurements: list[Measurement], path: Path) -> None:
+    """Draw bytes per token: one group of bars per text, one bar per tokenizer."""
+    texts = list(dict.fromkeys(one.text for one in measurements))
+    tokenizers = list(dict.fromkeys(one.tokenizer for one in measurements))
     width = 0.8 / len(tokenizers)
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, name in enumerate(tokenizers):
-        heights = [row.bytes_per_token for row in rows if row.tokenizer == name]
-        bars = axes.bar([x + (i + 0.5) * width - 0.4 for x in range(len(texts))], heights, width, label=name)
+    for number, name in enumerate(tokenizers):
+        heights = [one.bytes_per_token for one in measurements if one.tokenizer == name]
+        # The bars of a text are centered on its tick.
+        centers = [tick - 0.4 + (number + 0.5) * width for tick in range(len(texts))]
+        bars = axes.bar(centers, heights, width, label=name)
         axes.bar_label(bars, fmt="%.2f", fontsize=8)
     axes.set_xticks(range(len(texts)), texts)
     axes.set_ylabel("bytes per token (more is shorter)")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with write_atomically(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)
-
-
-def main() -> None:
-    (args,) = parse_arguments(MeasureArguments, description=__doc__)
-    texts = read_texts(args)
-    rows = []
-    for folder in args.tokenizers:
-        tokenizer = load_tokenizer(folder)
-        for name, documents in texts.items():
-            figures = measure(tokenizer, documents, args.seconds)
-            rows.append(Measurement(Path(folder).name, len(tokenizer), name, *figures))
-    table = to_markdown(rows)
-    print(table, end="")
-    if args.output:
-        output = Path(args.output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "tokenizers.md").write_text(table, encoding="utf-8")
-        plot(rows, output / "tokenizers.png")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
-"""Does the tokenizer keep every text, split it where it should, and mark what an assistant says, and only that?"""
+"""Tests of tokenizer training: round trips, splitting, special tokens, chat template, error messages."""
 
-import json
 import os
 import random
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import measure_tokenizer
 import pytest
 from conftest import ROOT
 from gguf_tokenizer import PRE_TOKENIZERS
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tiny_tokenizer import TEXTS, run, train_tiny_tokenizer, write_jsonl
+from transformers import AutoTokenizer
 from trl.chat_template_utils import (
     get_training_chat_template,
     is_chat_template_prefix_preserving,
@@ -23,18 +19,9 @@ from trl.chat_template_utils import (
 )
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.text.rows import read_rows
 from buddygpt.tokenizer import byte_level_bpe, train_tokenizer
 from buddygpt.tokenizer.byte_level_bpe import PATTERN
 
-DATA = ROOT.parent / "shared" / "data"
-
-TEXTS = [
-    "春天到了，院子里的桃花开了。孩子们在树下读书、唱歌。",
-    "The spring has come, and the children read under the trees.",
-    "def add(a, b):\n    return a + b\n\n\nprint(add(1, 22))\n",
-    "二〇二六年，Python3.11发布了？是的！",
-]
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "天气", "parameters": {}}}]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "北京"}}}
 CHAT = [
@@ -47,7 +34,7 @@ CHAT = [
     {"role": "user", "content": "Thanks 👍🏽"},
     {"role": "assistant", "content": "\n  再见\n"},
 ]
-SAID = [
+ASSISTANT_TURNS = [
     '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>\n'
     '<tool_call>\n{"name": "weather", "arguments": {"city": "上海"}}\n</tool_call><|im_end|>',
     "北京晴，上海雨。<|im_end|>",
@@ -55,23 +42,9 @@ SAID = [
 ]
 
 
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def run(module, monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-    module.main()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    work = tmp_path_factory.mktemp("tokenizer")
-    with pytest.MonkeyPatch.context() as patch:
-        files = write_jsonl(work / "text.jsonl", TEXTS * 5)
-        run(train_tokenizer, patch, "--files", files, "--output", work / "made", "--vocab_size", 400)
-    return work / "made"
+    return train_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +78,8 @@ def test_text_is_split_as_llama_cpp_can():
     assert PRE_TOKENIZERS["qwen2"] == [PATTERN]
 
 
-def test_entries_are_characters_and_their_beginnings(tokenizer):
-    byte = {char: value for value, char in byte_level_bpe.BYTES.items()}
+def test_entries_are_characters_or_prefixes_of_their_bytes(tokenizer):
+    byte = {char: value for value, char in byte_level_bpe.BYTE_CHARACTERS.items()}
     for token in sorted(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()):
         data = bytes(byte[char] for char in token)
         text = data.decode(errors="ignore")
@@ -123,16 +96,16 @@ def test_rare_characters_digits_and_indentation(tokenizer):
     assert len(tokenizer("1234567").input_ids) == 7
 
 
-def test_an_entry_is_given_to_characters_that_are_worth_it():
+def test_frequent_characters_get_an_entry():
     counts = byte_level_bpe.count_characters(["的" * 999 + "é" * 30 + "龘"])
     assert (counts[ord("的")], counts[ord("é")], counts.sum()) == (999, 30, 1030)
     characters, built = byte_level_bpe.choose_characters(counts, 1000, 2)
     assert characters[128:] == ["的", "é"] and built == ["的".encode()[:2], "的".encode(), "é".encode()]
-    assert byte_level_bpe.choose_characters(counts, len(byte_level_bpe.FIXED) + 2, 2)[1] == built[:2]
+    assert byte_level_bpe.choose_characters(counts, len(byte_level_bpe.FIXED_ENTRIES) + 2, 2)[1] == built[:2]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_memory_is_bounded_by_the_text_that_is_read(tmp_path):
+def test_memory_is_limited_by_max_bytes(tmp_path):
     words = ["".join(random.Random(i).choices([chr(0x4E00 + k) for k in range(3000)], k=2)) for i in range(20_000)]
     texts = ["".join(random.Random(i).choices(words, k=500)) for i in range(2000)]  # 6 MB, no two runs alike
     script = (
@@ -146,7 +119,7 @@ def test_memory_is_bounded_by_the_text_that_is_read(tmp_path):
     command = [sys.executable, "-c", script, ROOT / "tokenizer", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 85 * 3_000_000  # 400 MB if all were read; real text takes half
+    assert int(done.stdout.split()[-1]) < 85 * 3_000_000  # 400 MB without the limit; real text needs half
 
 
 def test_special_tokens_are_distinct_and_whole(tokenizer):
@@ -179,7 +152,7 @@ def test_a_fresh_process_reads_the_folder_and_trains_the_same_bytes(folder):
     assert (again / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
-def test_all_that_an_assistant_says_is_marked_and_nothing_else(tokenizer):
+def test_the_template_marks_exactly_the_assistant_turns(tokenizer):
     encoded = tokenizer.apply_chat_template(CHAT, tools=TOOLS, return_dict=True, return_assistant_tokens_mask=True)
     turns, previous = [], 0
     for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
@@ -188,7 +161,7 @@ def test_all_that_an_assistant_says_is_marked_and_nothing_else(tokenizer):
         if mask:
             turns[-1].append(token)
         previous = mask
-    assert [tokenizer.decode(turn) for turn in turns] == SAID
+    assert [tokenizer.decode(turn) for turn in turns] == ASSISTANT_TURNS
 
 
 def test_the_chat_is_rendered_as_chatml(tokenizer):
@@ -203,7 +176,7 @@ def test_the_chat_is_rendered_as_chatml(tokenizer):
     assert no_system == "<|im_start|>user\n北京的天气？<|im_end|>\n"
 
 
-def test_a_chat_begins_as_its_earlier_turns_did(tokenizer):
+def test_a_longer_chat_begins_with_the_tokens_of_its_earlier_turns(tokenizer):
     ids = tokenizer.apply_chat_template(CHAT, tools=TOOLS, return_dict=False)
     for end in (2, 3, 5, 6, 7):
         earlier = tokenizer.apply_chat_template(CHAT[:end], tools=TOOLS, return_dict=False)
@@ -245,6 +218,7 @@ def test_long_documents_are_read_in_pieces(tmp_path):
         (b'{"text": "a"}\n{"content": "b"}\n', [], r"a\.jsonl:2: no column `text`; there are: content"),
         (b'{"text": "a"}\n', ["--files", "nowhere/*.txt"], r"no file matches `nowhere/\*\.txt`"),
         (b'{"text": "a"}\n', ["--vocabulary", "1"], "unknown argument"),
+        (b'{"text": "a"}\n', ["--prune_from", "x"], "unknown argument `--prune_from`"),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing_behind(content, arguments, message, tmp_path, monkeypatch):
@@ -255,175 +229,13 @@ def test_mistakes_are_named_and_leave_nothing_behind(content, arguments, message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
-def test_a_text_file_that_is_no_utf8_is_named(tmp_path, monkeypatch):
+def test_a_text_file_that_is_not_utf8_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes("好\n".encode() + "好".encode("gbk"))
     with pytest.raises(UserError, match=r"a\.txt:2: not valid UTF-8"):
         run(train_tokenizer, monkeypatch, "--files", tmp_path / "a.txt", "--output", tmp_path / "out")
 
 
-def test_a_folder_that_is_no_tokenizer_is_not_overwritten(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_a_tokenizer_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="is no tokenizer folder"):
+    with pytest.raises(UserError, match="is not a tokenizer folder"):
         run(train_tokenizer, monkeypatch, "--files", tmp_path / "a", "--output", tmp_path / "mine")
-
-
-def test_measuring_counts_what_it_says(folder, tmp_path, monkeypatch, capsys):
-    text = write_jsonl(tmp_path / "zh.jsonl", ["春天到了，", "桃花"])
-    options = ["--tokenizers", folder, "--texts", f"zh={text}", "--seconds", 0, "--output", tmp_path / "out"]
-    run(measure_tokenizer, monkeypatch, *options)
-    table = capsys.readouterr().out
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    count = sum(len(tokenizer(part).input_ids) for part in ("春天到了，", "桃花"))
-    assert f"| made | 400 | zh | {7 / count:.2f} | {21 / count:.2f} |" in table
-    assert (tmp_path / "out" / "tokenizers.md").read_text(encoding="utf-8") == table
-    assert (tmp_path / "out" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_measuring_knows_four_texts_by_itself(folder, monkeypatch, capsys):
-    run(measure_tokenizer, monkeypatch, "--tokenizers", folder, "--seconds", 0)
-    table = capsys.readouterr().out
-    assert [line.split("|")[3].strip() for line in table.splitlines()[2:]] == ["zh", "en", "code", "digits"]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--tokenizers", "nowhere"], "cannot read a tokenizer from nowhere"),
-        (["--tokenizers", "nowhere", "--texts", "corpus.txt"], "is not NAME=GLOB"),
-        (["--tokenizers", "nowhere", "--texts", "zh=nowhere/*"], "no file matches"),
-    ],
-)
-def test_measuring_names_mistakes(arguments, message, monkeypatch):
-    with pytest.raises(UserError, match=message):
-        run(measure_tokenizer, monkeypatch, *arguments)
-
-
-@pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
-def test_real_chinese_takes_fewer_tokens_than_characters(tmp_path, monkeypatch, capsys):
-    files, qwen = DATA / "pretrain" / "wikipedia_cn_sample.json", DATA / "tokenizers" / "qwen2.5"
-    options = ["--text_column", "completion", "--vocab_size", 4000, "--output", tmp_path / "wiki"]
-    run(train_tokenizer, monkeypatch, "--files", files, *options)
-    texts = ["--texts", f"zh={files}", "--text_key", "completion", "--seconds", 0]
-    run(measure_tokenizer, monkeypatch, "--tokenizers", tmp_path / "wiki", qwen, *texts)
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| zh |" in line]
-    assert [row[1].strip() for row in rows] == ["wiki", "qwen2.5"]
-    assert all(float(row[4]) > 1 for row in rows)
-
-
-def train_on(tmp_path, monkeypatch, name: str, texts: list[str], *options) -> Path:
-    """A tokenizer folder made from texts, by training or by pruning."""
-    file = write_jsonl(tmp_path / f"{name}.jsonl", texts)
-    run(train_tokenizer, monkeypatch, "--files", file, "--output", tmp_path / name, *options)
-    return tmp_path / name
-
-
-def read_pair(source: Path, made: Path):
-    """A tokenizer, what became of it, and old id -> new id; the order of the ids is the same."""
-    old_ids = json.loads((made / "old_ids.json").read_text())
-    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(made)
-    assert old_ids == sorted(set(old_ids)) and len(old_ids) == len(after)
-    assert before.convert_ids_to_tokens(old_ids) == after.convert_ids_to_tokens(range(len(after)))
-    return before, after, {old: new for new, old in enumerate(old_ids)}
-
-
-def count_same(before, after, new_ids: dict[int, int], texts: list[str]) -> int:
-    """How many texts have kept all their tokens; those are tokenized as before."""
-    same = 0
-    for text in texts:
-        ids = before(text).input_ids
-        if set(ids) <= new_ids.keys():
-            assert after(text).input_ids == [new_ids[i] for i in ids]
-            same += 1
-    return same
-
-
-def test_pruning_keeps_what_the_text_uses(folder, tmp_path, monkeypatch, capsys):
-    used = [f"{TEXTS[0]}{i}" for i in range(100)]
-    made = train_on(tmp_path, monkeypatch, "cut", used, "--prune-from", folder, "--vocab_size", 300)
-    assert re.search(
-        r"300 of 400 entries\nheld-out text of [\d,]+ bytes: \+\d+\.\d\d% tokens", capsys.readouterr().out
-    )
-    before, after, new_ids = read_pair(folder, made)
-    assert after.get_added_vocab().keys() == before.get_added_vocab().keys()
-    names = ["<|endoftext|>", "<|im_end|>", "<|pad|>"]
-    assert [after.document_separator_token, after.eos_token, after.pad_token] == names
-    assert after.chat_template == before.chat_template and after.model_max_length == before.model_max_length
-    pieces = [text[start:end] for text in TEXTS for start in range(20) for end in range(start, 30)]
-    assert 50 < count_same(before, after, new_ids, pieces) < len(pieces)
-    planes = "".join(chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000)
-    assert after.decode(after(planes).input_ids) == planes
-
-
-def test_a_pruned_vocabulary_is_consistent(folder, tmp_path, monkeypatch):
-    made = train_on(tmp_path, monkeypatch, "cut", TEXTS * 3, "--prune_from", folder, "--vocab_size", 320)
-    model = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    made_by_merges = {left + right for left, right in model["merges"]}
-    assert {part for pair in model["merges"] for part in pair} | made_by_merges <= model["vocab"].keys()
-    assert len(model["vocab"]) == 320 == len(byte_level_bpe.FIXED) + len(made_by_merges)
-
-
-def test_pruning_says_where_the_text_uses_fewer(folder, tmp_path, monkeypatch, capsys):
-    made = train_on(tmp_path, monkeypatch, "cut", ["春天到了"] * 9, "--prune_from", folder, "--vocab_size", 390)
-    out = capsys.readouterr().out
-    assert "warning: the text uses no more than these; `vocab_size` was 390" in out
-    before, after, new_ids = read_pair(folder, made)
-    assert len(after) < 300 and count_same(before, after, new_ids, ["春天到了"]) == 1
-
-
-def test_pruning_a_tokenizer_of_another_make(tmp_path, monkeypatch):
-    """Several merges for one entry, words before merges, a beginning-of-text token, holes: as in Llama 3."""
-    entries = [*byte_level_bpe.BYTES.values(), "xy", "ab", "bc", "abc", "cd", "abcd", "word", "<s>"]
-    merges = [("x", "y"), ("b", "c"), ("a", "b"), ("c", "d"), ("ab", "c"), ("a", "bc"), ("ab", "cd"), ("abc", "d")]
-    backend = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, merges, ignore_merges=True))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    backend.add_special_tokens(["<s>"])
-    backend.post_processor = processors.Sequence(
-        [processors.ByteLevel(), processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", len(entries) - 1)])]
-    )
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path / "source")
-    texts = [["abcd", "word"][i % 2] for i in range(60)]
-    made = train_on(tmp_path, monkeypatch, "cut", texts, "--prune_from", tmp_path / "source", "--vocab_size", 270)
-    before, after, new_ids = read_pair(tmp_path / "source", made)
-    assert {"abcd", "abc", "bc", "word"} <= after.get_vocab().keys()
-    assert after.get_vocab().keys().isdisjoint({"xy", "ab", "cd"}) and after.chat_template is None
-    assert after("abcd").input_ids[0] == after.bos_token_id == len(after) - 1
-    assert count_same(before, after, new_ids, ["abcd", "xbcx", "abcde", "wordabcd", "abxy", "word word"]) == 5
-
-
-def test_pruning_gives_our_template_to_chatml_without_one(folder, tmp_path, monkeypatch):
-    shutil.copytree(folder, tmp_path / "bare")
-    (tmp_path / "bare" / "chat_template.jinja").unlink()
-    made = train_on(tmp_path, monkeypatch, "cut", TEXTS, "--prune_from", tmp_path / "bare", "--vocab_size", 300)
-    expected = train_tokenizer.CHAT_TEMPLATE.read_text(encoding="utf-8")
-    assert AutoTokenizer.from_pretrained(made).chat_template == expected
-
-
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        (None, "no such tokenizer folder"),
-        (models.WordLevel({"a": 0}, unk_token="a"), "is WordLevel; only byte-level BPE can be cut"),
-        (models.BPE({"a": 0, "b": 1}, []), "BPE, but not byte-level: 254 of 256 bytes have no entry"),
-        (models.BPE({char: i for i, char in enumerate(byte_level_bpe.BYTES.values())}, []), "255 is below the 256 of"),
-    ],
-)
-def test_what_cannot_be_pruned_is_named(model, message, tmp_path, monkeypatch):
-    if model:
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(tmp_path / "source")
-    with pytest.raises(UserError, match=message):
-        train_on(tmp_path, monkeypatch, "cut", ["a"], "--prune_from", tmp_path / "source", "--vocab_size", 255)
-    assert not (tmp_path / "cut").exists()
-
-
-@pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
-def test_qwen_is_pruned_to_a_chinese_vocabulary(tmp_path, monkeypatch, capsys):
-    file, qwen = DATA / "pretrain" / "wanjuan_zh_web_sample.jsonl.gz", DATA / "tokenizers" / "qwen2.5"
-    options = ["--text_column", "content", "--vocab_size", 16384, "--output", tmp_path / "cut", "--prune-from", qwen]
-    run(train_tokenizer, monkeypatch, "--files", file, *options)
-    cost = re.search(r"\+(\d\.\d\d)% tokens", capsys.readouterr().out)
-    assert float(cost[1]) < 5
-    before, after, new_ids = read_pair(qwen, tmp_path / "cut")
-    lines = [line for row in read_rows(file, ["content"]) for line in row.content.split("\n")]
-    assert count_same(before, after, new_ids, lines) > len(lines) / 2
-    text = "e\u0301 龘 👨‍👩‍👧‍👦 １２"  # composed by the normaliser that it has kept
-    assert after.decode(after(text).input_ids) == before.decode(before(text).input_ids)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,8 +34,7 @@ from tqdm import tqdm
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.data.text.rows import progress_bar, read_rows
-from buddygpt.tokenizer.byte_level_bpe import PATTERN, SPECIAL_TOKENS, TOOL_TOKENS, learn
-from buddygpt.tokenizer.prune_vocabulary import split_by_hash
+from buddygpt.tokenizer.byte_level_bpe import PATTERN, SPECIAL_TOKENS, TOOL_TOKENS, train_byte_level_bpe
 from buddygpt.tokenizer.train_tokenizer import TokenizerArguments, read_texts
 
 KINDS = ("zh", "en", "code")
@@ -68,7 +68,8 @@ def write_text(folder: Path, args: TokenizerTrainingArguments) -> None:
     for kind in KINDS:
         documents = read_kind(kind, args)[:: 40 if args.quick else 1]
         random.Random(0).shuffle(documents)  # where not all is read, what is read has every source
-        for name, side in zip(("train", "held_out"), split_by_hash(documents), strict=True):
+        train, held_out = split_by_hash(documents)
+        for name, side in {"train": train, "held_out": held_out}.items():
             if not side:
                 raise UserError(f"folder: {args.folder} has too little text for {kind} ({name})")
             (folder / name).mkdir(exist_ok=True)
@@ -76,8 +77,19 @@ def write_text(folder: Path, args: TokenizerTrainingArguments) -> None:
             (folder / name / f"{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
+def split_by_hash(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Return the texts to train on, and about a twentieth of them held out. Equal texts are on the same side."""
+    train, held_out = [], []
+    for text in texts:
+        first_byte = sha256(text.encode()).digest()[0]
+        side = held_out if first_byte < 256 // 20 else train
+        side.append(text)
+    return train, held_out
+
+
 def train_buddygpt(texts: list[str], vocab_size: int) -> Count:
-    tokenizer = learn(texts, vocab_size, TokenizerArguments.min_frequency, TokenizerArguments.max_token_length)
+    limits = TokenizerArguments.min_frequency, TokenizerArguments.max_token_length
+    tokenizer = train_byte_level_bpe(texts, vocab_size, *limits)
     return lambda documents: sum(map(len, tokenizer.encode_batch_fast(documents, add_special_tokens=False)))
 
 
