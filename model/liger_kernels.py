@@ -45,7 +45,7 @@ def apply_liger_kernel_to_buddygpt(
         if swiglu and isinstance(module, BuddyGPTMLP) and model.config.hidden_act in ("silu", "swish"):
             bind(module, LigerSwiGLUMLP.forward)
         if rope and isinstance(module, BuddyGPTAttention):
-            module.rotate_both = liger_rotary_pos_emb
+            module.apply_rotary_to_both = liger_rotary_pos_emb
     if fused_linear_cross_entropy:
         model.cross_entropy = liger_cross_entropy
 

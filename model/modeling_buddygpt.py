@@ -1,16 +1,25 @@
-"""BuddyGPT: a pre-norm decoder with RMSNorm and RoPE, its attention and feed-forward layers chosen by the config.
+"""The BuddyGPT model: a decoder-only transformer with RMSNorm before each sublayer and rotary positions (RoPE).
 
-Attention is grouped-query (GQA) or multi-head latent (MLA); the feed-forward layer is SwiGLU, a mixture of SwiGLU
-experts (MoE), or a soft mixture. Each is one class, chosen in `BuddyGPTDecoderLayer.__init__`. With the same weights
-the model equals a stock transformers architecture: Qwen2 (GQA, `attention_bias`), Qwen3 (GQA, `use_qk_norm`), Llama
-(GQA), DeepSeek-V3 (MLA, with or without MoE), GLM-4-MoE (GQA, sigmoid MoE) or Qwen3-MoE (GQA, softmax MoE).
+The config chooses the sublayers of each decoder layer; `BuddyGPTDecoderLayer.__init__` builds them:
 
-This file, `configuration_buddygpt.py` and `losses_buddygpt.py` are copied into every checkpoint, so they import torch
-and transformers only.
+- attention: grouped-query (GQA) or multi-head latent (MLA)
+- feed-forward: SwiGLU, a mixture of SwiGLU experts (MoE), or a soft mixture
 
-Shapes: B batch, T new tokens, S tokens seen (cached + new), C hidden_size, H query heads, K key/value heads,
-D head_dim, R kv_lora_rank, V vocab_size, N tokens of the batch (B x T), E experts, I width of an expert, k experts
-per token.
+With the same weights, most configs give the same logits as a stock transformers architecture: Qwen2 (GQA with
+`attention_bias`), Qwen3 (GQA with `use_qk_norm`), Llama (GQA), DeepSeek-V3 (MLA, dense or MoE), GLM-4-MoE (GQA with
+sigmoid MoE) or Qwen3-MoE (GQA with softmax MoE).
+
+This file is copied into every checkpoint together with `configuration_buddygpt.py` and `losses_buddygpt.py`, so it may
+import only torch, transformers and those two files.
+
+Shapes in the comments:
+    B  batch size                      H  query heads
+    T  new tokens                      K  key/value heads
+    S  tokens seen (cached + new)      D  head_dim
+    C  hidden_size                     R  kv_lora_rank
+    V  vocab_size                      E  experts
+    N  tokens of the batch (B x T)     I  width of one expert
+                                       k  experts per token
 """
 
 import math
@@ -40,7 +49,7 @@ from .losses_buddygpt import ChunkedCrossEntropy, expert_scores, load_balancing_
 
 
 class BuddyGPTRMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv:1910.07467), computed in float32, over the last dimension."""
+    """Root mean square normalization (arXiv:1910.07467) of the last dimension, computed in float32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -48,63 +57,83 @@ class BuddyGPTRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden_states.dtype)
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.float()
+        mean_square = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(mean_square + self.eps)
+        return self.weight * hidden_states.to(input_dtype)
 
 
 class BuddyGPTRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary position embedding (arXiv:2104.09864), with transformers' scaled types."""
+    """Cosines and sines of rotary position embedding (arXiv:2104.09864), including transformers' scaled types."""
 
     def __init__(self, config: BuddyGPTConfig):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = init_fn(config)
+        # `dynamic_rope_update` reads these two lengths and `original_inv_freq`.
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+
+        if self.rope_type in ROPE_INIT_FUNCTIONS:
+            init_function = ROPE_INIT_FUNCTIONS[self.rope_type]
+        else:
+            init_function = self.compute_default_rope_parameters
+        inv_freq, self.attention_scaling = init_function(config)
+        # Not saved: they follow from the config.
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: BuddyGPTConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
-        """Return D/2 inverse frequencies and the factor on cos and sin. `PreTrainedModel` calls this by name."""
+        """Return the D/2 inverse frequencies and the factor on cos and sin. `PreTrainedModel` calls this by name."""
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T) positions -> cos and sin of shape (B, T, D) in the dtype of `hidden_states`."""
-        freqs = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float)
-        angles = torch.cat((freqs, freqs), dim=-1)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        """Return cos and sin of shape (B, T, D) for positions (B, T), in the dtype of `hidden_states`."""
+        inv_freq = self.inv_freq.to(hidden_states.device, torch.float)
+        # The angles stay in float32: bfloat16 cannot tell position 4095 from 4080.
+        angles = position_ids[..., None].float() * inv_freq  # (B, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)  # (B, T, D)
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (i, i + D/2) of `x` (B, heads, T, D) by the angles of `cos` and `sin` (B, T, D)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+    first_half, second_half = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second_half, first_half), dim=-1)
+    return x * cos.unsqueeze(1) + rotated * sin.unsqueeze(1)
 
 
-def rotate_both(
+def apply_rotary_to_both(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`rotate`] queries and keys."""
-    return rotate(query, cos, sin), rotate(key, cos, sin)
+    """Call [`apply_rotary`] on queries and keys. A fused kernel with this signature can replace it."""
+    return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
 
 
-def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (2i, 2i + 1) of `x`, as DeepSeek does. The result has all first elements, then all second ones:
-    the same order for queries and keys, so that their products stay."""
-    return rotate(torch.cat((x[..., ::2], x[..., 1::2]), dim=-1), cos, sin)
+def apply_rotary_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (2i, 2i + 1) of `x` (B, heads, T, D), as DeepSeek does.
+
+    The result holds the first elements of all pairs, then the second ones. Queries and keys get the same order, so
+    their dot products do not change.
+    """
+    first_elements, second_elements = x[..., ::2], x[..., 1::2]
+    return apply_rotary(torch.cat((first_elements, second_elements), dim=-1), cos, sin)
 
 
 def yarn_softmax_factor(rope_parameters: dict) -> float:
-    """DeepSeek's factor on the attention scores of a model stretched by YaRN (`mscale_all_dim`); 1 for all others."""
-    mscale, factor = rope_parameters.get("mscale_all_dim", 0), rope_parameters.get("factor", 1)
-    return (0.1 * mscale * math.log(factor) + 1.0) ** 2 if mscale and factor > 1 else 1.0
+    """Return DeepSeek's factor on the attention scores of a model extended by YaRN (`mscale_all_dim`), else 1."""
+    mscale = rope_parameters.get("mscale_all_dim", 0)
+    factor = rope_parameters.get("factor", 1)
+    if not mscale or factor <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(factor) + 1.0) ** 2
 
 
 def eager_attention_forward(
@@ -117,22 +146,33 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: query (B, H, T, D), key and value (B, K, S, D) ->
-    output (B, T, H, D) and weights (B, H, T, S)."""
+    """Attention in plain PyTorch, used with `attn_implementation="eager"`.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, K, S, D).
+        attention_mask: (B, 1, T, S), added to the scores: 0 for visible tokens, a large negative number for others.
+
+    Returns:
+        The output (B, T, H, D) and the attention weights (B, H, T, S).
+    """
+    # Each key/value head serves a group of query heads: (B, K, S, D) -> (B, H, S, D)
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    output = weights @ value  # (B, H, T, D)
+    return output.transpose(1, 2).contiguous(), weights
 
 
 class BuddyGPTAttention(nn.Module):
-    """Grouped-query attention: project, normalise if asked, rotate, cache, attend through transformers' interface."""
+    """Grouped-query attention (arXiv:2305.13245), with an optional RMSNorm of queries and keys as in Qwen3."""
 
-    rotate_both = staticmethod(rotate_both)  # a module may be given a fused kernel instead
+    # An attribute, so that one model can use a fused kernel instead (see liger_kernels.py in the repository).
+    apply_rotary_to_both = staticmethod(apply_rotary_to_both)
 
     def __init__(self, config: BuddyGPTConfig, layer_idx: int):
         super().__init__()
@@ -143,13 +183,18 @@ class BuddyGPTAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.is_causal = True
 
-        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        self.q_norm = BuddyGPTRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = BuddyGPTRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        if config.use_qk_norm:
+            self.q_norm = BuddyGPTRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = BuddyGPTRMSNorm(config.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = nn.Identity()
+            self.k_norm = nn.Identity()
 
     def forward(
         self,
@@ -159,13 +204,24 @@ class BuddyGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, C) -> (B, T, C), and the attention weights where the backend returns them."""
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
-        query, key = self.rotate_both(query, key, *position_embeddings)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        """Return the output (B, T, C) for `hidden_states` (B, T, C), and the attention weights (None for a backend
+        that does not return them)."""
+        batch_size, length, _ = hidden_states.shape
+
+        # Project and split into heads: (B, T, C) -> (B, T, H or K, D). The norms see one head at a time.
+        query = self.q_norm(self.q_proj(hidden_states).view(batch_size, length, -1, self.head_dim))
+        key = self.k_norm(self.k_proj(hidden_states).view(batch_size, length, -1, self.head_dim))
+        value = self.v_proj(hidden_states).view(batch_size, length, -1, self.head_dim)
+
+        # Heads before tokens, as the attention backends expect: (B, H or K, T, D)
+        query = query.transpose(1, 2)
+        key = key.transpose(1, 2)
+        value = value.transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query, key = self.apply_rotary_to_both(query, key, cos, sin)
         if past_key_values is not None:
+            # The cache appends the new tokens and returns all of them: (B, K, S, D)
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -179,14 +235,17 @@ class BuddyGPTAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        # Join the heads: (B, T, H, D) -> (B, T, H x D) -> (B, T, C)
+        return self.o_proj(output.reshape(batch_size, length, -1)), weights
 
 
 class BuddyGPTLatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434 section 2.1, as in transformers' DeepSeek-V3).
 
-    The cache holds, for each token, the latent (R) that all heads' keys and values are made of, and one rotated key
-    (qk_rope_head_dim): R + qk_rope_head_dim numbers where grouped-query attention keeps 2 K D.
+    Each query and key head has a part without position (`nope`) and a rotated part (`rope`). All heads share the
+    rotated part of the key; the rest of the keys, and the values, are computed from one latent vector per token. The
+    cache holds only that latent and the rotated key: R + qk_rope_head_dim numbers per token, where grouped-query
+    attention holds 2 x K x D.
     """
 
     def __init__(self, config: BuddyGPTConfig, layer_idx: int):
@@ -194,23 +253,32 @@ class BuddyGPTLatentAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
-        self.num_key_value_groups = 1
+        self.num_key_value_groups = 1  # after expansion every head has its own keys and values
         self.is_causal = True
-        self.query_dims = [config.qk_nope_head_dim, config.qk_rope_head_dim]
-        self.latent_dims = [config.kv_lora_rank, config.qk_rope_head_dim]
-        self.expanded_dims = [config.qk_nope_head_dim, config.v_head_dim]
-        self.scaling = sum(self.query_dims) ** -0.5 * yarn_softmax_factor(config.rope_parameters)
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.scaling = qk_head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters)
 
-        q_size, bias = self.num_heads * sum(self.query_dims), config.attention_bias
+        # Queries: straight from the hidden states, or through their own latent.
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
+            self.q_proj = nn.Linear(config.hidden_size, self.num_heads * qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = BuddyGPTRMSNorm(config.q_lora_rank, eps=1e-6)  # DeepSeek's, whatever rms_norm_eps
-            self.q_b_proj = nn.Linear(config.q_lora_rank, q_size, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, sum(self.latent_dims), bias=bias)
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=config.attention_bias)
+            # DeepSeek-V3 fixes the epsilon of the latents' norms; it does not follow `rms_norm_eps`.
+            self.q_a_layernorm = BuddyGPTRMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, self.num_heads * qk_head_dim, bias=False)
+
+        # Keys and values: down to the latent and the shared rotated key, then up to every head's key and value.
+        self.kv_a_proj_with_mqa = nn.Linear(
+            config.hidden_size, config.kv_lora_rank + config.qk_rope_head_dim, bias=config.attention_bias
+        )
         self.kv_a_layernorm = BuddyGPTRMSNorm(config.kv_lora_rank, eps=1e-6)
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, self.num_heads * sum(self.expanded_dims), bias=False)
+        self.kv_b_proj = nn.Linear(
+            config.kv_lora_rank, self.num_heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        )
         self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, config.hidden_size, bias=False)
 
     def forward(
@@ -221,50 +289,84 @@ class BuddyGPTLatentAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, C) -> (B, T, C), and the attention weights where the backend returns them."""
-        batch, length = hidden_states.shape[:2]
-        query = self.project_query(hidden_states).view(batch, length, self.num_heads, -1).transpose(1, 2)
-        q_nope, q_rot = query.split(self.query_dims, dim=-1)
-        # One head for all: (B, 1, T, ...)
-        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split(self.latent_dims, dim=-1)
-        latent = self.kv_a_layernorm(latent)
-        q_rot, k_rot = (rotate_interleaved(x, *position_embeddings) for x in (q_rot, k_rot))
-        if past_key_values is not None:
-            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+        """Return the output (B, T, C) for `hidden_states` (B, T, C), and the attention weights (None for a backend
+        that does not return them)."""
+        batch_size, length, _ = hidden_states.shape
 
-        attend = self.attend_in_latent_space if self.can_absorb(length, past_key_values) else self.attend
-        output, weights = attend(q_nope, q_rot, latent, k_rot, attention_mask, **kwargs)
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+        # (B, T, C) -> (B, H, T, qk_nope_head_dim + qk_rope_head_dim), split into the two parts
+        query = self.project_query(hidden_states).view(batch_size, length, self.num_heads, -1).transpose(1, 2)
+        query_nope, query_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+        # (B, T, C) -> (B, 1, T, R + qk_rope_head_dim): one "head" that all query heads share
+        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        latent, key_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent = self.kv_a_layernorm(latent)
+
+        cos, sin = position_embeddings
+        query_rope = apply_rotary_interleaved(query_rope, cos, sin)
+        key_rope = apply_rotary_interleaved(key_rope, cos, sin)
+        if past_key_values is not None:
+            # The cache keeps latents and rotated keys: (B, 1, S, R) and (B, 1, S, qk_rope_head_dim)
+            latent, key_rope = past_key_values.update(latent, key_rope, self.layer_idx)
+
+        inputs = (query_nope, query_rope, latent, key_rope, attention_mask)
+        if self.can_absorb(length, past_key_values):
+            output, weights = self.attend_in_latent_space(*inputs, **kwargs)
+        else:
+            output, weights = self.attend(*inputs, **kwargs)
+        # Join the heads: (B, T, H, v_head_dim) -> (B, T, C)
+        return self.o_proj(output.reshape(batch_size, length, -1)), weights
 
     def project_query(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, T, H x query head width), through the queries' latent where there is one."""
+        """(B, T, C) -> (B, T, H x (qk_nope_head_dim + qk_rope_head_dim))."""
         if self.config.q_lora_rank is None:
             return self.q_proj(hidden_states)
         return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
 
     def can_absorb(self, length: int, past_key_values: Cache | None) -> bool:
-        """Whether this is a decoding step of one token that may read `kv_b_proj`'s weight itself: not where an adapter
-        or a quantised layer stands in its place, nor where the backend wants values as wide as keys."""
-        plain = type(self.kv_b_proj) is nn.Linear and "flash" not in self.config._attn_implementation
-        return length == 1 and past_key_values is not None and plain
+        """Return True for a decoding step that can use [`attend_in_latent_space`]."""
+        is_decoding_step = length == 1 and past_key_values is not None
+        # An adapter or a quantized layer must be called; its weight alone is not the whole projection.
+        has_plain_weight = type(self.kv_b_proj) is nn.Linear
+        # Flash attention requires values as wide as keys.
+        takes_narrow_values = "flash" not in self.config._attn_implementation
+        return is_decoding_step and has_plain_weight and takes_narrow_values
 
-    def attend(self, q_nope, q_rot, latent, k_rot, attention_mask, **kwargs):
-        """Expand the latents (B, 1, S, R) into each head's keys and values -> (B, T, H, v_head_dim) and weights."""
+    def attend(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
+        """Expand the latents (B, 1, S, R) into every head's keys and values, then attend as usual.
+
+        Returns:
+            The output (B, T, H, v_head_dim) and the attention weights.
+        """
+        # (B, S, R) -> (B, H, S, qk_nope_head_dim + v_head_dim)
         expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k_nope, value = expanded.split(self.expanded_dims, dim=-1)
-        key = torch.cat((k_nope, k_rot.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        return self.call_backend(torch.cat((q_nope, q_rot), dim=-1), key, value, attention_mask, **kwargs)
+        key_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        key = torch.cat((key_nope, key_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        query = torch.cat((query_nope, query_rope), dim=-1)
+        return self.call_backend(query, key, value, attention_mask, **kwargs)
 
-    def attend_in_latent_space(self, q_nope, q_rot, latent, k_rot, attention_mask, **kwargs):
-        """The same without expanding S tokens: `kv_b_proj` is absorbed into the query and the output instead."""
-        k_up, v_up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(self.expanded_dims, dim=1)
-        query = torch.cat((q_nope @ k_up, q_rot), dim=-1)
-        key = torch.cat((latent, k_rot), dim=-1).expand(-1, self.num_heads, -1, -1)
-        value = latent.expand(-1, self.num_heads, -1, -1)
-        output, weights = self.call_backend(query, key, value, attention_mask, **kwargs)
-        return (output.transpose(1, 2) @ v_up.mT).transpose(1, 2), weights
+    def attend_in_latent_space(self, query_nope, query_rope, latent, key_rope, attention_mask, **kwargs):
+        """Return what [`attend`] returns without expanding the S cached latents ("weight absorption").
+
+        With `kv_b_proj` = (W_key, W_value) of one head: query @ (W_key @ latent) = (query @ W_key) @ latent, and the
+        weighted sum of W_value @ latent is W_value @ (weighted sum of latents). So queries move into the latent space,
+        latents serve as keys and values, and only the result moves back.
+        """
+        weight_by_head = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))  # (H, nope + v_head_dim, R)
+        key_weight, value_weight = weight_by_head.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        query = torch.cat((query_nope @ key_weight, query_rope), dim=-1)  # (B, H, 1, R + qk_rope_head_dim)
+        key = torch.cat((latent, key_rope), dim=-1).expand(-1, self.num_heads, -1, -1)
+        value = latent.expand(-1, self.num_heads, -1, -1)  # (B, H, S, R)
+        output, weights = self.call_backend(query, key, value, attention_mask, **kwargs)  # (B, 1, H, R)
+        output = output.transpose(1, 2) @ value_weight.mT  # (B, H, 1, v_head_dim)
+        return output.transpose(1, 2), weights
 
     def call_backend(self, query, key, value, attention_mask, **kwargs):
+        """Run the chosen attention implementation on tensors (B, H, T or S, width).
+
+        Returns:
+            The output (B, T, H, width of a value) and the attention weights.
+        """
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         return attention(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -287,8 +389,8 @@ class BuddyGPTMLP(nn.Module):
 class BuddyGPTTopkRouter(nn.Module):
     """Choose k of E experts for each token, in float32 (DeepSeek-V3, arXiv:2412.19437 section 2.1.2).
 
-    `e_score_correction_bias` takes part in the choice, not in the weights, and has no gradient: a callback moves it
-    towards balance.
+    `e_score_correction_bias` affects which experts are chosen, not their weights. It has no gradient; during
+    pretraining a callback moves it to balance the load.
     """
 
     def __init__(self, config: BuddyGPTConfig):
@@ -298,18 +400,25 @@ class BuddyGPTTopkRouter(nn.Module):
         self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(N, C) -> logits (N, E), weights (N, k) and indices (N, k) of the chosen experts."""
+        """Return the logits (N, E), and the weights (N, k) and indices (N, k) of the chosen experts, for (N, C)."""
         config = self.config
+        # Close scores would be rounded to ties in bfloat16, so autocast is off here.
         with maybe_autocast(hidden_states.device.type, enabled=False):
             logits = nn.functional.linear(hidden_states.float(), self.weight.float())
-        scores = expert_scores(logits, config.scoring_func)
-        choice = (scores + self.e_score_correction_bias).unflatten(-1, (config.n_group, -1))
-        group_scores = choice.topk(2, dim=-1).values.sum(-1)
+        scores = expert_scores(logits, config.scoring_func)  # (N, E)
+
+        # Choose topk_group of n_group groups; a group's score is the sum of its two best experts' scores.
+        choice = (scores + self.e_score_correction_bias).unflatten(-1, (config.n_group, -1))  # (N, groups, E / groups)
+        group_scores = choice.topk(2, dim=-1).values.sum(-1)  # (N, groups)
         best_groups = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
-        allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best_groups, True)
-        choice = choice.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
-        indices = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
-        weights = scores.gather(1, indices)
+        is_allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best_groups, True)
+
+        # Choose k experts of these groups.
+        choice = choice.masked_fill(~is_allowed.unsqueeze(-1), float("-inf")).flatten(1)  # (N, E)
+        indices = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices  # (N, k)
+
+        # The weights are the scores without the bias.
+        weights = scores.gather(1, indices)  # (N, k)
         if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return logits, weights * config.routed_scaling_factor, indices
@@ -317,24 +426,34 @@ class BuddyGPTTopkRouter(nn.Module):
 
 @use_experts_implementation
 class BuddyGPTExperts(nn.Module):
-    """The weights of E SwiGLU experts in two tensors. `experts_implementation` of the model chooses how they run:
-    "grouped_mm" (default) and "batched_mm" without leaving the device, "eager" as written here."""
+    """E SwiGLU experts, their weights stacked in two tensors.
+
+    The decorator runs them as `experts_implementation` says: "grouped_mm" (default) and "batched_mm" run all experts
+    on the device without waiting for the host; "eager" is the loop in `forward`.
+    """
 
     def __init__(self, config: BuddyGPTConfig):
         super().__init__()
         self.num_experts = config.n_routed_experts
-        width, hidden = config.moe_intermediate_size, config.hidden_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
+        width, hidden_size = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden_size))  # (E, 2I, C)
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden_size, width))  # (E, C, I)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
-        """Tokens (N, C), indices (N, k) and weights (N, k) of their experts -> weighted sum (N, C)."""
+        """Return the weighted sum (N, C) of the experts' outputs.
+
+        Args:
+            hidden_states: (N, C).
+            top_k_index, top_k_weights: Chosen experts of each token and their weights, (N, k) each.
+        """
         output = torch.zeros_like(hidden_states)
-        for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
-            token, place = torch.where(top_k_index == expert)
-            gate, up = nn.functional.linear(hidden_states[token], gate_up).chunk(2, dim=-1)
-            expert_output = nn.functional.linear(self.act_fn(gate) * up, down) * top_k_weights[token, place, None]
+        for expert, (gate_up_weight, down_weight) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
+            # The tokens that chose this expert, and in which of their k slots.
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = nn.functional.linear(hidden_states[token], gate_up_weight).chunk(2, dim=-1)
+            expert_output = nn.functional.linear(self.act_fn(gate) * up, down_weight)
+            expert_output = expert_output * top_k_weights[token, slot, None]
             output = output.index_add(0, token, expert_output.to(output.dtype))
         return output
 
@@ -348,23 +467,24 @@ class BuddyGPTMoE(nn.Module):
         self.experts = BuddyGPTExperts(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.flatten(0, 1)
+        tokens = hidden_states.flatten(0, 1)  # (N, C)
         _, weights, indices = self.gate(tokens)
         return self.run_experts(tokens, indices, weights).view_as(hidden_states)
 
     def run_experts(self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Call the experts; under autocast in its dtype, which grouped products do not take on by themselves
-        (pytorch#174763): float32 weights would be multiplied in float32."""
+        """Call the experts on tokens (N, C), under autocast in autocast's dtype."""
         device = tokens.device.type
         if device == "meta" or not torch.is_autocast_enabled(device):
             return self.experts(tokens, indices, weights)
+        # Autocast does not cover grouped products (pytorch#174763): without these casts the float32 weights would be
+        # multiplied in float32.
         dtype = torch.get_autocast_dtype(device)
         parameters = {name: parameter.to(dtype) for name, parameter in self.experts.named_parameters()}
         return functional_call(self.experts, parameters, (tokens.to(dtype), indices, weights))
 
 
 class BuddyGPTSharedMoE(BuddyGPTMoE):
-    """The same beside shared experts, which every token goes through (DeepSeekMoE, arXiv:2401.06066)."""
+    """Routed experts plus shared experts that process every token (DeepSeekMoE, arXiv:2401.06066)."""
 
     def __init__(self, config: BuddyGPTConfig):
         super().__init__(config)
@@ -375,56 +495,67 @@ class BuddyGPTSharedMoE(BuddyGPTMoE):
 
 
 class BuddyGPTSoftMoE(nn.Module):
-    """Every expert for every token, weighted by a softmax over the experts: (B, T, C) -> (B, T, C).
+    """Soft mixture: every expert processes every token, weighted by a softmax over the experts.
 
-    The intent of Steel-LLM's feed-forward layer (arXiv:2502.06635 section 2.2) in causal form. As published, a softmax
-    over the *sequence* mixes tokens before the experts (Soft MoE, arXiv:2308.00951), so each token reads later ones;
-    here a token is weighted and transformed alone. The expert is Steel-LLM's: two SwiGLU steps, four matrices.
+    A causal form of Steel-LLM's feed-forward layer (arXiv:2502.06635 section 2.2). The published layer mixes tokens by
+    a softmax over the *sequence* before the experts (Soft MoE, arXiv:2308.00951), so each token reads later ones; here
+    each token is weighted and transformed alone. The expert is Steel-LLM's: two SwiGLU steps, four matrices.
     """
 
     def __init__(self, config: BuddyGPTConfig):
         super().__init__()
-        experts, width, hidden = config.n_soft_experts, config.moe_intermediate_size, config.hidden_size
-        self.gate = nn.Linear(hidden, experts, bias=False)
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.gate_down_proj = nn.Parameter(torch.empty(experts, 2 * hidden, width))
+        experts, width, hidden_size = config.n_soft_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate = nn.Linear(hidden_size, experts, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))  # (E, 2I, C)
+        self.gate_down_proj = nn.Parameter(torch.empty(experts, 2 * hidden_size, width))  # (E, 2C, I)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.flatten(0, 1)
-        weights = self.gate(tokens).softmax(-1, dtype=torch.float32).to(tokens.dtype)
-        gate, up = (tokens @ self.gate_up_proj.mT).chunk(2, dim=-1)  # (E, N, I) each
-        gate, down = ((self.act_fn(gate) * up) @ self.gate_down_proj.mT).chunk(2, dim=-1)  # (E, N, C) each
-        return torch.einsum("ne,enc->nc", weights, self.act_fn(gate) * down).view_as(hidden_states)
+        """(B, T, C) -> (B, T, C)."""
+        tokens = hidden_states.flatten(0, 1)  # (N, C)
+        weights = self.gate(tokens).softmax(-1, dtype=torch.float32).to(tokens.dtype)  # (N, E)
+        # First SwiGLU step: (N, C) -> (E, N, I)
+        gate, up = (tokens @ self.gate_up_proj.mT).chunk(2, dim=-1)
+        inner = self.act_fn(gate) * up
+        # Second SwiGLU step: (E, N, I) -> (E, N, C)
+        gate, down = (inner @ self.gate_down_proj.mT).chunk(2, dim=-1)
+        expert_outputs = self.act_fn(gate) * down
+        return torch.einsum("ne,enc->nc", weights, expert_outputs).view_as(hidden_states)
 
 
-def feed_forward(config: BuddyGPTConfig, layer_idx: int) -> nn.Module:
-    """The feed-forward layer that `config` gives layer `layer_idx` (from 0)."""
+def build_feed_forward(config: BuddyGPTConfig, layer_idx: int) -> nn.Module:
+    """Return the feed-forward layer that `config` asks for in layer `layer_idx` (counted from 0)."""
     if config.n_soft_experts is not None:
         return BuddyGPTSoftMoE(config)
     if config.n_routed_experts is None or layer_idx < config.first_k_dense_replace:
         return BuddyGPTMLP(config, config.intermediate_size)
-    return BuddyGPTSharedMoE(config) if config.n_shared_experts else BuddyGPTMoE(config)
+    if config.n_shared_experts > 0:
+        return BuddyGPTSharedMoE(config)
+    return BuddyGPTMoE(config)
 
 
 class BuddyGPTDecoderLayer(GradientCheckpointingLayer):
-    """One pre-norm layer. Its constructor is where the kind of attention and of feed-forward layer is chosen."""
+    """Attention, then feed-forward, each with an RMSNorm before it and a residual connection around it."""
 
     def __init__(self, config: BuddyGPTConfig, layer_idx: int):
         super().__init__()
-        attention = BuddyGPTAttention if config.kv_lora_rank is None else BuddyGPTLatentAttention
-        self.self_attn = attention(config, layer_idx)
-        self.mlp = feed_forward(config, layer_idx)
+        if config.kv_lora_rank is None:
+            self.self_attn = BuddyGPTAttention(config, layer_idx)
+        else:
+            self.self_attn = BuddyGPTLatentAttention(config, layer_idx)
+        self.mlp = build_feed_forward(config, layer_idx)
         self.input_layernorm = BuddyGPTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = BuddyGPTRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        """(B, T, C) -> (B, T, C). `kwargs` go to the attention."""
+        attention_output, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class BuddyGPTPreTrainedModel(PreTrainedModel):
-    """What the base class needs to know; it loads, saves and initialises (see `initializer_range`)."""
+    """Settings that `PreTrainedModel` reads for loading, saving and running the model, and its initialization."""
 
     config: BuddyGPTConfig
     base_model_prefix = "model"
@@ -436,16 +567,19 @@ class BuddyGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    # Which module's outputs `output_hidden_states=True` and the like collect; `index` picks one of several.
     _can_record_outputs = {
         "hidden_states": BuddyGPTDecoderLayer,
         "attentions": [BuddyGPTAttention, BuddyGPTLatentAttention],
         "router_logits": OutputRecorder(BuddyGPTTopkRouter, index=0),
         "router_indices": OutputRecorder(BuddyGPTTopkRouter, index=2),
     }
+    # bfloat16 would round away the small steps by which pretraining moves the bias.
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialize what `PreTrainedModel` does not know: routers and experts, whose weights are bare parameters."""
         super()._init_weights(module)
         if isinstance(module, BuddyGPTTopkRouter):
             init.zeros_(module.e_score_correction_bias)
@@ -459,9 +593,11 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
 
     def __init__(self, config: BuddyGPTConfig):
         super().__init__(config)
-        # No padding_idx: where a tokenizer pads with the document separator (Qwen), that token would never learn.
+        # No padding_idx: some tokenizers (Qwen) pad with the document separator, which then would get no gradient.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(BuddyGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            BuddyGPTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
         self.norm = BuddyGPTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = BuddyGPTRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -482,11 +618,12 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
         """Run the decoder.
 
         Args:
-            input_ids: (B, T) token ids; or `inputs_embeds` (B, T, C) in their place, not both.
-            attention_mask: (B, S), 0 on padding; None where there is none.
-            position_ids: (B, T). Where they restart at 0 inside a row, the row holds several packed documents, and
-                none sees another, provided that neither `attention_mask` nor a cache is given (`use_cache=False`).
-            past_key_values: Cache of the tokens seen before. None with `use_cache`: a new `DynamicCache`.
+            input_ids: Token ids (B, T).
+            attention_mask: (B, S), 0 on padding; None if there is no padding.
+            position_ids: (B, T). If they restart at 0 within a row, the row holds several packed documents, and tokens
+                see their own document only. This requires `attention_mask=None` and `use_cache=False`.
+            past_key_values: Cache of the tokens seen before. None with `use_cache`: start a new `DynamicCache`.
+            inputs_embeds: Embeddings (B, T, C) instead of `input_ids`.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, and arguments of the attention
                 backend.
 
@@ -496,13 +633,17 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
+
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
+            # Continue to count after the cached tokens.
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            position_ids = positions.unsqueeze(0)  # (1, T)
 
+        # All layers share the mask and the rotary angles. The mask function finds packed documents by `position_ids`.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -511,6 +652,7 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
@@ -527,10 +669,11 @@ class BuddyGPTModel(BuddyGPTPreTrainedModel):
 
 
 class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
-    """The decoder with its output head: token ids (B, T) -> logits (B, T, V), and the loss where labels are given."""
+    """The decoder with its output head: token ids (B, T) -> logits (B, T, V), and the loss if labels are given."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    cross_entropy = ChunkedCrossEntropy.apply  # a model may be given a fused kernel instead
+    # An attribute, so that one model can use a fused kernel instead (see liger_kernels.py in the repository).
+    cross_entropy = ChunkedCrossEntropy.apply
 
     def __init__(self, config: BuddyGPTConfig):
         super().__init__(config)
@@ -552,19 +695,22 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
-        """See [`BuddyGPTModel.forward`], and:
+        """Run the model. The other arguments are those of [`BuddyGPTModel.forward`].
 
         Args:
-            labels: (B, T), the input ids with -100 where no loss is wanted; shifted inside.
-            logits_to_keep: Compute the logits of the last N positions only (0: all), or of these positions.
-            skip_logits: Return the loss without logits, a few of which exist at a time: what is needed of memory does
-                not grow with B x T x V. None: in training where labels are given (as with Liger's kernels).
-            kwargs: `num_items_in_batch` (the loss is a sum divided by it, so that accumulated steps weigh every token
-                alike), `shift_labels`, and see [`BuddyGPTModel.forward`].
+            labels: (B, T), the input ids with -100 at tokens that do not count; shifted here.
+            logits_to_keep: Compute the logits of only the last N positions (0: all), or of these positions.
+            skip_logits: Compute the loss without returning logits, a chunk of them at a time, so that memory does not
+                grow with B x T x V. None: in training, if labels are given (the name is that of Liger's models).
+            kwargs: `num_items_in_batch` (divide the summed loss by it, so that every token weighs the same over
+                accumulated batches), `shift_labels` (labels that are already shifted), and those of
+                [`BuddyGPTModel.forward`].
         """
-        balance = labels is not None and self.config.aux_loss_alpha > 0
-        if balance:
-            kwargs |= {"output_router_logits": True, "output_router_indices": True}
+        use_balance_loss = labels is not None and self.config.aux_loss_alpha > 0
+        if use_balance_loss:
+            kwargs["output_router_logits"] = True
+            kwargs["output_router_indices"] = True
+
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -574,20 +720,29 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        loss = logits = None
-        if labels is not None and (self.training if skip_logits is None else skip_logits):
-            loss = self.loss_without_logits(outputs.last_hidden_state, labels, **kwargs)
+        hidden_states = outputs.last_hidden_state  # (B, T, C)
+
+        # Cross entropy of the next token.
+        if skip_logits is None:
+            skip_logits = self.training
+        loss = None
+        logits = None
+        if labels is not None and skip_logits:
+            loss = self.loss_without_logits(hidden_states, labels, **kwargs)
         else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))  # (B, T, V)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        # Balance of the experts.
         aux_loss = None
-        if balance:
+        if use_balance_loss:
             aux_loss = load_balancing_loss(
                 outputs.router_logits, outputs.router_indices, labels, attention_mask, self.config, **kwargs
             )
-            # A gradient without a value: the loss that is shown stays the language model's own.
+            # This adds a gradient and the value 0, so that the reported loss is the language model's alone.
             loss = loss + self.config.aux_loss_alpha * (aux_loss - aux_loss.detach())
+
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -606,35 +761,47 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
         shift_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """The loss of `self.loss_function` for hidden states (B, T, C), its arguments the same; and its gradient with
-        that of the z-loss (`z_loss_coef`)."""
+        """Return the loss of `self.loss_function` for hidden states (B, T, C), without holding all logits.
+
+        The gradient includes that of the z-loss (`z_loss_coef`). The arguments are those of `self.loss_function`.
+        """
+        # Position t predicts token t + 1; the last position has no target.
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-        hidden_states = hidden_states.flatten(0, -2)
-        targets = shift_labels.flatten().to(hidden_states.device)
+        hidden_states = hidden_states.flatten(0, -2)  # (N, C)
+        targets = shift_labels.flatten().to(hidden_states.device)  # (N,)
+
+        # Divide by the tokens that count: of this batch, or of all accumulated batches.
         if num_items_in_batch is None:
             num_items_in_batch = (targets != -100).sum()
         elif torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(hidden_states.device)
-        # An adapter, a quantised or an offloaded head, or one sharded by ZeRO-3 or FSDP, has to be called.
+
         weight = self.lm_head.weight
-        readable = type(self.lm_head) is nn.Linear and weight.device == hidden_states.device
-        if readable and not hasattr(weight, "ds_id"):
-            coef, with_gradient = self.config.z_loss_coef, torch.is_grad_enabled()
-            total = self.cross_entropy(hidden_states, weight, targets, coef, with_gradient)
-        else:
-            rows = rows_per_chunk(hidden_states.device, self.config.vocab_size)
-            total = sum(
-                checkpoint(self.cross_entropy_of_rows, *chunk, use_reentrant=False)
-                for chunk in zip(hidden_states.split(rows), targets.split(rows), strict=True)
+        if self.can_read_head_weight(hidden_states.device):
+            total = self.cross_entropy(
+                hidden_states, weight, targets, self.config.z_loss_coef, torch.is_grad_enabled()
             )
+        else:
+            # Call the head chunk by chunk; checkpointing computes a chunk's logits again in the backward pass.
+            rows = rows_per_chunk(hidden_states.device, self.config.vocab_size)
+            total = 0
+            for chunk, chunk_targets in zip(hidden_states.split(rows), targets.split(rows), strict=True):
+                total = total + checkpoint(self.cross_entropy_of_rows, chunk, chunk_targets, use_reentrant=False)
         return total / num_items_in_batch
 
+    def can_read_head_weight(self, device: torch.device) -> bool:
+        """Return False if the head must be called as a module: an adapter, a quantized or offloaded head, or a weight
+        that ZeRO-3 (`ds_id`) or FSDP shards."""
+        weight = self.lm_head.weight
+        return type(self.lm_head) is nn.Linear and weight.device == device and not hasattr(weight, "ds_id")
+
     def cross_entropy_of_rows(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The same as [`ChunkedCrossEntropy`] through a call of the head, in one piece."""
+        """Return what [`ChunkedCrossEntropy`] returns, by calling the head once: (N, C) and (N,) -> scalar."""
         logits = self.lm_head(hidden_states).float()
         total = nn.functional.cross_entropy(logits, targets, reduction="sum")
         if self.config.z_loss_coef:
-            z_loss = self.config.z_loss_coef * (logits.logsumexp(-1).square() * (targets != -100)).sum()
-            total = total + (z_loss - z_loss.detach())
+            is_counted = targets != -100
+            z_loss = self.config.z_loss_coef * (logits.logsumexp(-1).square() * is_counted).sum()
+            total = total + (z_loss - z_loss.detach())  # a gradient, but no value
         return total
