@@ -1,1 +1,1 @@
-"""What every command needs: arguments, one-line errors, files, checkpoints given by name."""
+"""Shared by every command: arguments, one-line errors, files, Markdown tables, checkpoint names."""

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-# A full disk as OSError and safetensors report it, and as torch.save does, which only reports a short file.
-DISK_IS_FULL = (os.strerror(errno.ENOSPC), "inline_container.cc", "PytorchStreamWriter failed writing")
+# Parts of messages that report a full disk. OSError and safetensors say so; torch.save only says that a write failed.
+DISK_FULL_MESSAGES = (os.strerror(errno.ENOSPC), "inline_container.cc", "PytorchStreamWriter failed writing")
 
 SECONDS_FOR_RANK_0 = 10
 
@@ -33,7 +33,7 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not any(sign in str(error) for sign in DISK_IS_FULL):
+        if not any(sign in str(error) for sign in DISK_FULL_MESSAGES):
             raise
         _exit_with(f"the disk is full ({error}). Free some space and run the same command again")
 

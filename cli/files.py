@@ -36,7 +36,8 @@ def find_files(patterns: list[str]) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
-        if (folder := Path(pattern)).is_dir():
+        folder = Path(pattern)
+        if folder.is_dir():
             paths = [path for path in sorted(folder.rglob("*")) if is_data_file(path.relative_to(folder))]
         else:
             paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]

@@ -1,1 +1,1 @@
-"""What all trainers share: the course of a run, resume, hardware checks, optimizers, run card, callbacks."""
+"""Shared by all trainers: the steps of a run, resume, hardware checks, optimizers, run card, callbacks."""

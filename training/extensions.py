@@ -1,9 +1,9 @@
-"""Where C++ and CUDA code is compiled while a run starts (DeepSpeed does), and how a killed compilation is got over.
+"""Compile C++ and CUDA extensions in our own folder, and recover from killed builds.
 
-`torch.utils.cpp_extension` marks a compilation by an empty file `lock`; killed, it leaves the file behind, and every
-later run waits for it for ever, without a word. So ours compile in a folder of their own, one for each machine. While
-a run starts it holds a lock of the kernel's there, which ends with the process however it ends: who gets that lock
-alone knows that nobody compiles, and deletes the files that say otherwise.
+DeepSpeed compiles extensions when a run starts, through `torch.utils.cpp_extension`, which marks a build with an empty
+file `lock`. A killed build leaves this file behind, and later runs hang silently. We use our own folder, one per
+machine. Every run holds a lock of the operating system there while it starts, which ends with the process. The process
+that gets this lock exclusively knows that nobody is compiling, and deletes stale `lock` files.
 """
 
 import os
@@ -13,12 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
-_held: TextIO | None = None
+_starting: TextIO | None = None  # locked while the run starts
 
 
 def claim_extensions() -> None:
-    """Set TORCH_EXTENSIONS_DIR, if the user has not, and clear it of what killed compilations have left."""
-    global _held
+    """Set TORCH_EXTENSIONS_DIR, unless the user has, and delete the lock files of killed builds there."""
+    global _starting
     if "TORCH_EXTENSIONS_DIR" in os.environ or sys.platform == "win32":
         return
     import fcntl
@@ -27,32 +27,33 @@ def claim_extensions() -> None:
     folder = cache / f"{platform.node()}-py{platform.python_version()}-torch{version('torch')}"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    # The ninja of this Python also where its environment is not activated: another version would compile all anew.
+    # Use the ninja of this Python even if its environment is not activated: another version would recompile it all.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    _held = open(folder / "starting", "w")  # noqa: SIM115  held until release_extensions, or the end of the process
+
+    _starting = open(folder / "starting", "w")  # noqa: SIM115  open until release_extensions or the process ends
     try:
-        fcntl.flock(_held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(_starting, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for lock in folder.glob("*/lock"):
-            print(f"warning: {lock} was left by a compilation that was killed, and is deleted", file=sys.stderr)
+            print(f"warning: deleted {lock}, left by a killed build", file=sys.stderr)
             lock.unlink()
-    except BlockingIOError:  # others are starting too, perhaps compiling
+    except BlockingIOError:  # another run is starting and may be compiling
         pass
-    fcntl.flock(_held, fcntl.LOCK_SH)
+    fcntl.flock(_starting, fcntl.LOCK_SH)
 
 
 def release_extensions() -> None:
-    """Everything is compiled: let the next run that starts clear the folder, although this one goes on."""
-    global _held
-    if _held is not None:
+    """Release the lock once everything is compiled, so that the next run can clean up while this one trains."""
+    global _starting
+    if _starting is not None:
         import fcntl
 
-        fcntl.flock(_held, fcntl.LOCK_UN)  # for the data loader's workers too, who have inherited it
-        _held.close()
-        _held = None
+        fcntl.flock(_starting, fcntl.LOCK_UN)  # closing is not enough: data loader workers have inherited the file
+        _starting.close()
+        _starting = None
 
 
 def build_extensions() -> None:
-    """Compile DeepSpeed's communication between CPU processes, so that the first run need not (a minute)."""
+    """Compile DeepSpeed's communication between CPU processes now (about a minute), not in the first run."""
     claim_extensions()
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

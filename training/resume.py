@@ -1,4 +1,7 @@
-"""Resume: checkpoints that are whole or not there at all, and where a run goes on after whatever ended it."""
+"""Atomic checkpoints, and which one to resume from.
+
+Saving: [`save_checkpoints_atomically`], [`save_final_folder`]. Resuming: [`find_start`], [`last_checkpoint`].
+"""
 
 import json
 import os
@@ -13,7 +16,10 @@ from typing import Any, TextIO
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
@@ -23,74 +29,21 @@ from buddygpt.cli.files import file_sha256
 
 CHECKSUMS = "checksums.json"
 PARTIAL = f"{PREFIX_CHECKPOINT_DIR}.partial"
-# What the configs of one architecture may differ in without their weights being of another shape.
-_SHAPE_KEYS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "attention_bias",
-    "use_qk_norm",
-    "tie_word_embeddings",
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_rope_head_dim",
-    "qk_nope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "n_shared_experts",
-    "moe_intermediate_size",
-    "first_k_dense_replace",
-    "n_soft_experts",
-)
+
+Model = PreTrainedModel | PeftModel
 
 
-def last_checkpoint(output_dir: str | Path, config: PreTrainedConfig) -> str | None:
-    """Return the newest `checkpoint-N` folder that is as it was written, or None where there is none.
-
-    One that is not (cut short by a crash of the machine, a bad disk, a careless hand) is named in a warning, and the
-    one before it is taken. The bytes are compared with the checksums in it: see [`write_checkpoints_beside`].
-
-    Args:
-        output_dir: The run's output folder; need not exist.
-        config: Config of the model about to be trained.
-
-    Raises:
-        UserError: The checkpoint is of a model of another shape.
-    """
-    for folder in map(Path, reversed(sort_checkpoints(str(output_dir)))):
-        damage = find_damage(folder)
-        if damage is None:
-            _require_same_shape(folder, config)
-            return str(folder)
-        print(f"warning: {folder} is damaged and is passed over: {damage}")
-    return None
-
-
-def _require_same_shape(folder: Path, config: PreTrainedConfig) -> None:
-    if not (folder / "config.json").exists():  # LoRA: the checkpoint holds the adapter only
-        return
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for key in _SHAPE_KEYS:
-        if key in saved and saved[key] != getattr(config, key, None):
-            raise UserError(
-                f"cannot resume from {folder}: its {key} is {saved[key]}, this run's is {getattr(config, key, None)}. "
-                "Give another --output_dir, or delete that one"
-            )
+# --- resuming ---
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """The point a run starts from.
 
     Attributes:
-        checkpoint: The folder it goes on from; None at the beginning.
-        step: Optimizer steps taken before.
-        card: The run card (`run.json`) of the run that made the checkpoint; empty where there is none.
+        checkpoint: Folder to resume from; None for a new run.
+        step: Optimizer steps already taken.
+        card: Run card (`run.json`) of the run that wrote the checkpoint; empty if there is none.
     """
 
     checkpoint: str | None = None
@@ -98,77 +51,195 @@ class Start:
     card: dict[str, Any] = field(default_factory=dict)
 
 
-def find_start(args: TrainingArguments, config: PreTrainedConfig) -> Start:
-    """Find where a run goes on: at `args.resume_from_checkpoint`, else at the [`last_checkpoint`] in `output_dir`.
+def find_start(args: TrainingArguments, model: Model) -> Start:
+    """Return where to start: `args.resume_from_checkpoint` if set, else the [`last_checkpoint`] in `output_dir`.
 
-    The first process looks and all others are told, so that they never begin at different steps.
+    Rank 0 decides and broadcasts, so all ranks start at the same step.
+
+    Args:
+        args: Arguments of the run.
+        model: The model about to be trained.
 
     Raises:
-        UserError: As [`last_checkpoint`], the checkpoint that was named is missing or damaged, or the run could not be
-            resumed later as it is promised.
+        UserError: As [`last_checkpoint`]; the requested checkpoint is missing or damaged; or an argument would make
+            this run impossible to resume later.
     """
     _require_resumable(args)
-    found: list[Start | UserError | None] = [None]
+    # An error is broadcast as well: if only rank 0 raised it, the other ranks would wait for rank 0 forever.
+    result: list[Start | UserError | None] = [None]
     if args.process_index == 0:
         try:
-            found[0] = _look_for_start(args, config)
+            result[0] = _find_start_on_rank_0(args, model)
         except UserError as error:
-            found[0] = error
-    broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+            result[0] = error
+    broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
 
 
 def _require_resumable(args: TrainingArguments) -> None:
     if args.enable_jit_checkpoint:
         raise UserError(
-            "enable_jit_checkpoint: a run ended by SIGTERM would be left as if it were finished. Leave it out: a run "
-            "goes on from its last checkpoint whatever has ended it; lower save_steps to lose less"
+            "enable_jit_checkpoint: a run stopped by SIGTERM would look finished. Remove the option: a run always "
+            "resumes from its last checkpoint; lower save_steps to lose fewer steps"
         )
     if args.save_total_limit == 1:
         raise UserError(
-            "save_total_limit is 1: a damaged checkpoint would leave none before it to go on from; use at least 2"
+            "save_total_limit is 1: if the only checkpoint is damaged, there is none to resume from; use at least 2"
         )
 
 
-def _look_for_start(args: TrainingArguments, config: PreTrainedConfig) -> Start:
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is None:
-        checkpoint = last_checkpoint(args.output_dir, config)
+def _find_start_on_rank_0(args: TrainingArguments, model: Model) -> Start:
+    if args.resume_from_checkpoint is None:
+        checkpoint = last_checkpoint(args.output_dir, model)
         if checkpoint is None:
             return Start()
-    elif damage := find_damage(Path(checkpoint)):
-        raise UserError(f"cannot resume from {checkpoint}: {damage}")
+    else:
+        checkpoint = args.resume_from_checkpoint
+        damage = find_damage(Path(checkpoint))
+        if damage:
+            raise UserError(f"cannot resume from {checkpoint}: {damage}")
+    step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     card = Path(checkpoint).parent / "run.json"
-    return Start(
-        checkpoint,
-        TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step,
-        json.loads(card.read_text(encoding="utf-8")) if card.exists() else {},
-    )
+    return Start(checkpoint, step, json.loads(card.read_text(encoding="utf-8")) if card.exists() else {})
+
+
+def last_checkpoint(output_dir: str | Path, model: Model) -> str | None:
+    """Return the newest undamaged `checkpoint-N` folder, or None if there is none.
+
+    Damaged checkpoints are skipped with a warning. A checkpoint is damaged if a file differs from its checksum, see
+    [`save_checkpoints_atomically`].
+
+    Args:
+        output_dir: Output folder of the run; need not exist.
+        model: The model about to be trained.
+
+    Raises:
+        UserError: The checkpoint holds another model.
+    """
+    for name in reversed(sort_checkpoints(str(output_dir))):
+        folder = Path(name)
+        damage = find_damage(folder)
+        if damage is None:
+            _require_same_model(folder, model)
+            return str(folder)
+        print(f"warning: skipped {folder}, which is damaged: {damage}")
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return a description of the first file that differs from the checkpoint's checksums, or None if all match."""
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{CHECKSUMS} is missing or incomplete (it is written last)"
+
+    # Sizes first: they are cheap to read and reveal most damage.
+    for name, facts in expected.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        size = file.stat().st_size
+        if size != facts["bytes"]:
+            return f"{name} has {size} bytes instead of {facts['bytes']}"
+
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: file_sha256(folder / name), expected)
+        for (name, facts), sha256 in zip(expected.items(), hashes, strict=True):
+            if sha256 != facts["sha256"]:
+                return f"{name} was changed: its sha256 differs from the one in {CHECKSUMS}"
+    return None
+
+
+def _require_same_model(folder: Path, model: Model) -> None:
+    """Raise UserError if checkpoint and model differ in the names or shapes of their tensors."""
+    saved = _saved_shapes(folder)
+    if not saved:  # FSDP and ZeRO-3 may write other files only; they compare shapes themselves when they load them
+        return
+    current = _model_shapes(model)
+    if isinstance(model, PeftModel):
+        # PEFT decides on saving whether the embedding belongs to the adapter: compare what both have.
+        shared = saved.keys() & current.keys()
+        current = {name: shape for name, shape in current.items() if name in shared}
+        saved = {name: shape for name, shape in saved.items() if name in shared}
+    else:
+        # A tied weight may be saved a second time (DeepSpeed does) or not at all.
+        for name in [*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())]:
+            saved.pop(name, None)
+            current.pop(name, None)
+    for name in [*current, *saved]:
+        if saved.get(name) != current.get(name):
+            there, here = saved.get(name, "missing"), current.get(name, "missing")
+            raise UserError(
+                f"cannot resume from {folder}: tensor {name} is {there} there, {here} in this run's model. "
+                "Set another output_dir, or delete that one"
+            )
+    if not isinstance(model, PeftModel):
+        _require_same_heads(folder, model.config)
+
+
+def _require_same_heads(folder: Path, config: PreTrainedConfig) -> None:
+    """Raise UserError if checkpoint and model differ in one of the two properties that shapes do not show.
+
+    Any number of attention heads can split the same matrices, and the output head has one shape, tied or not.
+    """
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("num_attention_heads", "tie_word_embeddings"):
+        if key in saved and saved[key] != getattr(config, key, None):
+            raise UserError(
+                f"cannot resume from {folder}: its {key} is {saved[key]}, this run's is {getattr(config, key, None)}. "
+                "Set another output_dir, or delete that one"
+            )
+
+
+def _saved_shapes(folder: Path) -> dict[str, list[int]]:
+    """Return the shape of every tensor in a checkpoint, sharded or not, from the headers of its files."""
+    shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  safe_open is no dictionary
+                shapes[name] = file.get_slice(name).get_shape()
+    return shapes
+
+
+def _model_shapes(model: Model) -> dict[str, list[int]]:
+    """Return the shape of every tensor of `model`, under the name that `save_pretrained` gives it."""
+    tensors = model.state_dict(keep_vars=True)
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    # ZeRO-3 leaves an empty placeholder on each rank, with the full shape as its attribute.
+    empty = {
+        name: torch.empty(getattr(tensor, "ds_shape", tensor.shape), device="meta") for name, tensor in tensors.items()
+    }
+    if not isinstance(model, PeftModel):
+        # Some stock architectures join weights in memory that they save separately, such as the experts of a layer.
+        empty = revert_weight_conversion(model, empty)
+    return {name: list(tensor.shape) for name, tensor in empty.items()}
 
 
 def claim_folder(folder: str | Path) -> TextIO | None:
-    """Hold a folder for this process, until it ends or closes the file returned.
+    """Lock a folder until this process ends or closes the returned file.
 
-    Where a launcher was killed alone, its processes may train on: a second run must not write between them.
+    If only the launcher of a run was killed, its processes may still be training: a second run must not write to the
+    same folder.
 
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds the lock.
     """
     if sys.platform == "win32":
         return None
     import fcntl
 
-    file = open(Path(folder) / "run.lock", "a+")  # noqa: SIM115  held
+    file = open(Path(folder) / "run.lock", "a+")  # noqa: SIM115  stays open, and so locked
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise UserError(
-            f"{folder} is in use: process {file.read()} is training there. End it, or give another --output_dir"
+            f"{folder} is in use: process {file.read()} is training there. Stop it, or set another output_dir"
         ) from error
-    except OSError:  # a file system that knows no locks
+    except OSError:  # the file system has no locks
         return None
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -176,43 +247,32 @@ def claim_folder(folder: str | Path) -> TextIO | None:
     return file
 
 
-def find_damage(folder: Path) -> str | None:
-    """Say in words which file of a checkpoint is not as it was written; None where all are."""
-    try:
-        promised = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{CHECKSUMS}, which is written last, is missing or cut short"
-    for name, expected in promised.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != expected["bytes"]:
-            what = "is missing" if size is None else f"holds {size} bytes where {expected['bytes']} were written"
-            return f"{name} {what}"
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: file_sha256(folder / name), promised)
-        for (name, expected), found in zip(promised.items(), hashes, strict=True):
-            if found != expected["sha256"]:
-                return f"{name} was changed: its sha256 is not the one written with it"
-    return None
+# --- saving ---
 
 
-def write_checkpoints_beside(trainer: Trainer) -> None:
-    """Make a trainer write its checkpoints under another name and rename them when they are whole, with checksums.
+def save_checkpoints_atomically(trainer: Trainer) -> None:
+    """Make a trainer write each checkpoint under a temporary name, add checksums, and rename it when it is complete.
 
-    Nothing half-written ever stands under the name `checkpoint-N`, whatever ends the run at whatever moment. What is
-    renamed was flushed to the disk before, and holds `checksums.json`: size and sha256 of every other file.
+    `checkpoint-N` is always complete, even if the run is killed while saving. All files are flushed to disk before the
+    rename; `checksums.json` holds the size and sha256 of every other file.
     """
-    save, run_dir = trainer._save_checkpoint, Path(trainer.args.output_dir)
-    partial, wait = run_dir / PARTIAL, trainer.accelerator.wait_for_everyone
+    trainer_save = trainer._save_checkpoint
+    wait = trainer.accelerator.wait_for_everyone
+    run_dir = Path(trainer.args.output_dir)
+    partial = run_dir / PARTIAL
 
-    def save_beside(model: torch.nn.Module, trial: Any = None) -> None:
+    def save(model: torch.nn.Module, trial: Any = None) -> None:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         wait()
         written = partial / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
         try:
-            with _replaced(trainer, _get_output_dir=lambda trial: str(partial), _push_from_checkpoint=lambda _: None):
-                save(model, trial)
-            wait()  # every process has written its part
+            # The trainer saves as usual, but into another folder, and leaves the upload for later.
+            with _methods_replaced(
+                trainer, _get_output_dir=lambda trial: str(partial), _push_from_checkpoint=lambda folder: None
+            ):
+                trainer_save(model, trial)
+            wait()  # until every rank has written its part
             _name_best_checkpoint(trainer, written, run_dir)
             if trainer.args.should_save:
                 write_checksums(written)
@@ -224,14 +284,15 @@ def write_checkpoints_beside(trainer: Trainer) -> None:
         if trainer.args.push_to_hub:
             trainer._push_from_checkpoint(str(run_dir / written.name))
         if trainer.args.should_save:
-            limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), limit, best, use_mtime=True)
+            # Delete old checkpoints: the trainer has looked for them in the temporary folder, where there are none.
+            best = trainer.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), trainer.args.save_total_limit, best, use_mtime=True)
 
-    trainer._save_checkpoint = save_beside
+    trainer._save_checkpoint = save
 
 
 @contextmanager
-def _replaced(trainer: Trainer, **methods: Callable) -> Iterator[None]:
+def _methods_replaced(trainer: Trainer, **methods: Callable) -> Iterator[None]:
     vars(trainer).update(methods)
     try:
         yield
@@ -241,7 +302,7 @@ def _replaced(trainer: Trainer, **methods: Callable) -> Iterator[None]:
 
 
 def _name_best_checkpoint(trainer: Trainer, written: Path, run_dir: Path) -> None:
-    """Where this checkpoint is the best so far, its state names the folder that it is about to leave."""
+    """Record the final folder name if this checkpoint is the best so far: the trainer recorded the temporary one."""
     if trainer.state.best_model_checkpoint == str(written):
         trainer.state.best_model_checkpoint = str(run_dir / written.name)
         if trainer.args.should_save:
@@ -249,11 +310,14 @@ def _name_best_checkpoint(trainer: Trainer, written: Path, run_dir: Path) -> Non
 
 
 def write_checksums(folder: Path) -> None:
-    """Flush the files of a checkpoint to the disk and write down what they hold, last of all."""
+    """Flush all files of a checkpoint to disk, then write their sizes and hashes as the last file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
     with ThreadPoolExecutor() as pool:
-        facts = pool.map(lambda path: {"bytes": path.stat().st_size, "sha256": file_sha256(path, flush=True)}, files)
-        checksums = {path.relative_to(folder).as_posix(): fact for path, fact in zip(files, facts, strict=True)}
+        hashes = list(pool.map(lambda path: file_sha256(path, flush=True), files))
+    checksums = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in zip(files, hashes, strict=True)
+    }
     with open(folder / CHECKSUMS, "w", encoding="utf-8") as file:
         json.dump(checksums, file, indent=2)
         file.flush()
@@ -261,30 +325,32 @@ def write_checksums(folder: Path) -> None:
 
 
 def _move_into_place(written: Path, folder: Path) -> None:
-    if folder.exists():  # damaged, or saved twice at one step
+    if folder.exists():  # a damaged checkpoint, or one saved twice at the same step
         folder.rename(written.with_name("replaced"))
     written.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)  # the new name, too, shall outlive a power cut
+    descriptor = os.open(folder.parent, os.O_RDONLY)  # so that the rename survives a power failure
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 @contextmanager
-def written_beside(trainer: Trainer) -> Iterator[Path]:
-    """Give a folder to write into; in the end each file of it is moved to the same name in `output_dir`."""
-    output_dir, wait = Path(trainer.args.output_dir), trainer.accelerator.wait_for_everyone
+def save_final_folder(trainer: Trainer) -> Iterator[Path]:
+    """Yield a temporary folder for the final model; afterwards move each file to the same path in `output_dir`."""
+    output_dir = Path(trainer.args.output_dir)
+    wait = trainer.accelerator.wait_for_everyone
     partial = output_dir / "final.partial"
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)
     wait()
     try:
         yield partial
-        wait()
-        for path in [*partial.rglob("*")] if trainer.args.should_save else ():
-            if path.is_file():
-                place = output_dir / path.relative_to(partial)
-                place.parent.mkdir(exist_ok=True)
-                path.replace(place)
+        wait()  # until every rank has written its part
+        if trainer.args.should_save:
+            for path in list(partial.rglob("*")):
+                if path.is_file():
+                    target = output_dir / path.relative_to(partial)
+                    target.parent.mkdir(exist_ok=True)
+                    path.replace(target)
     finally:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,6 @@
-"""`run.json`: what made this checkpoint, so that every number in it can be traced and made again."""
+"""Write `run.json`, the run card: everything needed to trace and repeat a run."""
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -12,17 +11,18 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from buddygpt.cli.files import write_atomically
 from buddygpt.model.parameters import count_parameters
 
 PACKAGES = ("buddygpt", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "datatrove")
 
 
 def write_run_card(trainer: Trainer, facts: dict[str, Any]) -> None:
-    """Write `output_dir/run.json` from the trainer's own state and what the recipe adds.
+    """Write `output_dir/run.json` from the state of the trainer and the entries of the recipe.
 
     Args:
         trainer: Its resolved arguments, world size, step, tokens seen and warnings are recorded.
-        facts: Further entries; values that are not JSON are written as text.
+        facts: Further entries; values that JSON does not have are written as strings.
     """
     args, state = trainer.args, trainer.state
     count = count_parameters(trainer.model.config)
@@ -42,10 +42,9 @@ def write_run_card(trainer: Trainer, facts: dict[str, Any]) -> None:
         "git_commit": _git_commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    path = Path(args.output_dir) / "run.json"
-    partial = path.with_name("run.json.partial")
-    partial.write_text(json.dumps(card, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(card, indent=2, ensure_ascii=False, default=str) + "\n"
+    with write_atomically(Path(args.output_dir) / "run.json") as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _version(package: str) -> str | None:

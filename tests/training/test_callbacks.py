@@ -26,6 +26,7 @@ from buddygpt.training.callbacks.experts import ExpertLoadCallback
 from buddygpt.training.callbacks.progress import describe_log
 from buddygpt.training.callbacks.throughput import ThroughputCallback
 from buddygpt.training.flops import flops_per_token
+from buddygpt.training.run import recipe_defaults
 
 # ----------------------------------------------------------------------------------------------- shards and a trainer
 
@@ -341,7 +342,7 @@ def test_a_step_that_is_not_there_cannot_be_replayed(run_of_two_sources, workspa
     ],
 )
 def test_trackio_is_the_default_where_it_is_installed(monkeypatch, tmp_path, installed, words, expected):
-    monkeypatch.setattr("buddygpt.cli.arguments.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("buddygpt.training.run.find_spec", lambda name: installed or None)
     monkeypatch.setattr("sys.argv", ["script.py", "--output_dir", str(tmp_path), *words])
-    (args,) = parse_arguments(TrainingArguments)
+    (args,) = parse_arguments(TrainingArguments, defaults=recipe_defaults())
     assert args.report_to == expected and not args.logging_nan_inf_filter

@@ -107,7 +107,7 @@ def test_zero2_on_two_processes_trains_as_one(workspace, tmp_path):
     (folder / "deepspeed_shm_comm" / "lock").touch()
     result = launch([*command, *arguments, *zero2], timeout=900, XDG_CACHE_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "deepspeed_shm_comm/lock was left by a compilation that was killed" in result.stderr
+    assert "deepspeed_shm_comm/lock, left by a killed build" in result.stderr
     run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "one")
     hardware = json.loads((workspace / "zero2" / "run.json").read_text())["hardware"]
     assert hardware["distributed_type"] == "DEEPSPEED ZeRO-2 (DeepSpeedEngine)" and hardware["processes"] == 2
@@ -127,13 +127,13 @@ def silent_cases(tmp_path: Path) -> dict[str, tuple[list[object], dict[str, str]
     no_gpu, cpu = {"CUDA_VISIBLE_DEVICES": ""}, ["--use_cpu", "true"]
     zero2 = ["--use_cpu", "false", "--deepspeed", tmp_path / "zero2.json"]
     return {
-        "one of two": ([*accelerate, multi_cpu, script, *cpu], {}, "several processes were asked for"),
-        "two alone": ([*accelerate, fsdp, script, "--use_cpu", "false"], no_gpu, "2 processes were asked for"),
-        "fsdp": ([*accelerate, fsdp, script, *cpu], no_gpu, "FSDP was asked for, but this is MULTI_CPU"),
+        "one of two": ([*accelerate, multi_cpu, script, *cpu], {}, "several processes were requested"),
+        "two alone": ([*accelerate, fsdp, script, "--use_cpu", "false"], no_gpu, "2 processes were requested"),
+        "fsdp": ([*accelerate, fsdp, script, *cpu], no_gpu, "FSDP was requested, but this is MULTI_CPU"),
         "zero2": (
             [*torchrun, script, *zero2],
             {**no_gpu, "ACCELERATE_USE_CPU": "true"},
-            "DEEPSPEED was asked for, but this is MULTI_CPU",
+            "DEEPSPEED was requested, but this is MULTI_CPU",
         ),
     }
 
@@ -167,7 +167,7 @@ def test_bf16_on_a_gpu_that_only_emulates_it(monkeypatch):
         if supported:
             require_hardware(bf16)
         else:
-            with pytest.raises(UserError, match="Tesla T4 cannot compute in it. Give `fp16: true`"):
+            with pytest.raises(UserError, match="Tesla T4 has no bf16 hardware. Set `fp16: true`"):
                 require_hardware(bf16)
     require_hardware(arguments_on(monkeypatch, "cuda", fp16=True, mixed_precision="fp16"))
 
@@ -177,16 +177,16 @@ def test_fewer_gpus_than_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    with pytest.raises(UserError, match="8 processes were asked for on 4 GPUs: .*--num_processes 4"):
+    with pytest.raises(UserError, match="8 processes were requested on 4 GPUs: .*--num_processes 4"):
         require_hardware(arguments)
 
 
 def test_one_process_that_sees_several_gpus(monkeypatch, capsys):
     arguments = arguments_on(monkeypatch, "cuda", n_gpu=4)
     require_hardware(arguments)
-    assert "warning: plain python drives all 4 GPUs" in capsys.readouterr().out
+    assert "warning: plain python uses all 4 GPUs" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    with pytest.raises(UserError, match="one GPU was asked for, but 4 are visible. One: --gpu_ids 0"):
+    with pytest.raises(UserError, match="one GPU was requested, but 4 are visible. To use one: --gpu_ids 0"):
         require_hardware(arguments)
 
 
@@ -194,7 +194,7 @@ def test_a_gpu_asked_for_and_none_found(monkeypatch):
     arguments = arguments_on(monkeypatch, "cpu")
     require_hardware(arguments)  # plain python asks for nothing
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
-    with pytest.raises(UserError, match="a GPU was asked for .* but torch finds none"):
+    with pytest.raises(UserError, match="a GPU was requested .* but torch finds none"):
         require_hardware(arguments)
     arguments.use_cpu = True
     require_hardware(arguments)
@@ -202,7 +202,7 @@ def test_a_gpu_asked_for_and_none_found(monkeypatch):
 
 def test_accelerate_and_the_recipe_ask_for_different_precision(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(UserError, match="asks for mixed_precision: bf16, the recipe for no: let both say the same"):
+    with pytest.raises(UserError, match="requests mixed_precision: bf16, the recipe no: make them agree"):
         require_hardware(TrainingArguments(str(tmp_path), use_cpu=True, bf16=False))
     require_hardware(TrainingArguments(str(tmp_path), use_cpu=True, bf16=True))
 
@@ -211,16 +211,16 @@ def test_accelerate_and_the_recipe_ask_for_different_precision(monkeypatch, tmp_
 def test_flash_attention_that_is_not_installed(implementation, workspace, monkeypatch):
     monkeypatch.setattr("buddygpt.training.hardware.is_kernels_available", lambda: False)
     arguments = [*pretrain_arguments(workspace), "--attn_implementation", implementation]
-    with pytest.raises(UserError, match=f"{implementation} needs an NVIDIA GPU and its package .* or take sdpa"):
+    with pytest.raises(UserError, match=f"{implementation} needs an NVIDIA GPU and its package .* or use sdpa"):
         run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "flash")
 
 
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"use_liger_kernel": True}, "use_liger_kernel was asked for, but it has changed nothing in a `buddygpt`"),
-        ({"mixed_precision": "fp8"}, "mixed precision fp8 was asked for, but this is fp16"),
-        ({"fsdp": True}, "FSDP was asked for, but this is NO"),
+        ({"use_liger_kernel": True}, "use_liger_kernel was requested, but has no effect on a `buddygpt`"),
+        ({"mixed_precision": "fp8"}, "mixed precision fp8 was requested, but this is fp16"),
+        ({"fsdp": True}, "FSDP was requested, but this is NO"),
     ],
 )
 def test_what_the_trainer_does_not_have(asked, message):

@@ -27,7 +27,7 @@ from buddygpt.data.shards.blocks import BlockDataset, BlockStream
 from buddygpt.data.shards.history import make_order, update_history
 from buddygpt.model.presets import load_config
 from buddygpt.pretrain.stream_trainer import StreamTrainer
-from buddygpt.training.resume import find_start, write_checkpoints_beside, write_checksums
+from buddygpt.training.resume import find_start, save_checkpoints_atomically, write_checksums
 
 PROGRESS = {"1%": 0.01, "50%": 0.5, "99%": 0.99}
 
@@ -60,7 +60,7 @@ def make_trainer(folder: Path, block_size: int, stream: bool, **options: Any) ->
 def write_checkpoints(folder: Path, block_size: int, blocks: int) -> dict[str, Path]:
     """A checkpoint for each share of the run."""
     trainer = make_trainer(folder, block_size, stream=True, max_steps=1, save_steps=1)
-    write_checkpoints_beside(trainer)
+    save_checkpoints_atomically(trainer)
     trainer.train()
     checkpoints = {}
     for name, share in PROGRESS.items():
@@ -78,7 +78,7 @@ def resume(folder: Path, block_size: int, stream: bool, checkpoint: Path) -> Non
     blocks = BlockDataset(folder / "shards", block_size)
     options = {"max_steps": len(blocks), "resume_from_checkpoint": str(checkpoint)}
     trainer = make_trainer(folder, block_size, stream, **options)
-    start = find_start(trainer.args, trainer.model.config)
+    start = find_start(trainer.args, trainer.model)
 
     def stop(model, inputs, num_items_in_batch=None):
         if stream:

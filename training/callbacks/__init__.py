@@ -1,1 +1,1 @@
-"""What every run shows: speed, alarms, samples, curves, expert load, progress."""
+"""Callbacks of every run: speed, expert load, alarms, samples, curves, progress."""

@@ -1,13 +1,13 @@
-"""What should stop a person in their tracks: NaN, a loss spike, a dead expert, a loader that keeps the device waiting.
+"""Warn about NaN, loss spikes, dead experts and data stalls.
 
-Each becomes one line on stderr and an entry of `warnings` in run.json, with the step and what the step read.
+Each warning is one line on stderr and an entry of `warnings` in run.json. It names the step and the data it read.
 """
 
 import math
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,26 +18,28 @@ from transformers import Trainer, TrainerCallback
 from buddygpt.training.callbacks.experts import ExpertLoadCallback
 from buddygpt.training.run_card import write_run_card
 
-# A spike is a loss above median + SPIKE_SIGMAS x 1.4826 MAD of the last steps (1.4826 MAD is a normal distribution's
-# standard deviation, and neither it nor the median is moved by the spike itself), and above SPIKE_FACTOR x median.
-SPIKE_WINDOW, SPIKE_LEAST_STEPS, SPIKE_SIGMAS, SPIKE_FACTOR = 64, 32, 6, 1.1
-# A dead expert got no token in a window in which an even load would have given it this many.
+# A spike is a loss above both limits: median + SPIKE_SIGMAS standard deviations of the last SPIKE_WINDOW steps, and
+# SPIKE_FACTOR x median. The standard deviation is estimated as 1.4826 x the median absolute deviation, which the spike
+# itself hardly moves.
+SPIKE_WINDOW, SPIKE_MIN_STEPS, SPIKE_SIGMAS, SPIKE_FACTOR = 64, 32, 6, 1.1
+# A dead expert got no token between two logs, while an even load would have given it at least this many.
 DEAD_EXPERT_TOKENS = 100
-# A loader is stalled when, in so many logs in a row, so much of the time went into waiting for it.
-STALLED_LOGS, STALLED_SHARE = 3, 0.3
+# The loader is stalled if this share of the time was spent waiting for it, in this many logs in a row.
+STALLED_SHARE, STALLED_LOGS = 0.3, 3
 
 
 class AlarmCallback(TrainerCallback):
-    """Warns of what `STALLED_*`, `SPIKE_*` and `DEAD_*` above describe, and of a loss or gradient that is not finite.
+    """Warns if a loss or gradient norm is not finite, and about spikes, dead experts and stalls as defined above.
 
-    Loss and gradient norm of every step are kept on the device and read when something is logged, so the step named is
-    the right one though no step waits. A state that lasts is reported once.
+    A state that lasts is reported once. `Trainer` logs the mean loss of many steps and the gradient norm of the last
+    one only. To name the step that went wrong, this callback records both for every step on the device, and reads them
+    when something is logged, so that no step waits for the device.
 
     Args:
-        trainer: Its `training_step` and `_get_grad_norm` are wrapped to keep what they return.
-        run_card: What run.json is written with, see [`write_run_card`].
-        expert_load: Of a mixture of experts, called before this one.
-        describe_step: A step -> what it read, in words.
+        trainer: Its `training_step` and `_get_grad_norm` are wrapped to record what they return.
+        run_card: Entries of run.json, see [`write_run_card`].
+        expert_load: The callback that counts tokens per expert, if the model has experts. It must run before this one.
+        describe_step: Returns a description of the data that a step reads.
     """
 
     def __init__(
@@ -47,92 +49,116 @@ class AlarmCallback(TrainerCallback):
         expert_load: ExpertLoadCallback | None = None,
         describe_step: Callable[[int], str] | None = None,
     ):
-        self.trainer, self.run_card = trainer, run_card
-        self.expert_load, self.describe_step = expert_load, describe_step
-        self.micro_losses: list[torch.Tensor] = []
-        self.window: list[torch.Tensor] = []  # loss and gradient norm of each step since the last log
-        self.grad_norm: torch.Tensor | float | None = None
-        self.recent: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        self.lasting: set[str] = set()
-        self.dead: set[tuple[int, int]] = set()
-        self.stalled_logs = -1  # the first log has the start of the workers in it
-        trainer.training_step = self._keeping(trainer.training_step, self.micro_losses.append)
-        trainer._get_grad_norm = self._keeping(trainer._get_grad_norm, self._keep_grad_norm)
+        self.trainer = trainer
+        self.run_card = run_card
+        self.expert_load = expert_load
+        self.describe_step = describe_step
+        # Recorded on the device.
+        self.micro_losses: list[torch.Tensor] = []  # of the current step
+        self.grad_norm: torch.Tensor | float | None = None  # of the current step
+        self.steps: list[torch.Tensor] = []  # (loss, gradient norm) of each step since the last log
+        # Known from earlier logs.
+        self.recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        self.active_states: set[str] = set()
+        self.dead_experts: set[tuple[int, int]] = set()
+        self.stalled_logs = -1  # the first log does not count: it includes the start of the data loader's workers
+        self._record_results(trainer)
 
-    @staticmethod
-    def _keeping(function: Callable, keep: Callable) -> Callable:
-        def wrapper(*args, **kwargs):
-            result = function(*args, **kwargs)
-            keep(result)
-            return result
+    # Recording, at every step.
 
-        return wrapper
+    def _record_results(self, trainer: Trainer) -> None:
+        training_step, get_grad_norm = trainer.training_step, trainer._get_grad_norm
 
-    def _keep_grad_norm(self, grad_norm: torch.Tensor | float | None) -> None:
-        self.grad_norm = grad_norm
+        def recorded_step(*args, **kwargs) -> torch.Tensor:
+            loss = training_step(*args, **kwargs)
+            self.micro_losses.append(loss)
+            return loss
+
+        def recorded_grad_norm(*args, **kwargs) -> torch.Tensor | float | None:
+            self.grad_norm = get_grad_norm(*args, **kwargs)
+            return self.grad_norm
+
+        trainer.training_step = recorded_step
+        trainer._get_grad_norm = recorded_grad_norm
 
     def on_step_end(self, args, state, control, **kwargs):
         loss = torch.stack(self.micro_losses).sum()
-        # A step that a float16 loss scaler skipped overflowed on purpose.
-        skipped = self.grad_norm is None or self.trainer.accelerator.optimizer_step_was_skipped
-        norm = self.grad_norm.full_tensor() if isinstance(self.grad_norm, DTensor) else self.grad_norm
-        norm = loss.new_zeros(()) if skipped else torch.as_tensor(norm).to(loss)
-        self.window.append(torch.stack([loss, norm]))
+        if self.grad_norm is None or self.trainer.accelerator.optimizer_step_was_skipped:
+            norm = loss.new_zeros(())  # a float16 loss scaler skips steps that overflow: that is no fault
+        elif isinstance(self.grad_norm, DTensor):
+            norm = self.grad_norm.full_tensor().to(loss)
+        else:
+            norm = torch.as_tensor(self.grad_norm).to(loss)
+        self.steps.append(torch.stack([loss, norm]))
         self.micro_losses.clear()
 
+    # Judging, at every log of the loss.
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not self.window:
+        if "loss" not in logs or not self.steps:
             return
-        found = self.trainer.accelerator.reduce(torch.stack(self.window), "mean").tolist()
-        self.window.clear()
-        self.trainer._tr_loss.nan_to_num_(0.0)  # Trainer's sum since the last log, which NaN would never leave
+        values = self.trainer.accelerator.reduce(torch.stack(self.steps), "mean").tolist()
+        self.steps.clear()
+        # `Trainer` subtracts the logged sum of losses from itself to start the next one: NaN would remain in it.
+        self.trainer._tr_loss.nan_to_num_(0.0)
         if not state.is_world_process_zero:
             return
-        first = state.global_step - len(found) + 1
-        warnings = [
-            *((step, text) for step, values in enumerate(found, first) for text in self._judge_step(*values)),
-            *((state.global_step, text) for text in self._judge_window(logs, first, state.global_step)),
-        ]
-        for step, text in warnings:
-            self._warn(step, text)
+        first, last = state.global_step - len(values) + 1, state.global_step
+        for step, (loss, grad_norm) in enumerate(values, first):
+            self._check_finite(step, loss, grad_norm)
+            self._check_spike(step, loss)
+        self._check_data_wait(last, logs.get("data_wait", 0.0))
+        if self.expert_load is not None:
+            self._check_experts(first, last, self.expert_load.last_logged)
+
+    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if self._begins("not finite", not finite):
+            self._warn(step, f"the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}")
+
+    def _check_spike(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        if len(self.recent_losses) >= SPIKE_MIN_STEPS:
+            median = statistics.median(self.recent_losses)
+            deviation = statistics.median(abs(recent - median) for recent in self.recent_losses)
+            limit = max(median + SPIKE_SIGMAS * 1.4826 * deviation, SPIKE_FACTOR * median)
+            if self._begins("spike", loss > limit):
+                text = f"loss spike: {loss:.4g}; the median of the last steps is {median:.4g}, the limit {limit:.4g}"
+                self._warn(step, text)
+        self.recent_losses.append(loss)
+
+    def _check_data_wait(self, step: int, data_wait: float) -> None:
+        if self.stalled_logs < 0 or data_wait > STALLED_SHARE:
+            self.stalled_logs += 1
+        else:
+            self.stalled_logs = 0
+        if self._begins("stalled", self.stalled_logs >= STALLED_LOGS):
+            self._warn(step, f"{data_wait:.0%} of the time is spent waiting for data; increase dataloader_num_workers")
+
+    def _check_experts(self, first: int, last: int, counts: torch.Tensor) -> None:
+        """Check (layers, experts) tokens received in the steps from `first` to `last`."""
+        enough_tokens = counts.sum(1, keepdim=True) >= DEAD_EXPERT_TOKENS * counts.shape[1]
+        dead = {(layer, expert) for layer, expert in ((counts == 0) & enough_tokens).nonzero().tolist()}
+        new = sorted(dead - self.dead_experts)
+        if new:
+            names = ", ".join(f"expert {expert} of MoE layer {layer}" for layer, expert in new)
+            self._warn(last, f"no token reached {names} in steps {first} to {last}")
+        self.dead_experts = dead
+
+    def _begins(self, state: str, holds: bool) -> bool:
+        """Return True if a state holds that did not hold at the last call."""
+        begins = holds and state not in self.active_states
+        if holds:
+            self.active_states.add(state)
+        else:
+            self.active_states.discard(state)
+        return begins
 
     def _warn(self, step: int, text: str) -> None:
-        read = f". The step read {self.describe_step(step)}" if self.describe_step else ""
-        line = f"step {step}: {text}{read}"
+        line = f"step {step}: {text}"
+        if self.describe_step:
+            line += f". The step read {self.describe_step(step)}"
         tqdm.write(f"warning: {line}", file=sys.stderr)
         self.trainer.state.log_history.append({"warning": line, "step": step})
         write_run_card(self.trainer, self.run_card)
-
-    def _judge_step(self, loss: float, grad_norm: float) -> Iterator[str]:
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if self._begins("not finite", not finite):
-            yield f"the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}"
-        if not math.isfinite(loss):
-            return
-        if len(self.recent) >= SPIKE_LEAST_STEPS:
-            median = statistics.median(self.recent)
-            deviation = statistics.median(abs(each - median) for each in self.recent)
-            limit = max(median + SPIKE_SIGMAS * 1.4826 * deviation, SPIKE_FACTOR * median)
-            if self._begins("spike", loss > limit):
-                yield f"loss spike: {loss:.4g}; the median of the last steps is {median:.4g}, the limit {limit:.4g}"
-        self.recent.append(loss)
-
-    def _judge_window(self, logs: dict[str, float], first: int, last: int) -> Iterator[str]:
-        waiting = logs.get("data_wait", 0.0) > STALLED_SHARE
-        self.stalled_logs = self.stalled_logs + 1 if waiting or self.stalled_logs < 0 else 0
-        if self._begins("stalled", self.stalled_logs >= STALLED_LOGS):
-            yield f"{logs['data_wait']:.0%} of the time goes into waiting for data; give more dataloader_num_workers"
-        if self.expert_load is not None:
-            counts = self.expert_load.last_logged
-            enough = counts.sum(1) >= DEAD_EXPERT_TOKENS * counts.shape[1]
-            dead = {tuple(each) for each in ((counts == 0) & enough[:, None]).nonzero().tolist()}
-            if new := sorted(dead - self.dead):
-                names = ", ".join(f"expert {expert} of MoE layer {layer}" for layer, expert in new)
-                yield f"no token reached {names} in steps {first} to {last}"
-            self.dead = dead
-
-    def _begins(self, state: str, holds: bool) -> bool:
-        """Whether a state holds that did not hold when it was last asked for."""
-        begins = holds and state not in self.lasting
-        (self.lasting.add if holds else self.lasting.discard)(state)
-        return begins

@@ -1,14 +1,12 @@
-"""`loss_curve.png`: what `Trainer` logged, as a picture that is refreshed at every evaluation."""
+"""Draw `loss_curve.png` from the values that `Trainer` logged."""
 
-import os
 import re
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from transformers import TrainerCallback
+
+from buddygpt.training.callbacks.figures import plt, save_figure
 
 PANELS = {
     "loss": ("loss", "eval_loss"),
@@ -18,32 +16,8 @@ PANELS = {
     "learning rate": ("learning_rate",),
     "tokens per second": ("tokens_per_second",),
 }
-SOURCE = re.compile("eval_(.+)_bits_per_byte")
-
-
-def plot_history(history: list[dict[str, float]], path: Path) -> None:
-    """Draw one panel per quantity that occurs in `history` (`TrainerState.log_history`) against the step."""
-    by_source = {key for row in history for key in row if SOURCE.fullmatch(key)}
-    panels = PANELS | {"held-out bits per byte by source": tuple(sorted(by_source))}
-    panels = {title: keys for title, keys in panels.items() if any(key in row for row in history for key in keys)}
-    if not panels:
-        return
-    size = (4.5 * len(panels) + 1.5 * bool(by_source), 3.5)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
-        for key in keys:
-            points = [(row["step"], row[key]) for row in history if key in row]
-            style = "o-" if key.startswith("eval_") else "-"
-            label = SOURCE.sub(r"\1", key)
-            axis.plot(*zip(*points, strict=True), style, markersize=3, label=label) if points else None
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if by_source.issuperset(keys) else {}
-        axis.legend(fontsize="small", **beside)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    plt.close(figure)
-    os.replace(partial, path)
+SOURCE = re.compile("eval_(.+)_bits_per_byte")  # bits per byte of the held-out text of one source
+SOURCES_PANEL = "held-out bits per byte by source"
 
 
 class CurveCallback(TrainerCallback):
@@ -51,7 +25,38 @@ class CurveCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             plot_history(state.log_history, Path(args.output_dir) / "loss_curve.png")
 
     on_train_end = on_evaluate
+
+
+def plot_history(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw one panel for each entry of `PANELS` that occurs in `history` (`TrainerState.log_history`), by step."""
+    panels = _find_panels(history)
+    if not panels:
+        return
+    width = 4.5 * len(panels)
+    if SOURCES_PANEL in panels:
+        width += 1.5  # for its legend, which has many lines and stands to the right of the panel
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.5), squeeze=False, layout="constrained")
+    for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
+        for key in keys:
+            steps = [row["step"] for row in history if key in row]
+            values = [row[key] for row in history if key in row]
+            style = "o-" if key.startswith("eval_") else "-"
+            axis.plot(steps, values, style, markersize=3, label=SOURCE.sub(r"\1", key))
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if title == SOURCES_PANEL:
+            axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        else:
+            axis.legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def _find_panels(history: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the keys to draw in each panel; panels without values are left out."""
+    logged = {key for row in history for key in row}
+    panels = {title: [key for key in keys if key in logged] for title, keys in PANELS.items()}
+    panels[SOURCES_PANEL] = sorted(key for key in logged if SOURCE.fullmatch(key))
+    return {title: keys for title, keys in panels.items() if keys}

@@ -1,15 +1,19 @@
-"""One short line for each log in the terminal, where transformers prints a dictionary."""
+"""Print each log as one short line; transformers prints a dictionary."""
 
 from datetime import timedelta
 
 from transformers import ProgressCallback, Trainer
 
 
-def _whole(value: float) -> str:
-    return f"{value:.0f}" if value < 10_000 else f"{value / 1000:.0f}k" if value < 1e7 else f"{value / 1e6:.1f}M"
+def _short_number(value: float) -> str:
+    if value < 10_000:
+        return f"{value:.0f}"
+    if value < 1e7:
+        return f"{value / 1000:.0f}k"
+    return f"{value / 1e6:.1f}M"
 
 
-# What is shown, in this order; trackers and `trainer_state.json` have everything.
+# The values to print, in this order; trackers and `trainer_state.json` have all values.
 COLUMNS = {
     "loss": lambda value: f"loss {value:.4f}",
     "bits_per_byte": lambda value: f"bits/byte {value:.4f}",
@@ -19,7 +23,7 @@ COLUMNS = {
     "grad_norm": lambda value: f"grad {value:.2f}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "router/load_max": lambda value: f"busiest expert {value:.2f}x",
-    "tokens_per_second": lambda value: f"{_whole(value)} tokens/s",
+    "tokens_per_second": lambda value: f"{_short_number(value)} tokens/s",
     "mfu": lambda value: f"MFU {value:.1%}",
     "data_wait": lambda value: f"data wait {value:.1%}",
     "eta_seconds": lambda value: f"ETA {timedelta(seconds=round(value))}",
@@ -27,17 +31,29 @@ COLUMNS = {
 
 
 def describe_log(logs: dict[str, float], step: int, max_steps: int) -> str | None:
-    """Return a log as one line, or None where it holds nothing to show: the totals at the end of training."""
-    prefix = next((key.removesuffix("loss") for key in logs if key == "loss" or key.endswith("_loss")), None)
-    if prefix in (None, "train_"):
+    """Return a log of training or evaluation as one line; None for other logs, such as the totals at the end.
+
+    The keys of a log share a prefix, which is found from its loss: "" in training, "eval_" or "eval_SOURCE_" in
+    evaluation, "train_" in the totals.
+    """
+    prefix = None
+    for key in logs:
+        if key == "loss" or key.endswith("_loss"):
+            prefix = key.removesuffix("loss")
+            break
+    if prefix is None or prefix == "train_":
         return None
-    shown = [show(logs[prefix + key]) for key, show in COLUMNS.items() if prefix + key in logs]
-    title = prefix.rstrip("_").replace("_", " ")
-    return "  ".join([f"step {step}/{max_steps}", *([title] if title else []), *shown])
+    parts = [f"step {step}/{max_steps}"]
+    if prefix:
+        parts.append(prefix.rstrip("_").replace("_", " "))
+    for key, show in COLUMNS.items():
+        if prefix + key in logs:
+            parts.append(show(logs[prefix + key]))
+    return "  ".join(parts)
 
 
 class ProgressLineCallback(ProgressCallback):
-    """transformers' progress bar with [`describe_log`]'s lines above it."""
+    """transformers' progress bar with the lines of [`describe_log`] above it."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         line = describe_log(logs, state.global_step, state.max_steps)
@@ -46,6 +62,6 @@ class ProgressLineCallback(ProgressCallback):
 
 
 def show_progress_lines(trainer: Trainer) -> None:
-    """Put [`ProgressLineCallback`] in the place of transformers' progress bar, where there is one."""
+    """Replace transformers' progress bar, if there is one, with [`ProgressLineCallback`]."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ProgressLineCallback())

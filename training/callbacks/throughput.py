@@ -15,51 +15,59 @@ from buddygpt.training.flops import flops_per_token, peak_flops
 
 
 class ThroughputCallback(TrainerCallback):
-    """Adds the speed since the last one to each log of the loss, without waiting for the device before that.
+    """Adds the speed since the last log to each log of the loss; reads from the device only when something is logged.
 
-    - `tokens_per_second`: over all processes, counting real tokens where the batch has an `attention_mask`, else all
-      tokens of its rows. The clock stands still during evaluations, samples and checkpoints.
-    - `mfu`: see [`flops_per_token`]; left out where the device's peak is unknown (a CPU, float32), and where the
-      work is another than the formula's: adapters on frozen weights, a reference model beside the trained one.
-    - `data_wait`: share of that time which this process spent fetching batches: from the workers, or reading them
-      itself. On CUDA this is the loader's part alone only with pinned memory and `non_blocking` copies.
-    - `eta_seconds`: to the last step, at the pace of this session so far, evaluations and all.
+    - `tokens_per_second`: over all processes. Counts real tokens if the batch has an `attention_mask`, else all tokens
+      of its rows. Time spent in evaluations, samples and checkpoints is not counted.
+    - `mfu`: see [`flops_per_token`]. Left out if the peak of the device is unknown (a CPU, float32), and if training
+      does other work than the formula counts: adapters on frozen weights, a reference model.
+    - `data_wait`: share of the same time that this process spent fetching batches, from workers or by reading them
+      itself. On CUDA, copies to the device are included unless memory is pinned and copies are `non_blocking`.
+    - `eta_seconds`: seconds to the last step at the average pace since the start or resume, with evaluations.
 
     Args:
-        trainer: Its `get_batch_samples` is wrapped to take the time of each fetch.
+        trainer: Its `get_batch_samples` is wrapped to measure each fetch.
         run_card: Receives the entry `throughput`: medians over the logs, FLOPs per token, peak memory.
     """
 
     def __init__(self, trainer: Trainer, run_card: dict[str, Any]):
-        self.trainer, self.run_card = trainer, run_card
+        self.trainer = trainer
+        self.run_card = run_card
         self.flops = find_flops(trainer)
         self.peak = find_peak(trainer) if self.flops else None
-        trainer.get_batch_samples = self._timed(trainer.get_batch_samples)
+        trainer.get_batch_samples = self._measured(trainer.get_batch_samples)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.first_step, self.began = state.global_step, time.perf_counter()
-        self.away, self.last_step_end = False, self.began
-        self._reset()
+        self.first_step = state.global_step
+        self.train_start = self.last_step_end = time.perf_counter()
+        self.paused = False
+        self._start_window()
 
-    def _reset(self) -> None:
-        self.since, self.waited, self.paused = time.perf_counter(), 0.0, 0.0
-        self.tokens: torch.Tensor | int = 0
-        self.rows = self.row_tokens = 0
+    def _start_window(self) -> None:
+        """Reset what is measured from one log to the next."""
+        self.window_start = time.perf_counter()
+        self.fetch_seconds = 0.0
+        self.pause_seconds = 0.0
+        self.tokens: torch.Tensor | int = 0  # a tensor if counted from attention masks, which are on the device
+        self.rows = 0
+        self.row_tokens = 0
 
-    def _timed(self, get_batch_samples: Callable) -> Callable:
+    # Counting: the trainer fetches the batches of a step through these.
+
+    def _measured(self, get_batch_samples: Callable) -> Callable:
         def fetch(batches, *args):
-            if self.away:
-                self.paused += time.perf_counter() - self.last_step_end
-                self.away = False
-            return get_batch_samples(self._watched(batches), *args)
+            if self.paused:  # the first fetch after an evaluation or checkpoint ends the pause
+                self.pause_seconds += time.perf_counter() - self.last_step_end
+                self.paused = False
+            return get_batch_samples(self._counted(batches), *args)
 
         return fetch
 
-    def _watched(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    def _counted(self, batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - start
+            self.fetch_seconds += time.perf_counter() - start
             if batch is None:
                 return
             self._count(batch)
@@ -67,60 +75,72 @@ class ThroughputCallback(TrainerCallback):
 
     def _count(self, batch: dict[str, torch.Tensor]) -> None:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
+        width = ids.shape[-1]
         self.tokens = self.tokens + (ids.numel() if mask is None else mask.sum())
-        longest = getattr(self.trainer.args, "max_length", None) or ids.shape[-1]  # rows packed into one are split
-        self.rows += max(1, -(-ids.shape[-1] // longest)) * (ids.numel() // ids.shape[-1])
+        # Padding-free batches join several rows into one: count the rows of `max_length` that it stands for.
+        max_length = getattr(self.trainer.args, "max_length", None) or width
+        rows_in_one = max(1, -(-width // max_length))  # rounded up
+        self.rows += rows_in_one * (ids.numel() // width)
         self.row_tokens += ids.numel()
+
+    # Pauses: they begin at the end of the step, or at its log, which ends the window.
 
     def on_step_end(self, args, state, control, **kwargs):
         self.last_step_end = time.perf_counter()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.away = True
+        self.paused = True
 
     on_save = on_evaluate
+
+    # Logging.
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
             return
         now = self.last_step_end = time.perf_counter()
-        seconds = now - self.since - self.paused
+        seconds = now - self.window_start - self.pause_seconds
         tokens = torch.as_tensor(self.tokens, device=args.device).reshape(1)
         speed = self.trainer.accelerator.reduce(tokens, "sum").item() / seconds
-        found = {"tokens_per_second": speed}
+        values = {"tokens_per_second": speed}
         if self.peak:
-            found["mfu"] = speed * self.flops(self.length) / (self.peak * args.world_size)
-        found["data_wait"] = self.waited / seconds
-        pace = (now - self.began) / (state.global_step - self.first_step)
-        found["eta_seconds"] = pace * (state.max_steps - state.global_step)
-        logs.update(found)
-        state.log_history[-1].update(found)  # it was filled before the callbacks were called
+            values["mfu"] = speed * self.flops(self.row_length) / (self.peak * args.world_size)
+        values["data_wait"] = self.fetch_seconds / seconds
+        pace = (now - self.train_start) / (state.global_step - self.first_step)
+        values["eta_seconds"] = pace * (state.max_steps - state.global_step)
+        logs.update(values)
+        state.log_history[-1].update(values)  # the trainer copied the logs before it called the callbacks
         self.run_card["throughput"] = self._summary(state.log_history)
-        self._reset()
+        self._start_window()
 
     @property
-    def length(self) -> int:
+    def row_length(self) -> int:
+        """Mean tokens per row since the last log."""
         return round(self.row_tokens / self.rows)
 
     def _summary(self, history: list[dict[str, float]]) -> dict[str, Any]:
-        series = {
-            key: [row[key] for row in history if key in row] for key in ("tokens_per_second", "mfu", "data_wait")
-        }
-        medians = {f"median_{key}": statistics.median(values) for key, values in series.items() if values}
-        work = {"row_length": self.length, "flops_per_token": self.flops(self.length)} if self.flops else {}
-        return {**medians, **work, **peak_memory(self.trainer.args.device)}
+        summary = {}
+        for key in ("tokens_per_second", "mfu", "data_wait"):
+            values = [row[key] for row in history if key in row]
+            if values:
+                summary[f"median_{key}"] = statistics.median(values)
+        if self.flops:
+            summary |= {"row_length": self.row_length, "flops_per_token": self.flops(self.row_length)}
+        return summary | peak_memory(self.trainer.args.device)
 
 
 def find_flops(trainer: Trainer) -> Callable[[int], float] | None:
-    """[`flops_per_token`] of the trainer's model by row length, or None where training does other work than that."""
+    """Return a function from row length to [`flops_per_token`], or None if training does other work than it counts."""
     if isinstance(trainer.model, PeftModel) or hasattr(trainer, "ref_model"):
         return None
-    fixed, one = (flops_per_token(trainer.model.config, length) for length in (0, 1))
-    return lambda length: fixed + (one - fixed) * length  # rows of chat differ in length from log to log
+    # The formula is linear in the length, and rows of chat differ in length from log to log.
+    fixed = flops_per_token(trainer.model.config, 0)
+    slope = flops_per_token(trainer.model.config, 1) - fixed
+    return lambda length: fixed + slope * length
 
 
 def find_peak(trainer: Trainer) -> float | None:
-    """FLOP/s of one of the run's devices at best, or None where it is not known."""
+    """Return the peak FLOP/s of one device of the run, or None if it is unknown."""
     args = trainer.args
     if args.device.type != "cuda":
         return None
@@ -129,8 +149,8 @@ def find_peak(trainer: Trainer) -> float | None:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Bytes: of tensors on a CUDA device at most, else of this process in main memory at most."""
+    """Return the peak memory in bytes: of tensors on a CUDA device, else of this process."""
     if device.type == "cuda":
         return {"peak_cuda_memory_bytes": torch.cuda.max_memory_allocated(device)}
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
     return {"peak_process_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
