@@ -1,175 +1,260 @@
-"""Sources of pretraining text: the entries of a YAML's `sources`, their files, and the step that reads them.
+"""Find the files of every source of pretraining text that a YAML lists.
 
     sources:
-      - wikipedia                                    # a reader's or its data set's name: streamed from the Hub
-      - data/books                                   # a file, glob or folder on this machine, column `text`
+      - wikipedia                                    # a name from data/sources.yaml: streamed from the Hub
+      - datasets/books                               # a file, glob or folder on this machine, column `text`
       - {reader: ultra-fineweb, min_score: 0.85, language: en}
-      - {name: web, path: ['data/web/*.jsonl.zst'], text_key: [content], min_score: 3, epochs: 2}
+      - {name: web, path: ['datasets/web/*.jsonl.zst'], text_key: [content], min_score: 3, epochs: 2}
       - {reader: skypile, path: 'ms://OWNER/NAME/data/*.jsonl'}      # downloaded from ModelScope
       - {path: 'hf://datasets/OWNER/NAME@REVISION/**/*.parquet'}     # any other data set of the Hub
 
-`HF_ENDPOINT` names a mirror of the Hub. The readers are in text_readers.py, and data/README.md lists them.
+`HF_ENDPOINT` sets a mirror of the Hub. readers.py then reads the files.
 """
 
-import contextlib
 import glob
 import math
 import re
-import sys
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
-from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.writers.disk_base import DiskWriter
-from tqdm import tqdm
+import yaml
+from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import FILE_TYPES, file_sha256, file_type, find_files, is_data_file
-from buddygpt.data.text.readers import COLUMNS, HUB_NAMES, READERS, Reader
-from buddygpt.data.text.rows import Row, is_url, progress_bar, read_rows, remote_errors, text_error
+from buddygpt.data.text.rows import is_url, one_line, remote_errors
 
+PUBLIC_SETS = Path(__file__).parents[1] / "sources.yaml"
+COLUMNS = "columns"  # the reader of any file: `text_key` and `min_COLUMN` come from the user's YAML
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+@strict
+@dataclass(kw_only=True)
+class Reader:
+    """An entry of data/sources.yaml: a data set and how its rows become text. The file explains the keys."""
+
+    name: str
+    hub: str = ""
+    files: dict[str, str | None] = field(default_factory=dict)
+    text_key: list[str] = field(default_factory=list)
+    join: list[str] = field(default_factory=list)
+    optional: list[str] = field(default_factory=list)
+    function: str = ""
+    keep: list[str] = field(default_factory=list)
+    minimums: dict[str, str] = field(default_factory=dict)
+    options: list[str] = field(default_factory=list)
+    title: str = ""
+    about: str = ""
+    size: str = ""
+    license: str = ""
+    example: str = ""
+
+    def validate_text(self) -> None:
+        ways = [way for way in (self.text_key, self.join, self.function) if way]
+        if len(ways) != 1 and self.name != COLUMNS:
+            raise ValueError("give one of text_key, join and function")
 
 
-def is_texts(value: Any) -> bool:
-    return is_text(value) or (isinstance(value, list) and value and all(map(is_text, value)))
+@cache
+def load_readers(path: Path = PUBLIC_SETS) -> dict[str, Reader]:
+    """Return the readers of data/sources.yaml by name.
+
+    Raises:
+        UserError: An entry has an unknown key or a wrong value.
+    """
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {one_line(error)}") from error
+    readers = {}
+    for name, entry in entries.items():
+        try:
+            readers[name] = Reader(name=name, **entry)
+        except (StrictDataclassError, TypeError) as error:
+            raise UserError(f"{path}: `{name}`: {one_line(error)}") from error
+    return readers
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_filled(value: str | list[str]) -> bool:
+    """Return True if there is a text, or at least one in a list, and none is blank."""
+    texts = _as_list(value)
+    return bool(texts) and all(text.strip() for text in texts)
 
 
-# What an entry may say, and what is right there. Thresholds, `min_...`, depend on the reader.
-KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "reader": (is_text, "its name"),
-    "path": (is_texts, "a path or a list of paths"),
-    "name": (lambda value: is_text(value) and re.fullmatch(r"[\w.-]+", value), "letters, digits, `.`, `-` and `_`"),
-    "language": (is_text, "a name such as zh"),
-    "epochs": (lambda value: is_number(value) and value > 0, "a number above 0"),
-    "weight": (lambda value: is_number(value) and value > 0, "a number above 0"),
-    "clean": (is_text, "the name of a profile"),
-    "text_key": (is_texts, "a column or a list of columns"),
-    "txt_sample_by": (lambda value: value in ("document", "line"), "document or line"),
-    "languages": (is_texts, "a folder's name or a list of them"),
-}
+def _is_positive(number: float) -> bool:
+    return math.isfinite(number) and number > 0
+
+
+def _are_finite(numbers: dict[str, float]) -> bool:
+    return all(math.isfinite(number) for number in numbers.values())
+
+
+def _key(use: str, is_right: Callable[[Any], bool] = _is_filled, default: Any = None) -> Any:
+    """Return a field of [`SourceEntry`]. `use` names the right values in an error message."""
+
+    def validate(value: Any) -> None:
+        if value is not None and not is_right(value):
+            raise ValueError(f"use {use}")
+
+    return validated_field(validate, default=default, metadata={"use": use})
+
+
+@strict
+@dataclass(kw_only=True)
+class SourceEntry:
+    """An entry of `sources` in the user's YAML. Every assignment checks the type and the value."""
+
+    reader: str = _key("its name", default=COLUMNS)
+    path: str | list[str] | None = _key("a path or a list of paths")
+    name: str | None = _key("letters, digits, `.`, `-` and `_`", re.compile(r"[\w.-]+").fullmatch)
+    language: str | None = _key("a name such as zh")
+    epochs: int | float = _key("a number above 0", _is_positive, default=1)
+    weight: int | float | None = _key("a number above 0", _is_positive)
+    clean: str | None = _key("the name of a profile")
+    text_key: str | list[str] | None = _key("a column or a list of columns")
+    txt_sample_by: Literal["document", "line"] | None = _key("document or line")
+    languages: str | list[str] | None = _key("a folder's name or a list of them")
+    minimums: dict[str, int | float] | None = _key("a number", _are_finite)  # metadata: the least value to keep
+
+
+# Keys of `SourceEntry` that not every reader takes. Users write `minimums` as `min_...`.
+SOME_READERS_ONLY = ("text_key", "txt_sample_by", "languages", "minimums")
+USE = {each.name: each.metadata["use"] for each in fields(SourceEntry)}
 
 
 @dataclass(frozen=True)
 class Source:
-    """One entry of `sources`, its files found: plain data, for a worker process or a plan to hold."""
+    """A source with its files: plain data, which workers and plans store."""
 
     name: str
     files: tuple[str, ...]  # paths on this machine, or URLs
-    reader: str = COLUMNS.name
+    reader: str = COLUMNS
     language: str | None = None
     epochs: float = 1.0
     weight: float | None = None
     clean: str | None = None
     text_key: tuple[str, ...] = ("text",)
     txt_sample_by: str = "document"  # or "line"
-    minimums: dict[str, float] = field(default_factory=dict)  # number in the metadata: the least that is kept
+    minimums: dict[str, float] = field(default_factory=dict)  # metadata: the least value that is kept
 
 
 def read_sources(entries: list[str | dict[str, Any]], **defaults: Any) -> list[Source]:
-    """Return the sources that entries of the YAML stand for; the files of ms:// are downloaded here.
+    """Return a [`Source`] for each entry of `sources` in the YAML. Files of ms:// are downloaded here.
 
     Args:
-        entries: A path, glob, URL, reader's or data set's name; or a mapping, see the top of this file.
-        defaults: `text_key`, `txt_sample_by` and `clean` of the entries that say nothing else.
+        entries: A path, glob, URL, or the name of a reader or its data set; or a mapping, see the top of this file.
+        defaults: `text_key`, `txt_sample_by` and `clean` for the entries that do not set them.
 
     Raises:
-        UserError: A key or value that no source takes, no file found, or a name or file that occurs twice.
+        UserError: An unknown key, a wrong value, no file found, or a name or file that occurs twice.
     """
     sources: dict[str, Source] = {}
-    owners: dict[str, str] = {}
+    owners: dict[str, str] = {}  # file: name of the source
     for number, entry in enumerate(entries, start=1):
         try:
             source = _read_source(_as_mapping(entry), defaults, sources)
         except ValueError as error:
             raise UserError(f"sources, entry {number}: {error}") from error
         for file in source.files:
-            if owners.setdefault(file, source.name) != source.name:
-                raise UserError(f"{file} is in source `{owners[file]}` and in `{source.name}`; `epochs` repeats one")
+            owner = owners.setdefault(file, source.name)
+            if owner != source.name:
+                raise UserError(f"{file} is in source `{owner}` and in `{source.name}`; to repeat it, use `epochs`")
         sources[source.name] = source
     return list(sources.values())
 
 
 def _as_mapping(entry: Any) -> dict[str, Any]:
+    """Return the keys of an entry. A bare string is the name of a reader, the name of its data set, or a path."""
     if isinstance(entry, str):
-        reader = entry if entry in READERS else HUB_NAMES.get(entry)
-        return {"reader": reader} if reader else {"path": entry}
+        for reader in load_readers().values():
+            if entry in (reader.name, reader.hub):
+                return {"reader": reader.name}
+        return {"path": entry}
     if not isinstance(entry, dict):
         raise ValueError(f"`{entry}` is neither a path nor a mapping of keys")
     return {key: value for key, value in entry.items() if value is not None}
 
 
-def _read_source(entry: dict[str, Any], defaults: dict[str, Any], taken: Collection[str]) -> Source:
-    """Build one source. Raises ValueError where the entry is wrong, UserError where its files are."""
-    if entry.get("reader", COLUMNS.name) not in list(READERS):
-        raise ValueError(f"there is no reader `{entry['reader']}`; use one of {', '.join(READERS)}")
-    reader = READERS[entry.get("reader", COLUMNS.name)]
-    _check(entry, reader)
+def _read_source(given: dict[str, Any], defaults: dict[str, Any], taken: Collection[str]) -> Source:
+    """Return the source of one entry.
+
+    Raises:
+        ValueError: The entry is wrong.
+        UserError: Its files cannot be found.
+    """
+    readers = load_readers()
+    name = given.get("reader", COLUMNS)
+    if name not in list(readers):  # a list, because the YAML may hold something that cannot be a key of a dict
+        raise ValueError(f"there is no reader `{name}`; use one of {', '.join(readers)}")
+    reader = readers[name]
+    entry = _check_entry(given, reader)
+
+    # Find the files, each once.
     paths, language = _find_paths(entry, reader)
-    files = list(dict.fromkeys(file for path in paths for file in find_source_files(path)))
-    if "languages" in entry:
-        files = _in_folders(files, _as_list(entry["languages"]))
-    if unknown := [file for file in files if file_type(file) not in FILE_TYPES]:
-        raise ValueError(f"{unknown[0]}: unknown type; use one of {', '.join(FILE_TYPES)}, or these as .gz or .zst")
-    name = entry.get("name") or _free_name(paths[0] if reader is COLUMNS else reader.name, taken)
-    if name in taken:
-        raise ValueError(f"another source is called `{name}`; give each its own `name`")
-    thresholds = {key: float(value) for key, value in entry.items() if key.startswith("min_")}
-    settings = {key: value for key, value in {**defaults, **entry}.items() if key in ("clean", "txt_sample_by")}
+    files: dict[str, None] = {}
+    for path in paths:
+        files.update(dict.fromkeys(find_source_files(path)))
+    files = list(files)
+    if entry.languages:
+        files = _in_folders(files, _as_list(entry.languages))
+    for file in files:
+        if file_type(file) not in FILE_TYPES:
+            raise ValueError(f"{file}: unknown type; use one of {', '.join(FILE_TYPES)}, or these as .gz or .zst")
+
+    if entry.name in taken:
+        raise ValueError(f"another source is called `{entry.name}`; give each a different `name`")
+    settings = {**defaults, **given}
     return Source(
-        name,
-        tuple(files),
-        reader.name,
-        language,
-        epochs=float(entry.get("epochs", 1)),
-        weight=float(entry["weight"]) if "weight" in entry else None,
-        text_key=reader.text_key or tuple(_as_list(entry.get("text_key", defaults.get("text_key", "text")))),
-        minimums={reader.minimums.get(key, key.removeprefix("min_")): least for key, least in thresholds.items()},
-        **settings,
+        name=entry.name or _free_name(paths[0] if reader.name == COLUMNS else reader.name, taken),
+        files=tuple(files),
+        reader=reader.name,
+        language=language,
+        epochs=float(entry.epochs),
+        weight=None if entry.weight is None else float(entry.weight),
+        clean=settings.get("clean"),
+        text_key=tuple(reader.text_key or _as_list(settings.get("text_key", "text"))),
+        txt_sample_by=settings.get("txt_sample_by", "document"),
+        minimums={key: float(least) for key, least in (entry.minimums or {}).items()},
     )
 
 
-def _check(entry: dict[str, Any], reader: Reader) -> None:
-    """Raise ValueError for a key that the reader does not take, or a wrong value."""
-    keys = KEYS | dict.fromkeys(reader.minimums, (is_number, "a number"))
-    if reader is COLUMNS:
-        keys |= {key: (is_number, "a number") for key in entry if key.startswith("min_")}
-    own = {COLUMNS.name: ("text_key", "txt_sample_by"), "starcoderdata": ("languages",)}
-    for name, only in own.items():
-        keys = {key: check for key, check in keys.items() if reader.name == name or key not in only}
-    for key, value in entry.items():
-        if key not in keys:
+def _check_entry(given: dict[str, Any], reader: Reader) -> SourceEntry:
+    """Return the entry. Raises ValueError if the reader does not take a key, or a value is wrong."""
+    keys = [key for key in USE if key not in SOME_READERS_ONLY] + reader.options + list(reader.minimums)
+    entry = SourceEntry()
+    for key, value in given.items():
+        is_column_minimum = reader.name == COLUMNS and str(key).startswith("min_")
+        if key not in keys and not is_column_minimum:
             raise ValueError(f"reader `{reader.name}` takes no key `{key}`; it takes: {', '.join(keys)}")
-        is_right, wanted = keys[key]
-        if not is_right(value):
-            raise ValueError(f"{key} is `{value}`; use {wanted}")
+        attribute, content = key, value
+        if is_column_minimum or key in reader.minimums:
+            metadata = reader.minimums.get(key, key.removeprefix("min_"))
+            attribute, content = "minimums", {**(entry.minimums or {}), metadata: value}
+        try:
+            setattr(entry, attribute, content)
+        except StrictDataclassError as error:
+            raise ValueError(f"{key} is `{value}`; use {USE[attribute]}") from error
+    return entry
 
 
-def _find_paths(entry: dict[str, Any], reader: Reader) -> tuple[list[str], str | None]:
-    """Return where the text is, and its language: as the entry says, else as the reader knows."""
-    language = entry.get("language")
-    if "path" in entry:  # files of one's own may be in any of a set's languages
-        return _as_list(entry["path"]), language or (next(iter(reader.files)) if len(reader.files) == 1 else None)
+def _find_paths(entry: SourceEntry, reader: Reader) -> tuple[list[str], str | None]:
+    """Return the paths of the entry, or those of the reader on the Hub, and their language if it is known."""
+    if entry.path:
+        # The user's files may be in any language of the data set, so only a single one is certain.
+        only = list(reader.files)[0] if len(reader.files) == 1 else None
+        return _as_list(entry.path), entry.language or only
     if not reader.hub:
         raise ValueError(f"reader `{reader.name}` knows no place on the Hub; name the files as `path`")
-    language = language or next(iter(reader.files))
+    language = entry.language or list(reader.files)[0]
     if language not in reader.files:
-        raise ValueError(
-            f"reader `{reader.name}` knows {', '.join(reader.files)} on the Hub; for others name a `path`"
-        )
+        known = ", ".join(reader.files)
+        raise ValueError(f"reader `{reader.name}` knows {known} on the Hub; for others name a `path`")
     return [f"hf://datasets/{reader.hub}/{reader.files[language]}"], language
 
 
@@ -178,14 +263,22 @@ def _as_list(value: str | list[str]) -> list[str]:
 
 
 def _free_name(path: str, taken: Collection[str]) -> str:
-    """Name a source by its file, or its folder where that is a pattern; by a number too if that name is taken."""
-    plain = [part.split(".")[0] for part in PurePosixPath(path).parts if not glob.has_magic(part)]
-    name = re.sub(r"[^\w-]+", "-", next((part for part in reversed(plain) if part.strip("/")), "text"))
-    return next(free for n in count(1) if (free := name if n == 1 else f"{name}-{n}") not in taken)
+    """Return a name for a source: its file or, for a pattern, its folder. Add a number if the name is taken."""
+    name = "text"
+    for part in PurePosixPath(path).parts:
+        stem = part.split(".")[0]
+        if stem.strip("/") and not glob.has_magic(part):
+            name = stem
+    name = free = re.sub(r"[^\w-]+", "-", name)
+    number = 1
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    return free
 
 
 def _in_folders(files: list[str], names: list[str]) -> list[str]:
-    """Return the files that lie in folders of these names; ValueError for a name without files."""
+    """Return the files in folders of these names. Raises ValueError for a name without files."""
     folders = {file: PurePosixPath(file).parent.name for file in files}
     for name in names:
         if name not in folders.values():
@@ -194,7 +287,11 @@ def _in_folders(files: list[str], names: list[str]) -> list[str]:
 
 
 def find_source_files(path: str) -> list[str]:
-    """Return the files that a path, glob, folder or URL stands for, sorted; UserError where there is none."""
+    """Return the files that a path, glob, folder or URL stands for, sorted.
+
+    Raises:
+        UserError: There is none, or the Hub or store cannot be reached.
+    """
     if path.startswith("ms://"):
         return _download_from_modelscope(path)
     if not is_url(path):
@@ -215,9 +312,9 @@ def find_source_files(path: str) -> list[str]:
 
 
 def _download_from_modelscope(url: str) -> list[str]:
-    """Fetch ms://OWNER/NAME/PATH, a file, glob or folder, into ModelScope's cache, and return the files.
+    """Download ms://OWNER/NAME/PATH, a file, glob or folder, into ModelScope's cache, and return the files.
 
-    What is there already is not fetched again.
+    Files that are in the cache are not downloaded again.
     """
     from modelscope import dataset_snapshot_download  # takes seconds to import
 
@@ -225,124 +322,37 @@ def _download_from_modelscope(url: str) -> list[str]:
     if not (owner and name):
         raise UserError(f"{url}: write ms://OWNER/NAME, or ms://OWNER/NAME/GLOB")
     pattern = pattern.rstrip("/")
-    allowed, ignored = [pattern, f"{pattern}/*"] if pattern else [], []
-    if glob.has_magic(pattern):  # its patterns are fnmatch's, where ** wants at least one folder, and * crosses them
+    if glob.has_magic(pattern):
+        # ModelScope matches with fnmatch: `*` also matches `/`, and `**/` needs at least one folder. So also allow
+        # the pattern without `**/`, and without `**` ignore the files that lie deeper than the pattern.
         allowed = [pattern, pattern.replace("**/", "")]
-        ignored = [] if "**" in pattern else ["/".join("*" * (pattern.count("/") + 2))]
+        deeper = "/".join("*" * (pattern.count("/") + 2))
+        ignored = [] if "**" in pattern else [deeper]
+    else:
+        allowed = [pattern, f"{pattern}/*"] if pattern else []
+        ignored = []
     with remote_errors(url):
         folder = dataset_snapshot_download(f"{owner}/{name}", allow_patterns=allowed, ignore_patterns=ignored)
     try:
         return [str(file) for file in find_files([str(Path(glob.escape(folder), pattern))])]
-    except UserError:  # it names the cache
+    except UserError:  # it names the cache instead of the URL
         raise UserError(f"no file matches `{url}`") from None
 
 
 def describe_file(file: str) -> dict[str, Any]:
-    """Return `file`, `bytes` and `sha256` of a file; of a URL, what its hub or store says without a download.
+    """Return `file`, `bytes` and `sha256` of a file. A URL is described by its hub or store, without a download.
 
-    A hub has the sha256 of large files; of others the mark of a version stands there, as `git:...` or `etag:...`.
+    Hub files without a sha256 are identified by git blob id or ETag, as `git:...` or `etag:...`.
     """
     if not is_url(file):
         return {"file": file, "bytes": Path(file).stat().st_size, "sha256": file_sha256(Path(file))}
     with remote_errors(file):
         system, name = fsspec.url_to_fs(file)
         info = system.info(name)
-        version = f"git:{info['blob_id']}" if info.get("blob_id") else f"etag:{info.get('ETag') or system.ukey(name)}"
-        return {"file": file, "bytes": info["size"], "sha256": info["lfs"]["sha256"] if info.get("lfs") else version}
-
-
-class SourceReader(PipelineStep):
-    """Yields the documents of one source's files. datatrove's own readers log bad rows and go on without them.
-
-    Args:
-        assignments: What each rank reads: a source, and those of its files that are meant.
-        on_bad_row: A row that cannot be read stops the run (`stop`), or is named and counted (`skip`).
-        exclusion_writer: Takes the documents below a threshold of their source, and what is wrong with bad rows.
-    """
-
-    type, name = "READER", "sources"
-
-    def __init__(
-        self,
-        assignments: list[tuple[Source, tuple[str, ...]]],
-        on_bad_row: str,
-        exclusion_writer: DiskWriter | None = None,
-    ) -> None:
-        super().__init__()
-        self.assignments, self.on_bad_row, self.exclusion_writer = assignments, on_bad_row, exclusion_writer
-
-    def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        source, files = self.assignments[rank]
-        exclusions = self.exclusion_writer or contextlib.nullcontext()
-        with progress_bar(files, desc=f"{source.name} {rank + 1}/{world_size}", leave=False) as bar, exclusions:
-            for file, row in _rows(source, files, bar):
-                self.stat_update("read")
-                try:
-                    document = _make_document(source, file, row)
-                    rule = _below_minimum(source, document)
-                except ValueError as error:
-                    document, rule = self._bad_row(f"{file}:{row.number}", error), "bad_row"
-                if rule:
-                    self._drop(document, rule, rank)
-                else:
-                    yield document
-
-    def _bad_row(self, place: str, error: ValueError) -> Document:
-        """Stop, or return the error as a document that stands for the row."""
-        if self.on_bad_row == "stop":
-            raise UserError(f"{place}: {error}. Mend it, or set `on_bad_row: skip`.")
-        tqdm.write(f"skipped {place}: {error}", file=sys.stderr)
-        return Document(str(error), id=place)
-
-    def _drop(self, document: Document, rule: str, rank: int) -> None:
-        self.stat_update(f"dropped_{rule}")
-        if self.exclusion_writer:
-            document.metadata["filter_reason"] = rule
-            self.exclusion_writer.write(document, rank)
-
-
-def _rows(source: Source, files: tuple[str, ...], bar: tqdm) -> Iterator[tuple[str, Row]]:
-    reader = READERS[source.reader]
-    keep = tuple(dict.fromkeys((*reader.keep, *source.minimums)))
-    for file in files:
-        path = file if is_url(file) else Path(file)
-        if reader.read:
-            rows = read_rows(path, bar=bar)
+        if info.get("lfs"):
+            version = info["lfs"]["sha256"]
+        elif info.get("blob_id"):
+            version = f"git:{info['blob_id']}"
         else:
-            rows = read_rows(path, source.text_key, bar, source.txt_sample_by, keep)
-        yield from ((file, row) for row in rows)
-
-
-def _make_document(source: Source, file: str, row: Row) -> Document:
-    """Turn a row into a document. Raises ValueError where that is not possible."""
-    if row.error:
-        raise ValueError(row.error)
-    read = READERS[source.reader].read if row.content else None  # nothing to read in a blank line
-    try:
-        text, metadata = read(row.content) if read else (row.content or "", _numbers(row.kept))
-    except KeyError as error:
-        raise ValueError(f"no column `{error.args[0]}`; there are: {', '.join(row.content)}") from error
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"not a row of `{source.reader}`: {error}") from error
-    if read and (error := text_error(text)):  # columns were looked at by read_rows
-        raise ValueError(f"the text {error}")
-    return Document(text, id=f"{file}:{row.number}", metadata={"source": source.name} | metadata)
-
-
-def _numbers(columns: dict[str, Any]) -> dict[str, float]:
-    """Return those of the columns that are numbers, or strings of numbers, as some sets have them."""
-    numbers = {}
-    for key, value in columns.items():
-        with contextlib.suppress(ValueError, TypeError):
-            numbers[key] = float(value) if isinstance(value, str) else value + 0
-    return numbers
-
-
-def _below_minimum(source: Source, document: Document) -> str:
-    """Return the rule that drops the document, `low_...`; nothing where it passes every threshold."""
-    for key, least in source.minimums.items():
-        if document.text and key not in document.metadata:
-            raise ValueError(f"`{key}` has a minimum, and is no number here")
-        if not document.metadata.get(key, least) >= least:  # NaN is below, too
-            return f"low_{key}"
-    return ""
+            version = f"etag:{info.get('ETag') or system.ukey(name)}"
+        return {"file": file, "bytes": info["size"], "sha256": version}

@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.text.sources import Source, SourceReader, describe_file, read_sources
+from buddygpt.data.text.readers import SourceReader
+from buddygpt.data.text.sources import Source, describe_file, read_sources
 
 
 def read(source: Source) -> tuple[list, dict]:
     """Return the documents of a source and the counts of its reader."""
     step = SourceReader([(source, source.files)], "stop")
-    return list(step.run()), {key: value.total for key, value in step.stats.stats.items()}
+    return list(step.run()), step.counts.to_json()
 
 
 def zstd(data: bytes) -> bytes:
@@ -161,7 +162,8 @@ def answer(code: str, **environment: str) -> object:
 
 READ_FROM_HUB = """
 import json, sys
-from buddygpt.data.text.sources import Source, SourceReader, describe_file, read_sources
+from buddygpt.data.text.readers import SourceReader
+from buddygpt.data.text.sources import Source, describe_file, read_sources
 from buddygpt.cli.errors import UserError
 code = {"reader": "starcoderdata", "languages": "go", "min_stars": 2}
 wiki, code = sources = read_sources(["wikimedia/wikipedia", code])

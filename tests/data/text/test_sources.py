@@ -8,12 +8,13 @@ from unittest import mock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sources_table
 from conftest import ROOT
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.text.readers import READERS, parse_upvotes
+from buddygpt.data.text.readers import ROW_FUNCTIONS, SourceReader, parse_upvotes
 from buddygpt.data.text.report import ExampleWriter
-from buddygpt.data.text.sources import Source, SourceReader, read_sources
+from buddygpt.data.text.sources import Source, load_readers, read_sources
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -38,7 +39,7 @@ def read(source: Source, on_bad_row: str = "stop") -> tuple[list, dict]:
     """Return the documents of a source and the counts of its reader."""
     step = SourceReader([(source, source.files)], on_bad_row)
     documents = list(step.run())
-    return documents, {key: value.total for key, value in step.stats.stats.items()}
+    return documents, step.counts.to_json()
 
 
 def texts(entry: object) -> list[str]:
@@ -148,9 +149,35 @@ def test_a_row_of_every_set_becomes_its_text(reader, suffix, row, text, metadata
     assert document.id == f"{path}:1" and counts == {"read": 1}
 
 
+def test_every_function_of_sources_yaml_exists_and_none_is_left_over():
+    assert {reader.function for reader in load_readers().values()} - {""} == set(ROW_FUNCTIONS)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("web: {hub: a/b, text_key: text}", "sources.yaml: `web`: .*text_key.* expected a list, got str"),
+        ("web: {hub: a/b, text: [text]}", "sources.yaml: `web`: .*unexpected keyword argument 'text'"),
+        ("web: {hub: a/b, text_key: [text], join: [a, b]}", "`web`: .*give one of text_key, join and function"),
+        ("web: text", "sources.yaml: `web`: "),
+        ("web: [", "sources.yaml is not valid YAML: "),
+    ],
+)
+def test_a_mistake_in_sources_yaml_is_named_in_one_line(text, message, tmp_path):
+    (tmp_path / "sources.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_readers(tmp_path / "sources.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_readme_holds_the_table_of_sources_yaml():
+    readme = (ROOT / "data" / "README.md").read_text("utf-8")
+    assert sources_table.replace_table(readme) == readme, "run python tools/sources_table.py"
+
+
 def test_every_reader_is_in_the_table_of_sources_with_its_place():
     table = (ROOT / "data" / "README.md").read_text("utf-8")
-    for reader in READERS.values():
+    for reader in load_readers().values():
         assert f"| `{reader.name}` |" in table and reader.hub in table
 
 
@@ -201,7 +228,7 @@ def test_rows_below_a_threshold_are_counted_and_handed_to_the_exclusion_writer(
     step = SourceReader([(source, source.files)], "stop", exclusion_writer=writer)
     assert len(list(step.run())) == kept
     dropped = len(rows) - kept
-    counts = {key: value.total for key, value in step.stats.stats.items()}
+    counts = step.counts.to_json()
     assert counts == {"read": len(rows), f"dropped_low_{rule}": dropped}
     reasons = [call.args[0].metadata["filter_reason"] for call in writer.write.call_args_list]
     assert reasons == [f"low_{rule}"] * dropped
@@ -277,9 +304,9 @@ def test_a_name_or_a_file_that_occurs_twice_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         write_rows(tmp_path / f"{name}.jsonl", [{"text": "a"}])
-    with pytest.raises(UserError, match="entry 2: another source is called `n`; give each its own `name`"):
+    with pytest.raises(UserError, match="entry 2: another source is called `n`; give each a different `name`"):
         read_sources([{"path": f"{name}.jsonl", "name": "n"} for name in "ab"])
-    with pytest.raises(UserError, match=r"a\.jsonl is in source `a` and in `tmp`; `epochs` repeats one"):
+    with pytest.raises(UserError, match=r"a\.jsonl is in source `a` and in `tmp`; to repeat it, use `epochs`"):
         read_sources(["a.jsonl", {"name": "tmp", "path": "*.jsonl"}])
 
 
@@ -299,7 +326,7 @@ def test_a_row_of_another_form_stops_the_run_or_is_counted(reader, row, message,
     path = write_rows(tmp_path / "x.jsonl", [row, {}])
     entry = {"reader": reader, "path": str(path)} | ({"min_score": 1} if reader == "columns" else {})
     (source,) = read_sources([entry])
-    with pytest.raises(UserError, match=f"{message}.* Mend it, or set `on_bad_row: skip`"):
+    with pytest.raises(UserError, match=f"{message}.* Fix it, or set `on_bad_row: skip`"):
         read(source)
     documents, counts = read(source, on_bad_row="skip")
     assert counts == {"read": 2, "dropped_bad_row": 1} and [document.text for document in documents] == [""]
