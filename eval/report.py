@@ -1,16 +1,14 @@
-"""A report of what lm-eval measured: every score beside its chance level and its 95% interval.
+"""Write a report of lm-eval results: every score with its chance level and its 95% interval.
 
     python eval/report.py --results outputs/eval --output outputs/eval/report.md
 
-Reads `RESULTS/NAME/**/results_*.json` and the samples beside it, as `eval/run_eval.py` or
-`lm_eval --output_path RESULTS/NAME --log_samples` wrote them; where a task was run more than once the newest counts.
-Writes the report, `scores.png` and `scores.json` into the folder of `output`.
+Reads `RESULTS/NAME/**/results_*.json` and the samples next to it, as `eval/run_eval.py` or
+`lm_eval --output_path RESULTS/NAME --log_samples` writes them. If a task was run more than once, the newest counts.
+Writes the report, and `scores.png` and `scores.json` to the same folder.
 """
 
 import json
-import os
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,13 @@ from scipy.stats import binomtest
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import write_atomically
+from buddygpt.cli.tables import markdown_table
 
-Score = dict[str, Any]  # value, n, ci95 (low, high) or None, chance or None
-Scores = dict[str, dict[str, dict[str, Score]]]  # checkpoint -> task or task/subject -> metric -> score
-Run = tuple[Path, dict[str, Any]]  # a results file and what it holds
+Sample = dict[str, Any]  # one question with the model's answer, a line of lm-eval's samples_*.jsonl
+Score = dict[str, Any]  # value, n, ci95: [low, high] or None, chance: a float or None
+TaskScores = dict[str, dict[str, Score]]  # task or task/subject -> metric -> score
+Run = tuple[Path, dict[str, Any]]  # a results file and its content
 
 
 @dataclass
@@ -35,204 +36,250 @@ class ReportArguments:
     results: str = field(default="outputs/eval", metadata={"help": "A folder with one folder per checkpoint."})
     output: str = field(
         default="outputs/eval/report.md",
-        metadata={"help": "The report; its folder also gets scores.png, scores.json."},
+        metadata={"help": "The report. scores.png and scores.json go to the same folder."},
     )
 
 
 def main() -> None:
     (args,) = parse_arguments(ReportArguments, description=__doc__)
     runs = read_runs(Path(args.results))
-    scores = {name: checkpoint_scores(of_checkpoint) for name, of_checkpoint in runs.items()}
+    scores = {checkpoint: score_tasks(of_checkpoint) for checkpoint, of_checkpoint in runs.items()}
+
     output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _write(output.parent / "scores.json", json.dumps(scores, indent=2, ensure_ascii=False))
+    with write_atomically(output.parent / "scores.json") as partial:
+        partial.write_text(json.dumps(scores, indent=2, ensure_ascii=False), encoding="utf-8")
     plot(scores, output.parent / "scores.png")
-    _write(output, report(scores, runs))
+    with write_atomically(output) as partial:
+        partial.write_text(to_markdown(scores, runs), encoding="utf-8")
     print(f"{output}: {len(scores)} checkpoints")
 
 
 def read_runs(results: Path) -> dict[str, list[Run]]:
-    """The results files of each checkpoint, oldest first.
+    """Return the results files of each checkpoint, oldest first; checkpoints in the order of their first run.
 
     Raises:
-        UserError: There are none.
+        UserError: There are no results files.
     """
     runs: dict[str, list[Run]] = defaultdict(list)
+    # The names contain the time, so sorting by name sorts by time.
     for path in sorted(results.glob("*/**/results_*.json"), key=lambda path: path.name):
-        runs[path.relative_to(results).parts[0]].append((path, json.loads(path.read_text(encoding="utf-8"))))
+        checkpoint = path.relative_to(results).parts[0]
+        runs[checkpoint].append((path, json.loads(path.read_text(encoding="utf-8"))))
     if not runs:
         raise UserError(f"{results} has no NAME/results_*.json; eval/run_eval.py writes them.")
-    return dict(sorted(runs.items(), key=lambda item: item[1][0][0].name))
+    return dict(runs)
 
 
-def checkpoint_scores(runs: list[Run]) -> dict[str, dict[str, Score]]:
-    """Scores of one checkpoint by task, and by `task/subject` where a task has subjects or a group has tasks.
+def score_tasks(runs: list[Run]) -> TaskScores:
+    """Return the scores of one checkpoint by task and by `task/subject`. Later runs replace earlier ones.
 
-    A metric that is 0 or 1 for each question is counted from the samples, and so is chance: the mean of 1 / options.
-    Any other (bits per byte) is lm-eval's own figure, without an interval.
+    The subjects of a group are its subtasks. The subjects of a single task are the values of the column `subject`, if
+    its rows have one.
     """
-    scores: dict[str, dict[str, Score]] = {}
+    scores: TaskScores = {}
     for path, results in runs:
-        subtasks = results["group_subtasks"]
-        inner = {child for children in subtasks.values() for child in children}
-        for task in sorted({*results["results"], *results.get("groups", {})} - inner):
-            samples = {leaf: _samples(path, leaf) for leaf in _leaves(task, subtasks)}
-            everything = [sample for rows in samples.values() for sample in rows]
-            scores[task] = _scores(everything, results["results"].get(task, {}))
-            for subject, rows in _by_subject(task, samples):
-                scores[f"{task}/{subject}"] = _scores(rows, {})
+        subtasks: dict[str, list[str]] = results["group_subtasks"]
+        tasks = {*results["results"], *results.get("groups", {})}
+        for children in subtasks.values():
+            tasks -= set(children)  # they are reported as subjects of their group
+        for task in sorted(tasks):
+            samples = {leaf: read_samples(path, leaf) for leaf in leaf_tasks(task, subtasks)}
+            all_samples = [sample for of_leaf in samples.values() for sample in of_leaf]
+            scores[task] = score_samples(all_samples, results["results"].get(task, {}))
+            for subject, of_subject in split_by_subject(task, samples).items():
+                scores[f"{task}/{subject}"] = score_samples(of_subject, {})
     return scores
 
 
-def _leaves(task: str, subtasks: dict[str, list[str]]) -> Iterator[str]:
-    for child in subtasks.get(task, []):
-        yield from _leaves(child, subtasks)
+def leaf_tasks(task: str, subtasks: dict[str, list[str]]) -> list[str]:
+    """Return the tasks of a group, also those of groups inside it; for a task, the task itself."""
     if not subtasks.get(task):
-        yield task
+        return [task]
+    leaves = []
+    for child in subtasks[task]:
+        leaves += leaf_tasks(child, subtasks)
+    return leaves
 
 
-def _samples(results: Path, task: str) -> list[dict[str, Any]]:
-    path = results.with_name(f"samples_{task}_{results.stem.removeprefix('results_')}.jsonl")
+def read_samples(results: Path, task: str) -> list[Sample]:
+    """Return the samples of a task that belong to a results file."""
+    time = results.stem.removeprefix("results_")
+    path = results.with_name(f"samples_{task}_{time}.jsonl")
     if not path.is_file():
         raise UserError(f"{path} does not exist; run lm_eval with --log_samples.")
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-def _by_subject(task: str, samples: dict[str, list[dict]]) -> Iterator[tuple[str, list[dict]]]:
-    if list(samples) != [task]:
-        for leaf, rows in samples.items():
-            yield leaf.removeprefix(f"{task}_"), rows
-        return
-    subjects = defaultdict(list)
+def split_by_subject(task: str, samples: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
+    """Return the samples of each subject, for a task or for a group of tasks; see [`score_tasks`]."""
+    is_group = list(samples) != [task]
+    if is_group:
+        return {leaf.removeprefix(f"{task}_"): of_leaf for leaf, of_leaf in samples.items()}
+    subjects: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples[task]:
         if "subject" in sample["doc"]:
             subjects[sample["doc"]["subject"]].append(sample)
-    yield from sorted(subjects.items())
+    return dict(sorted(subjects.items()))
 
 
-def _scores(samples: list[dict[str, Any]], aggregated: dict[str, float]) -> dict[str, Score]:
-    rows: dict[str, list[dict]] = defaultdict(list)
+def score_samples(samples: list[Sample], aggregated: dict[str, float]) -> dict[str, Score]:
+    """Return the score of each metric over some samples.
+
+    A metric that is 0 or 1 for each question becomes a proportion with an interval. For any other (bits per byte), the
+    score is lm-eval's own figure, without an interval; it is left out if lm-eval has none.
+
+    Args:
+        samples: Samples of one task, group or subject.
+        aggregated: lm-eval's figures for the same samples, by "metric,filter".
+    """
+    # A task with several filters has one sample per question and filter.
+    by_metric: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for sample in samples:
         for metric in sample["metrics"]:
-            rows[metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"].append(sample)
+            by_metric[metric, sample["filter"]].append(sample)
+
     scores = {}
-    for name, of_metric in rows.items():
-        metric, _, filter_name = name.partition(",")
+    for (metric, filter_name), of_metric in by_metric.items():
+        name = metric if filter_name == "none" else f"{metric},{filter_name}"
         values = [sample[metric] for sample in of_metric]
         if all(value in (0, 1) for value in values):
-            scores[name] = proportion(int(sum(values)), len(values), _chance(of_metric))
-        elif f"{metric},{filter_name or 'none'}" in aggregated:
-            value = aggregated[f"{metric},{filter_name or 'none'}"]
+            scores[name] = proportion(int(sum(values)), len(values), chance_level(of_metric))
+        elif f"{metric},{filter_name}" in aggregated:
+            value = aggregated[f"{metric},{filter_name}"]
             scores[name] = {"value": value, "n": len(values), "ci95": None, "chance": None}
     return scores
 
 
-def _chance(samples: list[dict[str, Any]]) -> float | None:
-    options = [len(sample["arguments"]) for sample in samples]
-    return sum(1 / number for number in options) / len(options) if min(options) > 1 else None
+def chance_level(samples: list[Sample]) -> float | None:
+    """Return the expected score of a random choice, the mean of 1 / options, or None without options."""
+    n_options = [len(sample["arguments"]) for sample in samples]
+    if min(n_options) <= 1:
+        return None
+    return sum(1 / n for n in n_options) / len(n_options)
 
 
 def proportion(successes: int, n: int, chance: float | None) -> Score:
-    """A proportion with its 95% Wilson interval."""
+    """Return a proportion as a score with its 95% Wilson interval."""
     interval = binomtest(successes, n).proportion_ci(method="wilson")
     return {"value": successes / n, "n": n, "ci95": [float(interval.low), float(interval.high)], "chance": chance}
 
 
 def at_chance(score: Score) -> bool:
-    """Whether chance lies inside the score's 95% interval."""
-    return score["chance"] is not None and score["ci95"][0] <= score["chance"] <= score["ci95"][1]
+    """Return True if the chance level lies inside the score's 95% interval."""
+    if score["chance"] is None:
+        return False
+    low, high = score["ci95"]
+    return low <= score["chance"] <= high
 
 
-def report(scores: Scores, runs: dict[str, list[Run]]) -> str:
-    """The report as Markdown."""
-    tasks = list(dict.fromkeys(task for of_checkpoint in scores.values() for task in of_checkpoint))
-    overall = [task for task in tasks if "/" not in task]
-    lines = [
+def to_markdown(scores: dict[str, TaskScores], runs: dict[str, list[Run]]) -> str:
+    """Return the report: a table of all tasks, a table per task of its subjects, and the checkpoints."""
+    names = list(dict.fromkeys(name for of_checkpoint in scores.values() for name in of_checkpoint))
+    tasks = [name for name in names if "/" not in name]
+    sections = [
         "# Evaluation",
-        "",
         "Score in percent, with its 95% Wilson interval; `(chance)`: the interval holds the chance level.",
-        "",
-        *_table("task", overall, scores),
-        "",
+        score_table("task", tasks, scores),
         "![scores](scores.png)",
     ]
-    for task in overall:
-        subjects = [name for name in tasks if name.startswith(f"{task}/")]
-        if subjects:
-            lines += ["", f"## {task} by subject", "", *_table("subject", subjects, scores, first_metric_only=True)]
-    lines += ["", "## Checkpoints", "", *_checkpoints(runs)]
-    return "\n".join(lines) + "\n"
-
-
-def _table(head: str, tasks: list[str], scores: Scores, first_metric_only: bool = False) -> list[str]:
-    lines = [f"| {head} | metric | n | chance | {' | '.join(scores)} |", "|---|---|--:|--:|" + "--:|" * len(scores)]
     for task in tasks:
-        metrics = list(dict.fromkeys(metric for measured in scores.values() for metric in measured.get(task, {})))
-        for metric in metrics[:1] if first_metric_only else metrics:
-            row = [of_checkpoint.get(task, {}).get(metric) for of_checkpoint in scores.values()]
-            n = "/".join(dict.fromkeys(str(score["n"]) for score in row if score))
-            chance = next((f"{score['chance']:.1%}" for score in row if score and score["chance"]), "")
-            cells = " | ".join(_cell(score) for score in row)
-            lines.append(f"| {task.rpartition('/')[2]} | {metric} | {n} | {chance} | {cells} |")
-    return lines
+        subjects = [name for name in names if name.startswith(f"{task}/")]
+        if subjects:
+            sections += [f"## {task} by subject", score_table("subject", subjects, scores, first_metric_only=True)]
+    sections += ["## Checkpoints", checkpoint_table(runs)]
+    return "\n\n".join(sections) + "\n"
 
 
-def _cell(score: Score | None) -> str:
+def score_table(title: str, names: list[str], scores: dict[str, TaskScores], first_metric_only: bool = False) -> str:
+    """Return a table with a row per task (or subject) and metric, and a column per checkpoint.
+
+    Args:
+        title: Title of the first column.
+        names: Tasks or `task/subject` names.
+        scores: Scores of each checkpoint.
+        first_metric_only: Show only the first metric of each name.
+    """
+    header = [title, "metric", "n", "chance", *scores]
+    align = ["---", "---", "--:", "--:"] + ["--:"] * len(scores)
+    rows = []
+    for name in names:
+        by_checkpoint = [of_checkpoint.get(name, {}) for of_checkpoint in scores.values()]
+        metrics = list(dict.fromkeys(metric for measured in by_checkpoint for metric in measured))
+        if first_metric_only:
+            metrics = metrics[:1]
+        for metric in metrics:
+            found = [measured[metric] for measured in by_checkpoint if metric in measured]
+            # Checkpoints may have been asked a different number of questions: 100/200.
+            n = "/".join(dict.fromkeys(str(score["n"]) for score in found))
+            chances = [f"{score['chance']:.1%}" for score in found if score["chance"]]
+            cells = [format_score(measured.get(metric)) for measured in by_checkpoint]
+            rows.append([name.rpartition("/")[2], metric, n, chances[0] if chances else "", *cells])
+    return markdown_table(header, rows, align)
+
+
+def format_score(score: Score | None) -> str:
+    """Return `25.1% [20.8, 29.8] (chance)`, or a plain number for a score without interval."""
     if score is None:
         return ""
     if score["ci95"] is None:
         return f"{score['value']:.4f}"
     low, high = score["ci95"]
-    return f"{score['value']:.1%} [{100 * low:.1f}, {100 * high:.1f}]" + (" (chance)" if at_chance(score) else "")
+    mark = " (chance)" if at_chance(score) else ""
+    return f"{score['value']:.1%} [{100 * low:.1f}, {100 * high:.1f}]{mark}"
 
 
-def _checkpoints(runs: dict[str, list[Run]]) -> list[str]:
-    lines = ["| name | folder | prompts | limit | lm-eval |", "|---|---|---|---|---|"]
-    for name, of_checkpoint in runs.items():
+def checkpoint_table(runs: dict[str, list[Run]]) -> str:
+    """Return a table of each checkpoint's folder and of how it was evaluated."""
+    rows = []
+    for checkpoint, of_checkpoint in runs.items():
         for _, results in of_checkpoint:
             config = results["config"]
+            folder = config["model_args"]["pretrained"]
             prompts = "chat template" if results.get("chat_template") else "bare text"
             limit = "none" if config["limit"] is None else f"first {config['limit']:g}"
-            folder = config["model_args"]["pretrained"]
-            lines.append(f"| {name} | {folder} | {prompts} | {limit} | {results['lm_eval_version']} |")
-    return list(dict.fromkeys(lines))
+            row = [checkpoint, folder, prompts, limit, results["lm_eval_version"]]
+            if row not in rows:
+                rows.append(row)
+    header = ["name", "folder", "prompts", "limit", "lm-eval"]
+    return markdown_table(header, rows, align=["---"] * len(header))
 
 
-def plot(scores: Scores, path: Path) -> None:
-    """Draw every proportion by checkpoint, with its interval and, dashed, its chance level."""
-    rows = dict.fromkeys(
-        (task, metric)
-        for tasks in scores.values()
-        for task, metrics in tasks.items()
-        for metric, score in metrics.items()
-        if "/" not in task and score["ci95"]
-    )
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.5 * len(rows)), 4), layout="constrained")
+def plot(scores: dict[str, TaskScores], path: Path) -> None:
+    """Draw every proportion of every task as a bar per checkpoint, with its interval and a dashed chance level."""
+    # One group of bars per task and metric.
+    groups: list[tuple[str, str]] = []
+    for of_checkpoint in scores.values():
+        for task, metrics in of_checkpoint.items():
+            for metric, score in metrics.items():
+                is_drawn = "/" not in task and score["ci95"]
+                if is_drawn and (task, metric) not in groups:
+                    groups.append((task, metric))
+
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.5 * len(groups)), 4), layout="constrained")
     width = 0.8 / len(scores)
-    for place, (name, tasks) in enumerate(scores.items()):
-        drawn = [(x, tasks[task][metric]) for x, (task, metric) in enumerate(rows) if metric in tasks.get(task, {})]
-        values = [score["value"] for _, score in drawn]
-        below = [score["value"] - score["ci95"][0] for _, score in drawn]
-        above = [score["ci95"][1] - score["value"] for _, score in drawn]
-        middles = [x - 0.4 + width * (place + 0.5) for x, _ in drawn]
-        axes.bar(middles, values, width, yerr=[below, above], capsize=3, label=name)
-        for x, score in drawn:
+    for place, (checkpoint, of_checkpoint) in enumerate(scores.items()):
+        centers, values, below, above, chances = [], [], [], [], []
+        for x, (task, metric) in enumerate(groups):
+            score = of_checkpoint.get(task, {}).get(metric)
+            if score is None:
+                continue
+            low, high = score["ci95"]
+            centers.append(x - 0.4 + width * (place + 0.5))
+            values.append(score["value"])
+            below.append(score["value"] - low)
+            above.append(high - score["value"])
             if score["chance"]:
-                axes.hlines(score["chance"], x - 0.45, x + 0.45, colors="black", linestyles="dashed", linewidth=1)
-    axes.set_xticks(range(len(rows)), [f"{task}\n{metric}" for task, metric in rows], fontsize=8)
+                chances.append((x, score["chance"]))
+        axes.bar(centers, values, width, yerr=[below, above], capsize=3, label=checkpoint)
+        for x, chance in chances:
+            axes.hlines(chance, x - 0.45, x + 0.45, colors="black", linestyles="dashed", linewidth=1)
+    axes.set_xticks(range(len(groups)), [f"{task}\n{metric}" for task, metric in groups], fontsize=8)
     axes.set(ylim=(0, 1.02), ylabel="score, 95% interval (dashed: chance)")
     axes.legend()
-    unfinished = path.with_name("unfinished_" + path.name)
-    figure.savefig(unfinished, dpi=120)
+    with write_atomically(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     plt.close(figure)
-    os.replace(unfinished, path)
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

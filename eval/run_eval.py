@@ -1,20 +1,19 @@
-"""Evaluate several checkpoints in one process with lm-eval.
+"""Evaluate several checkpoints with lm-eval in one process.
 
     python eval/run_eval.py --config eval/configs/quickstart.yaml
     python eval/run_eval.py --checkpoints base=DIR sft=DIR --chat sft --tasks sample_exam_text --sample_dir DIR
 
-Each checkpoint's folder `OUTPUT/NAME/` receives lm-eval's own `results_TIME.json` and `samples_TASK_TIME.jsonl`, as
-from `lm_eval --output_path OUTPUT/NAME --log_samples`; `eval/report.py` turns them into a report. The checkpoints
-named in `chat` are asked through their chat template, all others with bare text: nothing guesses which is which.
+Writes lm-eval's own `results_TIME.json` and `samples_TASK_TIME.jsonl` to `OUTPUT/NAME/` for each checkpoint, like
+`lm_eval --output_path OUTPUT/NAME --log_samples`. `eval/report.py` turns them into a report. Checkpoints named in
+`chat` are prompted through their chat template, all others with bare text; nothing is guessed.
 """
 
-import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Read when the libraries are imported. Unless the user says HF_HUB_OFFLINE=0, nothing waits for a network.
+# The libraries below read these when they are imported. Nothing waits for a network unless HF_HUB_OFFLINE=0 is set.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,28 +27,30 @@ from transformers import AutoConfig, AutoTokenizer
 
 import buddygpt.model  # noqa: F401  registers the model with the Auto classes
 from buddygpt.cli.arguments import parse_arguments
-from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.errors import UserError, did_you_mean, run_script
 
 TASKS = Path(__file__).parent / "tasks"
 
 
 @dataclass
 class EvalArguments:
-    checkpoints: list[str] = field(metadata={"help": "NAME=FOLDER, one or more."})
-    tasks: list[str] = field(metadata={"help": "Tasks or groups of eval/tasks, of include_path, or lm-eval's own."})
-    output: str = field(default="outputs/eval", metadata={"help": "Where the results go, a folder per checkpoint."})
+    checkpoints: list[str] = field(metadata={"help": "One or more NAME=FOLDER."})
+    tasks: list[str] = field(metadata={"help": "Tasks or groups of eval/tasks, of include_path, or of lm-eval."})
+    output: str = field(
+        default="outputs/eval", metadata={"help": "Folder for the results, one folder per checkpoint."}
+    )
     chat: list[str] = field(
-        default_factory=list, metadata={"help": "Names of the checkpoints to ask through their chat template."}
+        default_factory=list, metadata={"help": "Names of the checkpoints to prompt through their chat template."}
     )
     include_path: list[str] = field(
         default_factory=list, metadata={"help": "More folders of task files, such as eval/local_exams.py writes."}
     )
-    sample_dir: str | None = field(default=None, metadata={"help": "The sample's folder, for the sample_* tasks."})
-    heldout_text: str | None = field(default=None, metadata={"help": "jsonl with `text`, for heldout_text."})
+    sample_dir: str | None = field(default=None, metadata={"help": "Sample folder, for the sample_* tasks."})
+    heldout_text: str | None = field(default=None, metadata={"help": "jsonl file with `text`, for heldout_text."})
     num_fewshot: int | None = field(
-        default=None, metadata={"help": "Examples before each question, where the task has a split for them."}
+        default=None, metadata={"help": "Examples before each question, if the task has a split for them."}
     )
-    limit: int | None = field(default=None, metadata={"help": "First N rows of each task. For trying things out."})
+    limit: int | None = field(default=None, metadata={"help": "First N rows of each task, for a quick look."})
     batch_size: str = field(default="16", metadata={"help": "A number, or `auto`."})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, mps. None: a GPU if there is one."})
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ... auto: as in the checkpoint."})
@@ -60,17 +61,29 @@ class EvalArguments:
 
 def main() -> None:
     (args,) = parse_arguments(EvalArguments, description=__doc__)
-    folders = _folders(args)
-    model_args = {name: _model_args(name, folder, args) for name, folder in folders.items()}
-    task_manager = _task_manager(args)
+
+    # Check everything before the first model runs: an evaluation may take hours.
+    folders = read_checkpoints(args.checkpoints)
+    for name in args.chat:
+        if name not in folders:
+            raise UserError(f"chat: `{name}` is not among the checkpoints ({', '.join(folders)}).")
+    model_args = {name: build_model_args(name, folder, args) for name, folder in folders.items()}
+    task_manager = load_tasks(args)
+
     for name, folder in folders.items():
-        print(f"== {name}: {folder}{' (chat template)' if name in args.chat else ''}", flush=True)
-        _evaluate(model_args[name], Path(args.output) / name, name in args.chat, task_manager, args)
+        uses_chat_template = name in args.chat
+        print(f"== {name}: {folder}{' (chat template)' if uses_chat_template else ''}", flush=True)
+        evaluate(model_args[name], Path(args.output) / name, uses_chat_template, task_manager, args)
 
 
-def _folders(args: EvalArguments) -> dict[str, str]:
+def read_checkpoints(items: list[str]) -> dict[str, str]:
+    """Return name -> folder for items of the form NAME=FOLDER.
+
+    Raises:
+        UserError: An item has another form, a name occurs twice, or a folder is not a checkpoint.
+    """
     folders: dict[str, str] = {}
-    for item in args.checkpoints:
+    for item in items:
         name, _, folder = item.partition("=")
         if not name or not folder or "/" in name:
             raise UserError(f"checkpoints: `{item}` is not NAME=FOLDER.")
@@ -79,14 +92,11 @@ def _folders(args: EvalArguments) -> dict[str, str]:
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"checkpoints: {name}={folder} is not a checkpoint: it has no config.json.")
         folders[name] = folder
-    for name in args.chat:
-        if name not in folders:
-            raise UserError(f"chat: `{name}` is not among the checkpoints ({', '.join(folders)}).")
     return folders
 
 
-def _model_args(name: str, folder: str, args: EvalArguments) -> dict[str, Any]:
-    """lm-eval's arguments for one checkpoint, which is looked at before any is evaluated."""
+def build_model_args(name: str, folder: str, args: EvalArguments) -> dict[str, Any]:
+    """Return lm-eval's arguments for one checkpoint; UserError if it cannot be loaded."""
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
@@ -94,14 +104,18 @@ def _model_args(name: str, folder: str, args: EvalArguments) -> dict[str, Any]:
         raise UserError(f"checkpoints: {name}={folder} cannot be loaded: {error}") from error
     if name in args.chat and not tokenizer.chat_template:
         raise UserError(f"chat: {name}={folder} has no chat template; leave `{name}` out of `chat`.")
+
     model_args = {"pretrained": folder, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
-    # What a document begins after. lm-eval would take eos, which ends a turn and in training stood before no document.
+    # The token before the first token of a document, as in training. lm-eval's default is eos, which ends a chat turn
+    # here and never precedes a document in training.
     separator = tokenizer.get_vocab().get("<|endoftext|>")
-    return model_args if separator is None else {**model_args, "prefix_token_id": separator}
+    if separator is not None:
+        model_args["prefix_token_id"] = separator
+    return model_args
 
 
-def _task_manager(args: EvalArguments) -> TaskManager:
-    """Index every task and load the chosen ones, so that a mistake shows before the first model runs."""
+def load_tasks(args: EvalArguments) -> TaskManager:
+    """Return a task manager that can load all requested tasks; UserError if one is missing or lacks its data."""
     for folder in args.include_path:
         if not Path(folder).is_dir():
             raise UserError(f"include_path: {folder} is not a folder; eval/local_exams.py writes one.")
@@ -109,24 +123,24 @@ def _task_manager(args: EvalArguments) -> TaskManager:
     manager = TaskManager(include_path=[TASKS, *args.include_path], metadata=metadata)
     for task in args.tasks:
         if task not in manager.all_tasks:
-            close = difflib.get_close_matches(task, manager.all_tasks, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else "`lm_eval ls tasks` lists lm-eval's own."
+            match = did_you_mean(task, manager.all_tasks)
+            hint = f"did you mean `{match}`?" if match else "`lm_eval ls tasks` lists lm-eval's own."
             raise UserError(f"tasks: there is no task `{task}`; {hint}")
     try:
         manager.load(args.tasks)
     except (OSError, ValueError) as error:
-        raise UserError(f"tasks: {error} (exams from local folders: eval/local_exams.py)") from error
+        raise UserError(f"tasks: {error} (benchmarks from local folders: eval/local_exams.py)") from error
     return manager
 
 
-def _any_device() -> str:
-    # lm-eval's own default is cuda, with or without one.
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-
-
-def _evaluate(
-    model_args: dict[str, Any], output: Path, chat: bool, task_manager: TaskManager, args: EvalArguments
+def evaluate(
+    model_args: dict[str, Any], output: Path, uses_chat_template: bool, task_manager: TaskManager, args: EvalArguments
 ) -> None:
+    """Evaluate one checkpoint, print lm-eval's table and write its results to the folder `output`.
+
+    Raises:
+        UserError: The results could not be written.
+    """
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
     results = simple_evaluate(
         model="hf",
@@ -136,21 +150,29 @@ def _evaluate(
         num_fewshot=args.num_fewshot,
         limit=args.limit,
         batch_size=args.batch_size,
-        device=args.device or _any_device(),
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
+        device=args.device or default_device(),
+        apply_chat_template=uses_chat_template,
+        fewshot_as_multiturn=uses_chat_template,
         evaluation_tracker=tracker,
     )
-    if results is None:  # another rank of `accelerate launch` writes them
+    if results is None:  # under `accelerate launch`, only rank 0 has results
         return
+
     print(make_table(results))
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
         tracker.save_results_samples(task_name=task, samples=rows)
-    # lm-eval logs a failure to write and goes on.
+    # lm-eval only logs a warning if it cannot write.
     if not list(output.glob(f"samples_*_{tracker.date_id}.jsonl")):
         raise UserError(f"the results could not be written to {output}; see the warning above.")
+
+
+def default_device() -> str:
+    """Return the accelerator, or cpu without one. lm-eval's default is cuda even without a GPU."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    return "cpu"
 
 
 if __name__ == "__main__":
