@@ -1,4 +1,4 @@
-"""The project's scripts, called in this process because imports cost ten seconds, and one tiny chain of models."""
+"""Run the project's scripts in this process, because imports take ten seconds, and train one tiny chain of models."""
 
 import importlib.util
 import json
@@ -18,11 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(script: str, *arguments: object) -> None:
     """Call `main()` of a script of this project with command-line arguments, from the project's folder."""
     path = ROOT / script
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # as Python does: a script may import its neighbours
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up there
+    sys.modules[path.stem] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     argv, folder = sys.argv, os.getcwd()
     sys.argv = [script, *map(str, arguments)]
@@ -35,7 +33,7 @@ def run(script: str, *arguments: object) -> None:
 
 
 def history(folder: Path) -> list[dict]:
-    """What the last checkpoint of a run has logged."""
+    """Return the log history of the last checkpoint of a run."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     return json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
 
@@ -48,7 +46,7 @@ def fresh_compiler() -> None:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Path:
-    """The bundled sample, a tokenizer of 512 entries trained on it, and shards of it."""
+    """A folder with the bundled sample, a tokenizer of 512 entries trained on it, and shards of it."""
     folder = tmp_path_factory.mktemp("workspace")
     run("data/sample/make_sample.py", "--output", folder / "sample")
     text = folder / "sample" / "pretrain.jsonl"
