@@ -104,3 +104,21 @@ def make_order(history: list[dict[str, Any]], blocks: BlockDataset, seed: int) -
         quotas = {name: Quota(**quota) for name, quota in entry["sources"].items()}
         mixtures.append((entry["epoch"], quotas))
     return BlockOrder(blocks.blocks_of, mixtures, seed)
+
+
+def describe_mixture(history: list[dict[str, Any]], blocks: BlockDataset) -> str:
+    """Return one line about the newest mixture and, if it replaced another, from which epoch it applies.
+
+    Args:
+        history: As [`update_history`] returns it.
+        blocks: The data that it describes.
+    """
+    quotas = history[-1]["sources"]
+    total = sum(quota["slots"] for quota in quotas.values())
+    sources = []
+    for name, quota in quotas.items():
+        sources.append(f"{name} {quota['slots'] / total:.1%} ({blocks.epochs[name]:.4g} epochs)")
+    line = f"Data: {total:,} blocks per epoch, {', '.join(sources)}"
+    if len(history) > 1:
+        line += f"; applies from epoch {history[-1]['epoch']}, found at step {history[-1]['step']}"
+    return line

@@ -20,7 +20,7 @@ from tiny_shards import Shard, write_shards
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import BatchSampler
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.blocks import BlockDataset, BlockStream
@@ -246,7 +246,7 @@ def test_two_runs_do_not_share_a_folder(tiny, tmp_path, forks):
     child.start()
     while not (tmp_path / "held").exists():
         time.sleep(0.05)
-    with pytest.raises(UserError, match=f"is in use: process {child.pid} is training there. End it"):
+    with pytest.raises(UserError, match=f"is in use: process {child.pid} is training there. Stop it"):
         run("pretrain/pretrain.py", *arguments(tiny, tmp_path))
     child.kill()
     child.join()
@@ -273,12 +273,13 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "a bit flipped", "missing", "no checksums"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_path, capsys, how):
     shutil.copytree(whole, tmp_path / "run")
-    config = load_config(str(PRESETS["debug"]), vocab_size=VOCABULARY)
-    assert last_checkpoint(tmp_path / "run", config) == str(tmp_path / "run/checkpoint-12")
+    model = AutoModelForCausalLM.from_config(load_config(str(PRESETS["debug"]), vocab_size=VOCABULARY))
+    assert last_checkpoint(tmp_path / "run", model) == str(tmp_path / "run/checkpoint-12")
     damage(tmp_path / "run/checkpoint-12", how)
-    assert last_checkpoint(tmp_path / "run", config) == str(tmp_path / "run/checkpoint-9")
+    assert last_checkpoint(tmp_path / "run", model) == str(tmp_path / "run/checkpoint-9")
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 1 and told[0].startswith(f"warning: {tmp_path / 'run/checkpoint-12'} is damaged")
+    skipped = f"warning: skipped {tmp_path / 'run/checkpoint-12'}, which is damaged"
+    assert len(told) == 1 and told[0].startswith(skipped)
     assert ("checksums.json" if how == "no checksums" else "optimizer.pt") in told[0]
 
 
@@ -327,8 +328,8 @@ def test_the_best_checkpoint_is_kept_and_named(tiny, tmp_path):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"enable_jit_checkpoint": "true"}, "enable_jit_checkpoint: a run ended by SIGTERM would be left as if"),
-        ({"save_total_limit": 1}, "save_total_limit is 1: a damaged checkpoint would leave none before it"),
+        ({"enable_jit_checkpoint": "true"}, "enable_jit_checkpoint: a run stopped by SIGTERM would look finished"),
+        ({"save_total_limit": 1}, "save_total_limit is 1: if the only checkpoint is damaged, there is none"),
         ({"z_loss_coef": -1}, "z_loss_coef is -1.0; use 0"),
     ],
 )
@@ -347,7 +348,7 @@ def test_a_finished_run_takes_no_step_more(tiny, whole, tmp_path):
 
 def test_another_global_batch_is_refused_with_the_remedy(tiny, whole):
     command = arguments(tiny, whole, per_device_train_batch_size=3)
-    with pytest.raises(UserError, match=r"global_batch was 4, this run's is 6. Choose per_device.* = 4, or give"):
+    with pytest.raises(UserError, match=r"global_batch was 4, this run's is 6. Choose per_device.* = 4, or set"):
         run("pretrain/pretrain.py", *command)
     with pytest.raises(UserError, match="data_seed was 42, this run's is 43"):
         run("pretrain/pretrain.py", *arguments(tiny, whole, data_seed=43))
@@ -386,8 +387,8 @@ def test_added_data_and_another_mixture_follow_what_was_promised(tiny, tmp_path,
     write_tiny(tmp_path / "train", grown, tokenizer, a=2, b=0.5)
     capsys.readouterr()
     run("pretrain/pretrain.py", *command, "--max_steps", "17")  # to the end of the epoch of 15, then 17 and one more
-    told = "Data: 17 blocks an epoch, a 58.8% (2 epochs), b 17.6% (0.5 epochs), c 23.5% (1 epochs); from epoch 4 on"
-    assert told in capsys.readouterr().out
+    mixture = "a 58.8% (2 epochs), b 17.6% (0.5 epochs), c 23.5% (1 epochs)"
+    assert f"Data: 17 blocks per epoch, {mixture}; applies from epoch 4" in capsys.readouterr().out
     assert sorted(blocks_read[35:50]) == list(range(15)) and len(blocks_read) == 68
     counts = Counter(blocks_read[50:67])
     assert [counts[block] for block in (*range(4), 10)] == [2] * 5  # a and a2
