@@ -1,4 +1,4 @@
-"""BuddyGPT, a small Chinese-English language model. Importing this package registers it with the Auto classes."""
+"""The BuddyGPT model. Importing this package registers it with the Auto classes of transformers."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -11,7 +11,7 @@ AutoConfig.register("buddygpt", BuddyGPTConfig)
 AutoModel.register(BuddyGPTConfig, BuddyGPTModel)
 AutoModelForCausalLM.register(BuddyGPTConfig, BuddyGPTForCausalLM)
 
-# Saving a model then copies its code next to the weights, so a checkpoint loads where this package is not installed.
+# Save the code with every checkpoint, so that it loads where this package is not installed (`trust_remote_code`).
 BuddyGPTConfig.register_for_auto_class()
 BuddyGPTModel.register_for_auto_class("AutoModel")
 BuddyGPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

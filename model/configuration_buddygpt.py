@@ -1,4 +1,7 @@
-"""The shape of a BuddyGPT model. Copied into every checkpoint, so it imports transformers and huggingface_hub only."""
+"""The configuration of a BuddyGPT model: every field, and which values are refused.
+
+This file is copied into every checkpoint, so it may import only transformers and huggingface_hub.
+"""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -7,59 +10,62 @@ from transformers.modeling_rope_utils import RopeParameters
 
 @strict
 class BuddyGPTConfig(PreTrainedConfig):
-    """Configuration of [`BuddyGPTModel`]. Field names follow Llama, Qwen3, GLM-4-MoE and DeepSeek-V3; sizes are
-    numbers of elements.
+    """Configuration of [`BuddyGPTModel`]. Field names follow Llama, Qwen3, GLM-4-MoE and DeepSeek-V3.
 
-    `kv_lora_rank` chooses multi-head latent attention, `n_routed_experts` a mixture of experts, `n_soft_experts` a
-    soft mixture; without them the model is dense with grouped-query attention.
+    Without `kv_lora_rank`, `n_routed_experts` and `n_soft_experts` the model is dense with grouped-query attention.
+    `kv_lora_rank` selects multi-head latent attention (MLA), `n_routed_experts` a mixture of experts (MoE) and
+    `n_soft_experts` a soft mixture.
 
     Args:
-        vocab_size: Rows of the embedding. Recipes set it to the tokenizer's size.
+        vocab_size: Rows of the embedding. Recipes set it to the size of the tokenizer.
         hidden_size: Width of the residual stream.
-        intermediate_size: Width of the SwiGLU feed-forward layer.
-        num_hidden_layers: Decoder layers.
-        num_attention_heads: Query heads.
-        num_key_value_heads: Key/value heads shared by groups of query heads (GQA, arXiv:2305.13245).
+        intermediate_size: Inner width of a dense SwiGLU feed-forward layer.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key/value heads, each shared by a group of query heads (GQA, arXiv:2305.13245).
             None: as many as query heads (multi-head attention).
         head_dim: Width of one head. None: `hidden_size // num_attention_heads`.
-        hidden_act: Activation of the gate.
-        max_position_embeddings: Longest sequence the model is meant for, in tokens.
-        initializer_range: Standard deviation of every matrix at the start (normal); biases start at 0, norms at 1.
-        rms_norm_eps: Epsilon of every RMSNorm.
-        use_cache: Whether a forward pass returns keys and values for decoding.
-        tie_word_embeddings: Whether the output head is the embedding.
-        rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0}`, or a scaled type of transformers
+        hidden_act: Activation function of the feed-forward layers' gate.
+        max_position_embeddings: Longest supported sequence, in tokens.
+        initializer_range: Standard deviation of every matrix at initialization (normal distribution). Biases start at
+            0, norms at 1.
+        rms_norm_eps: Epsilon of every RMSNorm, except those of MLA's latents.
+        use_cache: Return keys and values for decoding.
+        tie_word_embeddings: Use the embedding as output head.
+        rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0}`, or one of transformers' scaled types
             ("linear", "dynamic", "yarn", "llama3", ...) with its own keys.
-        attention_bias: Whether `q_proj`, `k_proj` and `v_proj` have a bias (as in Qwen2; `o_proj` never has). With
-            latent attention: `q_a_proj` and `kv_a_proj_with_mqa`, as in DeepSeek-V3.
-        use_qk_norm: Whether queries and keys pass an RMSNorm over `head_dim` before RoPE (as in Qwen3).
-        attention_dropout: Dropout of the attention weights in training.
-        kv_lora_rank: Multi-head latent attention (MLA, arXiv:2405.04434 section 2.1): rank of the latent that keys and
-            values are made of, and which the cache holds. None: grouped-query attention.
-        q_lora_rank: MLA: rank of the queries' latent. None: queries come straight from the hidden states.
-        qk_rope_head_dim: MLA: part of a head that is rotated; its key is shared by all heads. `head_dim` is set to it.
-        qk_nope_head_dim: MLA: part of a query or key head that knows no position.
+        attention_bias: Add a bias to `q_proj`, `k_proj` and `v_proj`, as in Qwen2 (`o_proj` never has one). With MLA:
+            to `q_a_proj` and `kv_a_proj_with_mqa`, as in DeepSeek-V3.
+        use_qk_norm: Apply RMSNorm to each head's queries and keys before RoPE, as in Qwen3.
+        attention_dropout: Dropout of the attention weights during training.
+        kv_lora_rank: MLA (arXiv:2405.04434 section 2.1): rank of the latent from which keys and values are computed,
+            and which the cache holds. None: grouped-query attention.
+        q_lora_rank: MLA: rank of the queries' latent. None: queries are computed from the hidden states.
+        qk_rope_head_dim: MLA: rotated part of a head. All heads share its key. `head_dim` is set to it.
+        qk_nope_head_dim: MLA: part of a query or key head without position.
         v_head_dim: MLA: width of a value head.
-        n_routed_experts: Mixture of experts (MoE): experts of a layer to choose from. None: dense layers.
-        num_experts_per_tok: MoE: experts that each token goes through.
-        moe_intermediate_size: Width of one expert.
-        n_shared_experts: MoE: experts every token goes through besides, kept as one SwiGLU layer of their total width.
-        first_k_dense_replace: MoE: layers at the bottom that stay dense (`intermediate_size` wide).
-        scoring_func: MoE: "softmax" or "sigmoid" makes scores of the router's logits.
-        n_group: MoE: groups the experts are divided into; a group's score is the sum of its two best experts'.
-        topk_group: MoE: groups a token may choose its experts from.
-        norm_topk_prob: MoE: whether the chosen experts' scores are divided by their sum.
+        n_routed_experts: MoE: number of experts in a layer. None: dense layers.
+        num_experts_per_tok: MoE: number of experts that process each token.
+        moe_intermediate_size: MoE and soft mixture: inner width of one expert.
+        n_shared_experts: MoE: additional experts that process every token, stored as one SwiGLU layer of their total
+            width.
+        first_k_dense_replace: MoE: number of lowest layers that stay dense (`intermediate_size` wide).
+        scoring_func: MoE: "softmax" or "sigmoid" turns the router's logits into scores.
+        n_group: MoE: number of groups the experts are divided into. A group's score is the sum of its two best
+            experts' scores.
+        topk_group: MoE: number of groups from which a token may choose its experts.
+        norm_topk_prob: MoE: divide the chosen experts' scores by their sum.
         routed_scaling_factor: MoE: factor on the routed experts' output.
         aux_loss_alpha: MoE: weight of the sequence-wise balance loss (DeepSeek-V3, arXiv:2412.19437 eq. 17-20). It
-            reaches the gradient, not the loss that is shown. 0: none.
-        bias_update_speed: MoE: how far pretraining moves each expert's selection bias per step towards balance, which
-            needs no auxiliary loss (arXiv:2408.15664). 0: not at all.
-        n_soft_experts: Soft mixture: experts of a layer, all of which every token goes through, weighted by a softmax.
-        z_loss_coef: Weight of the z-loss, logsumexp(logits)^2 of each token, which keeps logits small (PaLM,
-            arXiv:2204.02311 section 5: 1e-4). It reaches the gradient, not the loss that is shown. 0: none.
+            adds to the gradient, not to the reported loss. 0: none.
+        bias_update_speed: MoE: how far pretraining moves each expert's selection bias per step to balance the load
+            (arXiv:2408.15664), an alternative to `aux_loss_alpha`. 0: never.
+        n_soft_experts: Soft mixture: number of experts in a layer. All process every token, weighted by a softmax.
+        z_loss_coef: Weight of the z-loss, logsumexp(logits)^2 per token, which keeps logits small (PaLM,
+            arXiv:2204.02311 section 5: 1e-4). It adds to the gradient, not to the reported loss. 0: none.
 
     Raises:
-        StrictDataclassError: The numbers do not fit together. Both are in the message.
+        StrictDataclassError: Two values do not fit together; the message names both.
     """
 
     model_type = "buddygpt"
@@ -113,7 +119,7 @@ class BuddyGPTConfig(PreTrainedConfig):
             self.head_dim = self.qk_rope_head_dim  # what RoPE rotates
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        # Saving a model adds only the entry of its own class; a checkpoint shall load through all three.
+        # `save_pretrained` adds only the entry of the saved class; a checkpoint must load through all Auto classes.
         kwargs.setdefault(
             "auto_map",
             {
@@ -124,10 +130,10 @@ class BuddyGPTConfig(PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
-    # `@strict` calls every `validate_*` after each construction.
+    # `@strict` calls every `validate_*` method after construction.
 
     def validate_architecture(self):
-        """Refuse sizes that do not fit together."""
+        """Raise ValueError if general sizes or the heads do not fit together."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             self._require_at_least(name, 1)
         self._require_at_least("z_loss_coef", 0)
@@ -140,12 +146,12 @@ class BuddyGPTConfig(PreTrainedConfig):
             raise ValueError(f"head_dim ({self.head_dim}) must be even and at least 2: RoPE rotates pairs")
 
     def validate_latent_attention(self):
-        """Refuse multi-head latent attention that lacks a size or is mixed with grouped-query attention."""
+        """Raise ValueError if MLA lacks a size or is mixed with grouped-query attention."""
         sizes = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
         if self.kv_lora_rank is None:
-            given = [name for name in ("q_lora_rank", *sizes) if getattr(self, name) is not None]
-            if given:
-                raise ValueError(f"{given[0]} ({getattr(self, given[0])}) needs kv_lora_rank, which is None")
+            for name in ("q_lora_rank", *sizes):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} ({getattr(self, name)}) needs kv_lora_rank, which is None")
             return
         for name in ("kv_lora_rank", *sizes):
             self._require_at_least(name, 1)
@@ -163,10 +169,11 @@ class BuddyGPTConfig(PreTrainedConfig):
                 f"({self.num_attention_heads}) in latent attention, which has no key/value groups"
             )
         if self.use_qk_norm:
-            raise ValueError("use_qk_norm (True) must be False in latent attention: its latents are normalised")
+            raise ValueError("use_qk_norm (True) must be False in latent attention: its latents are normalized")
 
     def validate_experts(self):
-        """Refuse experts that cannot be chosen, grouped or trained."""
+        """Raise ValueError if the experts cannot be chosen, grouped or trained."""
+        # Soft mixture
         if self.n_soft_experts is not None:
             self._require_at_least("n_soft_experts", 1)
             self._require_at_least("moe_intermediate_size", 1)
@@ -174,9 +181,16 @@ class BuddyGPTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"n_soft_experts ({self.n_soft_experts}) and n_routed_experts ({self.n_routed_experts}): give one"
                 )
+
+        # Without routed experts, no field of theirs may be set.
         if self.n_routed_experts is None:
-            for name in ("num_experts_per_tok", "n_shared_experts", "first_k_dense_replace", "aux_loss_alpha",
-                         "bias_update_speed"):  # fmt: skip
+            for name in (
+                "num_experts_per_tok",
+                "n_shared_experts",
+                "first_k_dense_replace",
+                "aux_loss_alpha",
+                "bias_update_speed",
+            ):
                 if getattr(self, name):
                     raise ValueError(f"{name} ({getattr(self, name)}) needs n_routed_experts, which is None")
             if self.moe_intermediate_size is not None and self.n_soft_experts is None:
@@ -184,14 +198,16 @@ class BuddyGPTConfig(PreTrainedConfig):
                     f"moe_intermediate_size ({self.moe_intermediate_size}) needs n_routed_experts or n_soft_experts"
                 )
             return
+
+        # Routed experts: sizes, groups, experts per token
         for name in ("num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"):
             self._require_at_least(name, 1)
         for name in ("n_shared_experts", "first_k_dense_replace"):
             self._require_at_least(name, 0)
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring_func ({self.scoring_func!r}) must be 'softmax' or 'sigmoid'")
-        group_size, rest = divmod(self.n_routed_experts, self.n_group)
-        if rest or group_size < 2:
+        group_size = self.n_routed_experts // self.n_group
+        if self.n_routed_experts % self.n_group or group_size < 2:  # a group's score takes two experts
             raise ValueError(
                 f"n_routed_experts ({self.n_routed_experts}) must be n_group ({self.n_group}) groups of at least 2"
             )
@@ -204,7 +220,7 @@ class BuddyGPTConfig(PreTrainedConfig):
             )
         if self.num_experts_per_tok == 1 and self.norm_topk_prob:
             raise ValueError(
-                "num_experts_per_tok (1) with norm_topk_prob (True): the one weight would always be 1 and the router "
+                "num_experts_per_tok (1) with norm_topk_prob (True): the one weight would always be 1, and the router "
                 "would get no gradient; set norm_topk_prob to false"
             )
 

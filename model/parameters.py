@@ -1,8 +1,10 @@
-"""How large is each shape, and what does its cache cost? Counted on the meta device, where no weights are made.
+"""Print parameter counts and key/value cache sizes of presets, config files and checkpoints as a Markdown table.
 
 python -m buddygpt.model.parameters                                    # every preset
 python -m buddygpt.model.parameters buddygpt-0.1b --vocab_size 16384   # the same body with a smaller vocabulary
 python -m buddygpt.model.parameters path/to/config.json path/to/checkpoint
+
+The models are built on the meta device, which allocates no weights.
 """
 
 import argparse
@@ -34,9 +36,9 @@ class ParameterCount:
     """Numbers of parameters.
 
     Attributes:
-        total: All, a tied embedding once. Buffers, such as the experts' selection bias, are not parameters.
-        non_embedding: `total` less the embedding and the output head.
-        active: `total` less the routed experts that a token does not go through.
+        total: All parameters, a tied embedding once. Buffers (the experts' selection bias) are not parameters.
+        non_embedding: `total` without the embedding and the output head.
+        active: `total` without the routed experts that a token does not use.
     """
 
     total: int
@@ -45,26 +47,31 @@ class ParameterCount:
 
 
 def count_parameters(config: PreTrainedConfig) -> ParameterCount:
-    """Count the parameters of the causal language model of `config`, BuddyGPT's or of a stock architecture."""
+    """Count the parameters of the causal language model of `config`, a BuddyGPT or stock config."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     total = model.num_parameters()
-    ends = {layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-    idle = sum(
-        parameter.numel() // experts.num_experts * (experts.num_experts - config.num_experts_per_tok)
-        for name, experts in model.named_modules()
-        if name.endswith(".experts")
-        for parameter in experts.parameters()
-    )
-    return ParameterCount(total, total - sum(weight.numel() for weight in ends), total - idle)
+
+    # A set, because a tied embedding and head are one tensor.
+    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    embedding_size = sum(weight.numel() for weight in embeddings)
+
+    # A token uses num_experts_per_tok experts of each MoE layer; the others are idle.
+    idle = 0
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            idle_experts = module.num_experts - config.num_experts_per_tok
+            expert_size = sum(parameter.numel() for parameter in module.parameters()) // module.num_experts
+            idle += idle_experts * expert_size
+    return ParameterCount(total=total, non_embedding=total - embedding_size, active=total - idle)
 
 
 def cache_bytes_per_token(config: BuddyGPTConfig, element_size: int = 2) -> int:
-    """Bytes that the key/value cache grows by with each token of a sequence.
+    """Return the bytes that the key/value cache needs for each token of a sequence.
 
     Args:
-        config: Its `kv_lora_rank` says whether a layer keeps a latent and one rotated key, or keys and values.
-        element_size: Bytes of one number; 2 in bfloat16.
+        config: With `kv_lora_rank` a layer caches a latent and one rotated key; without it, all keys and values.
+        element_size: Bytes per number; 2 for bfloat16.
     """
     if config.kv_lora_rank is None:
         numbers = 2 * config.num_key_value_heads * config.head_dim
@@ -77,7 +84,9 @@ def describe_attention(config: BuddyGPTConfig) -> str:
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
     if config.kv_lora_rank is not None:
         return f"MLA {heads}, rank {config.kv_lora_rank}"
-    return f"MHA {heads}" if heads == key_value_heads else f"GQA {heads}/{key_value_heads}"
+    if heads == key_value_heads:
+        return f"MHA {heads}"
+    return f"GQA {heads}/{key_value_heads}"
 
 
 def describe_feed_forward(config: BuddyGPTConfig) -> str:
@@ -93,23 +102,25 @@ def describe_feed_forward(config: BuddyGPTConfig) -> str:
     return text
 
 
-def describe(name: str, config: BuddyGPTConfig) -> tuple[str, ...]:
+def describe(name: str, config: BuddyGPTConfig) -> list[str]:
     """Return one row of the table, in the order of `HEADER`."""
     count = count_parameters(config)
-    return (
+    return [
         name,
         describe_attention(config),
         describe_feed_forward(config),
         f"{config.num_hidden_layers} x {config.hidden_size}",
         f"{config.vocab_size:,}",
-        *(f"{number / 1e6:.2f}M" for number in (count.total, count.non_embedding, count.active)),
+        f"{count.total / 1e6:.2f}M",
+        f"{count.non_embedding / 1e6:.2f}M",
+        f"{count.active / 1e6:.2f}M",
         f"{1 - count.non_embedding / count.total:.1%}",
         f"{cache_bytes_per_token(config):,}",
-    )
+    ]
 
 
 def load_buddygpt_config(name_or_path: str, **overrides) -> BuddyGPTConfig:
-    """See [`load_config`]; a ValueError where it is no BuddyGPT model."""
+    """Call [`load_config`]; raise ValueError if the result is not a BuddyGPT config."""
     config = load_config(name_or_path, **overrides)
     if not isinstance(config, BuddyGPTConfig):
         raise ValueError(f"{name_or_path} is a {config.model_type} model, not a BuddyGPT model")
@@ -122,14 +133,19 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", nargs="*", default=sorted(PRESETS), metavar="NAME_OR_PATH", help="default: presets")
+    parser.add_argument(
+        "models", nargs="*", default=sorted(PRESETS), metavar="NAME_OR_PATH", help="default: all presets"
+    )
     parser.add_argument("--vocab_size", type=int, help="rows of the embedding; default: as in the config")
     args = parser.parse_args()
+
     overrides = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
     try:
         rows = [describe(name, load_buddygpt_config(name, **overrides)) for name in args.models]
     except (OSError, ValueError, StrictDataclassError) as error:
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+
+    # model/ imports nothing else of this project, so it prints the Markdown table itself.
     for row in (HEADER, ["---"] * len(HEADER), *rows):
         print(f"| {' | '.join(row)} |")
 

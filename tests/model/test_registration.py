@@ -1,4 +1,4 @@
-"""Importing the package registers the model, whatever was imported before it, and costs data preparation no torch."""
+"""Importing the package registers the model in any order of imports, and preparing text imports no torch."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ IS_REGISTERED = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 config = AutoConfig.for_model("buddygpt")
 causal, base = AutoModelForCausalLM._model_mapping[type(config)], AutoModel._model_mapping[type(config)]
-from buddygpt import BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel
+from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel
 assert (type(config), causal, base) == (BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel)
 found = [each._auto_class for each in (BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel)]
 assert found == ["AutoConfig", "AutoModelForCausalLM", "AutoModel"], found
@@ -17,7 +17,7 @@ assert found == ["AutoConfig", "AutoModelForCausalLM", "AutoModel"], found
 
 
 def run_python(program: str) -> str:
-    """Run it in a process of its own; return the last line of its error, or nothing."""
+    """Run a program in a new process. Return the last line of its error output, or an empty string."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     return done.stderr.strip().split("\n")[-1] if done.returncode else ""
 
@@ -25,17 +25,17 @@ def run_python(program: str) -> str:
 @pytest.mark.parametrize(
     "before",
     [
-        "import buddygpt",
-        "from transformers import AutoModelForCausalLM; import buddygpt",
-        "from buddygpt.modeling_buddygpt import BuddyGPTAttention",
-        "from buddygpt import BuddyGPTConfig",
+        "import buddygpt.model",
+        "from transformers import AutoModelForCausalLM; import buddygpt.model",
+        "from buddygpt.model.modeling_buddygpt import BuddyGPTAttention",
+        "from buddygpt.model import BuddyGPTConfig",
     ],
 )
 def test_registered_in_any_order_of_imports(before):
     assert run_python(f"{before}\n{IS_REGISTERED}") == ""
 
 
-def test_what_is_not_there_is_an_attribute_error():
+def test_a_name_that_does_not_exist_is_an_import_error():
     with pytest.raises(ImportError, match="BuddyGPTForSpeech"):
         from buddygpt.model import BuddyGPTForSpeech  # noqa: F401
 
