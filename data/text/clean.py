@@ -24,6 +24,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.operators import MAPPERS, MEASURES
 
 PROFILES = Path(__file__).parents[1] / "profiles"
@@ -138,17 +139,19 @@ class Cleaner(BaseFilter):
     def __init__(self, profiles: dict[str, Profile], exclusion_writer: DiskWriter | None = None) -> None:
         super().__init__(exclusion_writer)
         self.profiles = profiles
+        self.counts = RowCounts()
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         changed: Counter = Counter()
         rule = self._clean(doc, changed)
         for operator, chars in changed.items():
-            self.stat_update(f"changed_{operator}")
-            self.stat_update(f"changed_chars_{operator}", value=chars)
+            self.counts.add("changed", operator)
+            self.counts.add("changed_chars", operator, chars)
         if rule:
+            self.counts.add("dropped", rule)
             return False, rule
         if "language" in doc.metadata:
-            self.stat_update(f"language_{doc.metadata['language']}")
+            self.counts.add("language", doc.metadata["language"])
         return True
 
     def _clean(self, doc: Document, changed: Counter) -> str | None:

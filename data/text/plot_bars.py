@@ -1,6 +1,6 @@
-"""Draws the picture of a data report, in a process of its own: matplotlib takes 40 MB that no worker should hold.
+"""Draw report.png. report.py runs this file as a separate process: matplotlib takes 40 MB that no worker should keep.
 
-python data/plot_bars.py report.png < bars.json    # {"names": [source, ...], "bars": {label: [percent, ...], ...}}
+python -I data/text/plot_bars.py report.png < bars.json    # {"names": [source, ...], "bars": {label: [percent, ...]}}
 """
 
 import json
@@ -8,17 +8,17 @@ import sys
 
 from matplotlib.figure import Figure
 
-COLORS = ["#c8ccd0", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#5a9367", "#b5651d", "#3d405b", "#e07a9b"]
+COLORS = ["#c8ccd0", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#5a9367", "#b5651d", "#3d405b", "#e07a9b", "#222222"]
 
 
 def draw(names: list[str], bars: dict[str, list[float]], path: str) -> None:
-    """Draw for each name a bar, its parts side by side."""
+    """Draw a horizontal bar for each name, with its parts next to each other."""
     figure = Figure(figsize=(10, 1.6 + 0.34 * max(len(names), len(bars) / 1.6)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(names)
-    for (label, widths), color in zip(bars.items(), [*COLORS, "#222222"], strict=False):
+    for (label, widths), color in zip(bars.items(), COLORS, strict=False):
         axes.barh(range(len(names)), widths, left=left, color=color, label=label, height=0.72)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
+        left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, max(*left, 1))
@@ -28,7 +28,7 @@ def draw(names: list[str], bars: dict[str, list[float]], path: str) -> None:
     axes.tick_params(axis="y", length=0)
     legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     for text in (*axes.get_yticklabels(), *legend.get_texts()):
-        text.set_parse_math(False)  # a name may hold $
+        text.set_parse_math(False)  # a name may contain $
     figure.savefig(path, dpi=120)
 
 

@@ -1,8 +1,7 @@
-"""The last steps of data preparation: manifests and report from what the tasks left, and all of it to its place."""
+"""Write the manifests and the report after the last task, and move everything to the output folder."""
 
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,121 +10,138 @@ from datatrove.pipeline.base import PipelineStep
 from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.format import FORMAT_VERSION, MANIFEST, read_manifest
 from buddygpt.data.shards.mixture import collect_requests, resolve_mixture
+from buddygpt.data.text.counts import RowCounts, read_counts, sum_counts
 from buddygpt.data.text.pipeline import DocumentReader
+from buddygpt.data.text.plan import Plan
 from buddygpt.data.text.report import write_report
 
 SIZES = ("tokens", "documents", "text_bytes")
-PUBLISHED = "published"  # folder in WORK with what is on its way to OUTPUT
-COUNTED = ("read", "written", "dropped_", "changed_", "language_")
+PUBLISHED = "published"  # folder in WORK with the files that are being moved to an existing OUTPUT
 
 
 class ManifestWriter(PipelineStep):
-    """Writes WORK/result: the manifests, eval.jsonl and the report, after what OUTPUT holds where that is added to.
+    """Writes the manifests, eval.jsonl and the report to WORK/result. In an append round, the old entries come first.
 
     Args:
-        plan: What buddygpt.data.prepare_pretrain makes of the arguments.
-        work: Where the tasks left their shards, lists, statistics and examples.
-        output: The folder that is added to, if it exists.
+        plan: The plan of the run.
+        work: Folder with the shards, lists, counts and examples that the tasks wrote.
+        output: The folder that the run appends to, if it exists.
     """
 
     type, name = "WRITER", "manifest"
 
-    def __init__(self, plan: dict[str, Any], work: Path, output: Path) -> None:
+    def __init__(self, plan: Plan, work: Path, output: Path) -> None:
         super().__init__()
         self.plan, self.work, self.output = plan, work, output
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
-        train = self._write_manifest("train", {"cleaning": self._count_rows()})
+        # Training shards.
+        counts = self._count_rows()
+        cleaning = {"cleaning": {source: each.to_json() for source, each in counts.items()}}
+        train = self._write_manifest("train", cleaning)
         if not train["shards"]:
-            counts = dict(sum(train["cleaning"].values(), Counter()))
-            raise UserError(f"no document is left to train on ({counts}); see `clean` and `eval_fraction`")
-        if fraction := self.plan["config"]["eval_fraction"]:
+            total = sum_counts(counts.values()).to_json()
+            raise UserError(f"no document is left to train on ({total}); see `clean` and `eval_fraction`")
+
+        # Held-out documents, as shards and as text.
+        fraction = self.plan.config["eval_fraction"]
+        if fraction:
             self._write_held_out()
             if not self._write_manifest("eval", {})["shards"]:
                 raise UserError(f"eval_fraction {fraction} holds out none of {train['documents']} documents; raise it")
-        if (index := self.work / "duplicates" / "index").exists():
+
+        # The index of duplicates, which the next append round needs.
+        index = self.work / "duplicates" / "index"
+        if index.exists():
             index.rename(self.work / "result" / "index")
         write_report(self.work / "result", train, self.work / "examples")
 
     def _read_lists(self, split: str) -> list[dict[str, Any]]:
-        """Return what the tasks wrote about their shards."""
-        return [
-            entry for path in sorted((self.work / split).glob("*.json")) for entry in json.loads(path.read_bytes())
-        ]
+        """Return the entries of the shards that the tasks wrote, in the order of the tasks."""
+        entries = []
+        for path in sorted((self.work / split).glob("*.json")):
+            entries.extend(json.loads(path.read_bytes()))
+        return entries
 
     def _old_manifest(self, split: str) -> dict[str, Any]:
-        """Return the manifest of what is added to; an empty one where that is nothing."""
+        """Return the manifest of the output that the run appends to, or an empty one."""
         if (self.output / split / MANIFEST).exists():
             return read_manifest(self.output / split)
         return {"shards": [], "inputs": [], "generations": [], "cleaning": {}}
 
     def _write_manifest(self, split: str, facts: dict[str, Any]) -> dict[str, Any]:
-        folder, plan = self.work / "result" / split, self.plan
-        old, new = self._old_manifest(split), self._read_lists(split)
-        shards = [*old["shards"], *new]
-        generation = {key: plan[key] for key in ("sources", "inputs", "config", "clean", "profiles", "exams")}
-        generation |= {"tasks": len(plan["assignments"]), "shards": [shard["file"] for shard in new]}
+        """Write the manifest of `train` or `eval`, with more facts, and return it."""
+        plan = self.plan
+        old, new_shards = self._old_manifest(split), self._read_lists(split)
+        shards = [*old["shards"], *new_shards]
+        append_round = {
+            "sources": plan.sources,
+            "inputs": plan.inputs,
+            "config": plan.config,
+            "clean": plan.clean,
+            "profiles": plan.profiles,
+            "exams": plan.benchmarks,
+            "tasks": len(plan.assignments),
+            "shards": [shard["file"] for shard in new_shards],
+        }
         manifest = {
             "format_version": FORMAT_VERSION,
-            **plan["tokens"],
+            **plan.tokens,
             **{key: sum(shard[key] for shard in shards) for key in SIZES},
             "sources": self._describe_sources(split, old["generations"], shards),
             **facts,
             "shards": shards,
-            "inputs": [*old["inputs"], *plan["inputs"]],
-            "config": plan["config"],
-            "generations": [*old["generations"], generation],
+            "inputs": [*old["inputs"], *plan.inputs],
+            "config": plan.config,
+            "generations": [*old["generations"], append_round],
         }
+        folder = self.work / "result" / split
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
         return manifest
 
-    def _describe_sources(self, split: str, old: list[dict], shards: list[dict]) -> list[dict[str, Any]]:
-        """Return the sources with what they hold; held-out text is read once, whatever the mixture."""
-        wishes = collect_requests(old, self.plan["sources"])
-        sizes = {name: Counter() for name in wishes}
-        for shard in shards:
-            sizes[shard["source"]].update({key: shard[key] for key in SIZES})
-        sources = [{"name": name, **wishes[name], **{key: sizes[name][key] for key in SIZES}} for name in wishes]
+    def _describe_sources(
+        self, split: str, old_rounds: list[dict[str, Any]], shards: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return the manifest's `sources`: sizes, epochs and share of each source."""
         if not shards:
             return []
+        requests = collect_requests(old_rounds, self.plan.sources)
+        sizes = {name: dict.fromkeys(SIZES, 0) for name in requests}
+        for shard in shards:
+            for key in SIZES:
+                sizes[shard["source"]][key] += shard[key]
+        sources = [{"name": name, **request, **sizes[name]} for name, request in requests.items()]
         if split == "train":
-            return resolve_mixture(sources, self.plan["config"]["languages"])
+            return resolve_mixture(sources, self.plan.config["languages"])
+        # Held-out text is read once, whatever mixture was requested for training.
         return resolve_mixture([source | {"epochs": 1, "weight": None} for source in sources if source["tokens"]])
 
-    def _count_rows(self) -> dict[str, Counter]:
-        """Return what became of the rows of each source: read, written, and dropped by rule."""
-        counts = {name: Counter(rules) for name, rules in self._old_manifest("train")["cleaning"].items()}
-        for stage in ("clean", "tokenise"):
-            for rank, (source, _) in enumerate(self.plan["assignments"]):
-                stats = self.work / "logs" / stage / "stats" / f"{rank:05d}.json"
-                counts.setdefault(source, Counter()).update(_read_counts(stats))
+    def _count_rows(self) -> dict[str, RowCounts]:
+        """Return the counts of each source, of all append rounds."""
+        cleaning = self._old_manifest("train")["cleaning"]
+        counts = {source: RowCounts.from_json(labels) for source, labels in cleaning.items()}
+        for stage in ("clean", "tokenize"):
+            for rank, (source, _) in enumerate(self.plan.assignments):
+                total = counts.setdefault(source, RowCounts())
+                total.update(read_counts(self.work / "counts" / stage, rank))
         return counts
 
     def _write_held_out(self) -> None:
-        """Write all held-out documents as lines of {"text", "source"}, the new ones after the old."""
+        """Write all held-out documents as lines of {"text", "source"}, those of earlier rounds first."""
         with open(self.work / "result" / "eval.jsonl", "wb") as file:
             if (self.output / "eval.jsonl").exists():
                 with open(self.output / "eval.jsonl", "rb") as old:
                     shutil.copyfileobj(old, file)
-            for rank in range(len(self.plan["assignments"])):
-                for document in DocumentReader(self.work / "held_out").run(rank=rank):
+            reader = DocumentReader(self.work / "held_out")
+            for rank in range(len(self.plan.assignments)):
+                for document in reader.run(rank=rank):
                     row = {"text": document.text, "source": document.metadata["source"]}
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
-def _read_counts(stats: Path) -> Counter:
-    """Return the sums of one task's counters over its steps."""
-    counts: Counter = Counter()
-    for step in json.loads(stats.read_bytes()):
-        for label, value in step["stats"].items():
-            if label.startswith(COUNTED):
-                counts[label] += value["total"] if isinstance(value, dict) else value
-    return counts
-
-
 class Publisher(PipelineStep):
-    """Moves WORK/result to OUTPUT: as a whole, or, where that exists, file by file as [`finish_publishing`] does."""
+    """Moves WORK/result to OUTPUT: as a whole, or, if OUTPUT exists, file by file with [`finish_publishing`]."""
 
     type, name = "WRITER", "publisher"
 
@@ -143,14 +159,16 @@ class Publisher(PipelineStep):
 
 
 def finish_publishing(work: Path, output: Path) -> bool:
-    """Move what is to be added to its place, the manifests last; return whether this had begun.
+    """Move the files in WORK/published to OUTPUT, the manifests last. Return whether there was such a folder.
 
-    Until the last file is in its place, OUTPUT is what its old manifest says; what is moved already is not again.
+    Until the last file is moved, OUTPUT is what its old manifest describes. A call after a kill moves the files that
+    are left.
     """
     published = work / PUBLISHED
-    files = filter(Path.is_file, published.rglob("*"))
+    files = [path for path in published.rglob("*") if path.is_file()]
+    # The manifest of `train` is the last file of all: training reads it.
     for file in sorted(files, key=lambda file: (file.name == MANIFEST, file.parent.name == "train", file)):
-        place = output / file.relative_to(published)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(place)
+        target = output / file.relative_to(published)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
     return published.exists()

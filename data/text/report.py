@@ -1,4 +1,4 @@
-"""What data preparation has dropped and changed, as report.md and report.png that a person can read and judge."""
+"""Write report.md and report.png: what data preparation dropped and changed, with examples, for people to judge."""
 
 import inspect
 import json
@@ -6,29 +6,57 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.writers import JsonlWriter
 
+from buddygpt.cli.tables import markdown_table
+from buddygpt.data.text.counts import Kind, RowCounts, sum_counts
 from buddygpt.data.text.operators import MEASURES
 
-EXAMPLES = 3  # of each rule: kept by every task, and shown
-EXCERPT = 240  # characters
-RULES_IN_PICTURE = 9  # the others are summed up
-HELD_OUT = "held_out"  # set aside, not lost
+EXAMPLES = 3  # examples of each rule that each task keeps, and that the report shows
+EXCERPT = 240  # characters of an example
+RULES_IN_PICTURE = 9  # the others are added up
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
 
 
-class ExampleWriter(JsonlWriter):
-    """An exclusion writer of filters: keeps an excerpt of the first documents of every rule and task.
+def write_report(folder: Path, manifest: dict[str, Any], examples: Path) -> None:
+    """Write FOLDER/report.md and FOLDER/report.png.
 
     Args:
-        folder: For one filter alone; gets {rank:05d}.jsonl.
+        folder: An existing folder.
+        manifest: A manifest of training shards, with `sources`, the `profiles` of its `generations`, and `cleaning`:
+            the [`RowCounts`] of each source as JSON.
+        examples: Folder of folders that [`ExampleWriter`]s have written to.
+    """
+    counts = {name: RowCounts.from_json(labels) for name, labels in manifest["cleaning"].items()}
+    profiles: dict[str, dict[str, Any]] = {}
+    for append_round in manifest["generations"]:
+        profiles.update(append_round["profiles"])
+    sections = [
+        f"# Data report\n\n{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+        f"{manifest['text_bytes'] / 1e6:,.1f} MB of text from {len(manifest['sources'])} sources.",
+        f"## Mixture\n\n{_mixture(manifest['sources'])}",
+        f"## What became of the rows\n\n{_rows(counts)}\n\n![not written, by source and rule](report.png)",
+        f"## Dropped by rule\n\nRows, and their share of the rows read.\n\n{_table_of(counts, 'dropped')}",
+        "## Changed by operator\n\nDocuments, including those dropped later, and their share of the rows read.\n\n"
+        f"{_table_of(counts, 'changed', with_chars=True)}",
+        "## Languages\n\nDocuments that cleaning kept, for sources whose profile detects the language.\n\n"
+        f"{_table_of(counts, 'language')}",
+        f"## Examples\n\n{_examples(examples, profiles)}",
+    ]
+    (folder / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    _draw(counts, folder / "report.png")
+
+
+class ExampleWriter(JsonlWriter):
+    """An exclusion writer for one filter: keeps an excerpt of the first documents of each rule and task.
+
+    Args:
+        folder: Gets {rank:05d}.jsonl; no other filter may write to it.
     """
 
     name = "examples"
@@ -38,6 +66,7 @@ class ExampleWriter(JsonlWriter):
         self.seen: Counter = Counter()
 
     def write(self, document: Document, rank: int = 0, **kwargs: Any) -> None:
+        """Write the excerpt, unless the rule has enough examples."""
         key = (rank, document.metadata.get("filter_reason"))
         self.seen[key] += 1
         if self.seen[key] <= EXAMPLES:
@@ -45,6 +74,7 @@ class ExampleWriter(JsonlWriter):
 
 
 def _example(writer: ExampleWriter, document: Document) -> dict[str, Any]:
+    """Return what the report shows of a dropped document."""
     rule = document.metadata.get("filter_reason", "")
     measure = re.sub("^low_|_(below|above)$", "", rule)
     return {
@@ -57,115 +87,81 @@ def _example(writer: ExampleWriter, document: Document) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, manifest: dict[str, Any], examples: Path) -> None:
-    """Write FOLDER/report.md and FOLDER/report.png.
-
-    Args:
-        folder: It exists.
-        manifest: With `sources`, the `profiles` of its `generations`, and `cleaning`: by source, the counts `read`,
-            `written`, `dropped_*`, `changed_*`, `changed_chars_*` and `language_*`.
-        examples: Folder of folders that [`ExampleWriter`]s have written to.
-    """
-    counts = {name: Counter(rules) for name, rules in manifest["cleaning"].items()}
-    profiles = {name: profile for run in manifest["generations"] for name, profile in run["profiles"].items()}
-    sections = [
-        f"# Data report\n\n{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-        f"{manifest['text_bytes'] / 1e6:,.1f} MB of text from {len(manifest['sources'])} sources.",
-        f"## Mixture\n\n{_mixture(manifest['sources'])}",
-        f"## What became of the rows\n\n{_rows(counts)}\n\n![not written, by source and rule](report.png)",
-        f"## Dropped by rule\n\nRows, and their share of those read.\n\n{_matrix(counts, 'dropped_')}",
-        f"## Changed by operator\n\nDocuments, dropped ones too, and their share of the rows read.\n\n"
-        f"{_matrix(counts, 'changed_', 'changed_chars_')}",
-        f"## Languages\n\nDocuments that cleaning has let pass, where it looks for the language.\n\n"
-        f"{_matrix(counts, 'language_')}",
-        f"## Examples\n\n{_examples(examples, profiles)}",
-    ]
-    (folder / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    _draw(counts, folder / "report.png")
-
-
 def _mixture(sources: list[dict[str, Any]]) -> str:
+    """Return the table of sources, and the share of each language."""
+    rows = []
     languages: Counter = Counter()
     for source in sources:
         languages[source["language"] or "not given"] += source["share"]
-    rows = [
-        [
-            _escape(source["name"]),
-            _escape(source["language"] or ""),
-            f"{source['documents']:,}",
-            f"{source['tokens']:,}",
-            f"{source['text_bytes'] / 1e6:,.2f}",
-            f"{source['epochs']:.3g}",
-            f"{source['share']:.2%}",
-        ]
-        for source in sources
-    ]
-    table = _table(["source", "language", "documents", "tokens", "MB", "epochs", "share of tokens read"], rows)
+        rows.append(
+            [
+                _escape(source["name"]),
+                _escape(source["language"] or ""),
+                f"{source['documents']:,}",
+                f"{source['tokens']:,}",
+                f"{source['text_bytes'] / 1e6:,.2f}",
+                f"{source['epochs']:.3g}",
+                f"{source['share']:.2%}",
+            ]
+        )
+    table = markdown_table(["source", "language", "documents", "tokens", "MB", "epochs", "share of tokens read"], rows)
     shares = ", ".join(f"{_escape(name)} {share:.1%}" for name, share in languages.most_common())
     return f"{table}\n\nTokens read by language: {shares}."
 
 
-def _rows(counts: dict[str, Counter]) -> str:
+def _rows(counts: dict[str, RowCounts]) -> str:
+    """Return the table of what became of the rows of each source."""
     rows = []
-    for name, count in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
-        dropped, read = sum(_dropped(count).values()), max(count["read"], 1)
-        cells = [count["read"], count["written"], count[f"dropped_{HELD_OUT}"], dropped]
-        rows.append([_escape(name), *(f"{cell:,}" for cell in cells), f"{dropped / read:.2%}"])
-    return _table(["source", "read", "written", "held out", "dropped", "share dropped"], rows)
+    for name, count in [*counts.items(), ("all", sum_counts(counts.values()))]:
+        dropped = count.dropped.total()
+        cells = [count.read, count.written, count.held_out, dropped]
+        rows.append([_escape(name), *(f"{cell:,}" for cell in cells), f"{dropped / max(count.read, 1):.2%}"])
+    return markdown_table(["source", "read", "written", "held out", "dropped", "share dropped"], rows)
 
 
-def _dropped(count: Counter) -> Counter:
-    """Return the rows lost, by rule."""
-    rules = {label.removeprefix("dropped_"): n for label, n in count.items() if label.startswith("dropped_")}
-    return Counter({rule: n for rule, n in rules.items() if rule != HELD_OUT})
-
-
-def _matrix(counts: dict[str, Counter], prefix: str, amount: str | None = None) -> str:
-    """Return a table with the labels of this prefix as rows and the sources as columns.
+def _table_of(counts: dict[str, RowCounts], kind: Kind, with_chars: bool = False) -> str:
+    """Return a table with the names of one kind of counts as rows, most frequent first, and the sources as columns.
 
     Args:
-        counts: By source.
-        prefix: Of the labels.
-        amount: Prefix of the labels of a second count, shown as characters.
+        counts: Counts by source.
+        kind: The kind of counts.
+        with_chars: Add a column with the number of characters changed.
     """
-    total = sum(counts.values(), Counter())
-    elsewhere = (f"dropped_{HELD_OUT}", *([amount] if amount else []))
-    labels = [label for label, _ in total.most_common() if label.startswith(prefix)]
-    labels = [label for label in labels if not label.startswith(elsewhere)]
-    if not labels:
+    total = sum_counts(counts.values())
+    names = [name for name, _ in total.by_name(kind).most_common()]
+    if not names:
         return "None."
-
-    def cell(count: Counter, label: str) -> str:
-        return f"{count[label]:,} ({count[label] / max(count['read'], 1):.2%})" if count[label] else ""
-
+    columns = [total, *counts.values()]
+    by_name = [column.by_name(kind) for column in columns]
     rows = []
-    for label in labels:
-        name = label.removeprefix(prefix)
-        chars = [f"{total[amount + name]:,}"] if amount else []
-        rows.append([_escape(name), *chars, cell(total, label), *(cell(count, label) for count in counts.values())])
-    return _table(["", *(["characters"] if amount else []), "all", *map(_escape, counts)], rows)
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    for name in names:
+        row = [_escape(name)]
+        if with_chars:
+            row.append(f"{total.by_name('changed_chars')[name]:,}")
+        for column, numbers in zip(columns, by_name, strict=True):
+            share = numbers[name] / max(column.read, 1)
+            row.append(f"{numbers[name]:,} ({share:.2%})" if numbers[name] else "")
+        rows.append(row)
+    header = ["", "characters"] if with_chars else [""]
+    return markdown_table([*header, "all", *map(_escape, counts)], rows)
 
 
 def _examples(folder: Path, profiles: dict[str, dict[str, Any]]) -> str:
-    rules: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    """Return a section for each rule, with examples of what it dropped."""
+    by_rule: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(folder.rglob("*.jsonl")):
         with open(path, "rb") as file:
             for line in file:
                 example = json.loads(line)
-                rules[example["rule"]].append(example)
+                by_rule[example["rule"]].append(example)
     sections = []
-    for rule, found in sorted(rules.items()):
+    for rule, examples in sorted(by_rule.items()):
         sections.append(f"### {_escape(rule)}{_meaning(rule, profiles)}")
-        for example in islice(_spread(found), EXAMPLES):
+        for example in _spread(examples)[:EXAMPLES]:
             value = "" if example["value"] is None else f": {_escape(str(example['value']))}"
             sections.append(f"{_escape(example['id'])}{value}\n\n{_block(example['text'])}")
             if example["exam_item"]:
-                sections.append(f"Exam item:\n\n{_block(str(example['exam_item']))}")
+                sections.append(f"Benchmark item:\n\n{_block(str(example['exam_item']))}")
             if original := example["copy_of"]:
                 text = f"\n\n{_block(original['text'])}" if original["text"] else ""
                 sections.append(f"Copy of {_escape(original['id'])}{text}")
@@ -173,28 +169,30 @@ def _examples(folder: Path, profiles: dict[str, dict[str, Any]]) -> str:
 
 
 def _meaning(rule: str, profiles: dict[str, dict[str, Any]]) -> str:
-    """Say what a rule of a measure measures, and its bound in each profile; nothing of rules of another step."""
+    """Return what the measure of a rule measures, and its bound in each profile; nothing for rules of other steps."""
     measure, _, side = rule.rpartition("_")
     if measure not in MEASURES:
         return ""
     bound = {"below": "min", "above": "max"}.get(side, "keep")
-    bounds = [
-        f"{_escape(str(step['bounds'][bound]))} in {_escape(name)}"
-        for name, profile in profiles.items()
-        for step in profile["steps"]
-        if step["operator"] == measure and bound in step["bounds"]
-    ]
+    bounds = []
+    for name, profile in profiles.items():
+        for step in profile["steps"]:
+            if step["operator"] == measure and bound in step["bounds"]:
+                bounds.append(f"{_escape(str(step['bounds'][bound]))} in {_escape(name)}")
     about = " ".join(inspect.getdoc(MEASURES[measure]).partition("\n\n")[0].split())
     return f"\n\n{about} `{bound}` is {', '.join(bounds)}."
 
 
-def _spread(examples: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Yield one example of each input file first, then the others."""
+def _spread(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first example of each input file, followed by the others."""
     files: set[str] = set()
     first, others = [], []
     for example in examples:
         file = example["id"].rpartition(":")[0]
-        (others if file in files else first).append(example)
+        if file in files:
+            others.append(example)
+        else:
+            first.append(example)
         files.add(file)
     return [*first, *others]
 
@@ -205,28 +203,36 @@ def _escape(text: str) -> str:
 
 
 def _block(text: str) -> str:
-    """Return the beginning of the text as a code block of one line, which nothing in it can end."""
+    """Return the beginning of the text as a code block of one line, which nothing in the text can end."""
     line = NO_TEXT.sub(" ", text.replace("\n", " ⏎ "))
-    line = line if len(line) <= EXCERPT else f"{line[:EXCERPT]} ..."
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", line)), 3)
+    if len(line) > EXCERPT:
+        line = f"{line[:EXCERPT]} ..."
+    longest_run = max(map(len, re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest_run + 1)
     return f"{fence}text\n{line}\n{fence}"
 
 
-def _draw(counts: dict[str, Counter], path: Path) -> None:
-    """Draw for each source a bar of what was not written: held out, and dropped by rule."""
-    total = sum((_dropped(count) for count in counts.values()), Counter())
-    rules = [rule for rule, _ in total.most_common(RULES_IN_PICTURE - 1 if len(total) > RULES_IN_PICTURE else None)]
-    parts: dict[str, Callable[[Counter], int]] = {
-        "held out": lambda count: count[f"dropped_{HELD_OUT}"],
-        **{rule.replace("_", " "): lambda count, rule=rule: _dropped(count)[rule] for rule in rules},
-    }
-    if len(rules) < len(total):
-        parts["other rules"] = lambda count: sum(n for rule, n in _dropped(count).items() if rule not in rules)
-    # Fonts may lack Han; the number is the row in the report's first tables.
+def _draw(counts: dict[str, RowCounts], path: Path) -> None:
+    """Draw a bar for each source: the share of its rows that was held out, and dropped by each rule."""
+    total = sum_counts(counts.values()).dropped
+    shown = [rule for rule, _ in total.most_common()]
+    if len(shown) > RULES_IN_PICTURE:
+        shown = shown[: RULES_IN_PICTURE - 1]
+
+    # Collect the number of rows of each part of the bars, by source.
+    parts = {"held out": [count.held_out for count in counts.values()]}
+    for rule in shown:
+        parts[rule.replace("_", " ")] = [count.dropped[rule] for count in counts.values()]
+    if len(shown) < len(total):
+        others = [rule for rule in total if rule not in shown]
+        parts["other rules"] = [sum(count.dropped[rule] for rule in others) for count in counts.values()]
+
+    bars = {}
+    for label, rows in parts.items():
+        bars[label] = [100 * n / max(count.read, 1) for n, count in zip(rows, counts.values(), strict=True)]
+    # Fonts may lack Han characters; the number is the row in the first tables of the report.
     names = [name if name.isascii() else f"source {number}" for number, name in enumerate(counts, 1)]
-    bars = {
-        label: [100 * part(count) / max(count["read"], 1) for count in counts.values()]
-        for label, part in parts.items()
-    }
+
+    # matplotlib takes 40 MB, so another process draws. `-I` keeps this folder, with its tokenize.py, off its path.
     command = [sys.executable, "-I", str(Path(__file__).with_name("plot_bars.py")), str(path)]
     subprocess.run(command, input=json.dumps({"names": names, "bars": bars}), text=True, check=True)

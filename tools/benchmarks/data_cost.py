@@ -33,8 +33,7 @@ from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import find_files
 from buddygpt.data.text.pipeline import DocumentReader, DocumentWriter
 from buddygpt.data.text.rows import progress_bar, read_rows
-from buddygpt.data.text.tokenize import raw_text_tokenizer, token_dtype
-from buddygpt.data.text.write_shards import ShardWriter
+from buddygpt.data.text.tokenize import ShardWriter, raw_text_tokenizer, token_dtype
 
 LINES = 20  # of a document
 

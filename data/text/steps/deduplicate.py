@@ -1,26 +1,25 @@
-"""Finds documents that are there twice: exact copies, or near-duplicates by MinHash, across all tasks and sources.
+"""Optional step: find exact copies or near-duplicates (MinHash) across all tasks and sources, and drop them.
 
-datatrove's MinHash stages, with five things of our own.
+The stages are those of datatrove's MinHash deduplication, with five changes:
 
-- A shingle is `SHINGLE` units of `text_units`, Han characters or words: datatrove's word tokenizers need to know the
-  language, and libraries for it. Pages that have nothing to do with each other are then no more than 0.07 similar in
-  Chinese and 0.11 in English, where shingles of five letters would make it 0.28 (500 pages of each, all pairs).
-- The hashes of a bucket are folded into one, which finds the same pairs in a third of the space.
-- Pairs that meet in a bucket are compared by their sketches, the low bytes of all 192 hashes (b-bit minwise hashing,
-  Li and Konig 2010). Two documents whose shingles have the Jaccard similarity s meet with probability
-  1 - (1 - s^8)^24: 0.988 at 0.8 (datatrove's 14 buckets: 0.924), but still 0.002 at 0.3, and a site with 1,000 pages
-  of one frame has many such pairs.
-- Of every cluster the first document by task and row is kept, whatever the executor and the number of workers.
-- An index holds signatures and sketches, where datatrove's has hashes alone: what is added is compared as it would be
-  within one run.
+- A shingle is `SHINGLE` units of `ngrams` (Han characters or words). datatrove's word tokenizers must know the
+  language and need more libraries. With these shingles, unrelated pages have a similarity of at most 0.07 in Chinese
+  and 0.11 in English; with shingles of five letters it would be 0.28 (500 pages of each language, all pairs).
+- The hashes of a bucket are combined into one, which finds the same pairs in a third of the space.
+- Pairs that share a bucket are compared by their sketches, the low bytes of all 192 hashes (b-bit minwise hashing, Li
+  and König 2010). Two documents with Jaccard similarity s share a bucket with probability 1 - (1 - s^8)^24: 0.988 at
+  0.8 (0.924 with datatrove's 14 buckets), but still 0.002 at 0.3, and a site with 1,000 pages of one layout has many
+  such pairs.
+- The first document of each cluster by task and row is kept, with any executor and number of workers.
+- The index holds signatures and sketches (datatrove's has hashes only), so an append round compares its documents as
+  if all rounds were one run.
 
-`exact` goes the same way with one bucket, a hash of the text, and no sketches.
+`exact` uses the same stages with one bucket, a hash of the text, and no sketches.
 """
 
 import hashlib
 import resource
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,41 +36,43 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.pipeline import DocumentReader, Stage, documents_path
 from buddygpt.data.text.report import EXAMPLES, EXCERPT
 from buddygpt.data.text.steps.ngrams import hash_ngrams, hash_units
 
 Method = Literal["exact", "minhash"]
 SHINGLE = 5  # units
-BUCKETS, HASHES = 24, 8
-SIMILAR = 0.65  # Jaccard similarity from which a pair counts; the estimate's standard error is 0.03
-CHUNK = 256  # shingles permuted at once: what stays in a core's cache
+BUCKETS, HASHES = 24, 8  # HASHES are those of one bucket
+SIMILAR = 0.65  # Jaccard similarity from which a pair counts as duplicates; the standard error of the estimate is 0.03
+CHUNK = 256  # shingles permuted at once: as many as fit in the cache of a core
 COMPARED = 2**16  # pairs compared at once
 READ_AHEAD = 1000  # signatures of each task that a bucket reads at once
-SPARE_FILES = 100  # that a process has open besides
-ROWS = 2**32  # a document is known by task x ROWS + row
+SPARE_FILES = 100  # files that a process may open in addition to the signatures
+ROWS = 2**32  # a document's number is task * ROWS + row
 
 
 def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None = None, known: int = 0) -> list[Stage]:
-    """Return the stages that find what [`DuplicateFilter`] removes among WORK/documents.
+    """Return the stages that find the documents of WORK/documents that [`DuplicateFilter`] drops.
 
-    Leaves an index of the documents in WORK/duplicates/index, 480 bytes a document (`exact`: 12). Copied into one
-    folder, the indexes of a corpus and of all that was appended to it are what the next text is compared with.
+    They leave an index of the documents in WORK/duplicates/index: 480 bytes per document, or 12 for `exact`. Copied
+    into one folder, the indexes of all append rounds are what the next round is compared with.
 
     Args:
-        method: `exact`: the same text; `minhash`: nearly the same, as the module says.
-        work: Holds documents/{rank:05d}.jsonl; everything goes to WORK/duplicates.
-        tasks: Files of documents.
-        index: Such a folder. Documents like those in it are removed too.
-        known: Tasks that left something in it.
+        method: `exact` finds equal texts; `minhash` finds similar texts, as the top of this file describes.
+        work: Folder with documents/{rank:05d}.jsonl; the results go to WORK/duplicates.
+        tasks: Number of files of documents.
+        index: Folder with the index of earlier rounds. Duplicates of its documents are dropped too.
+        known: Number of tasks in that index.
 
     Raises:
-        UserError: `index` lacks a task, or is of another method.
+        UserError: A task is missing in `index`, or it was made with another method.
     """
     index = Index(method, work / "duplicates" / "index", index, known)
-    for file in (index.signatures("bucket_000", number) for number in range(known)):
+    for number in range(known):
+        file = index.signatures("bucket_000", number)
         if not file.is_file():
-            raise UserError(f"{file} is missing: copies of what was there before cannot be found. Bring it back")
+            raise UserError(f"{file} is missing: duplicates of earlier documents cannot be found. Restore the file")
     folder = _folder(work, method)
     return [
         Stage("signatures", [DocumentReader(work / "documents"), DuplicateSignature(index)], tasks),
@@ -85,13 +86,13 @@ def _folder(work: Path, method: Method) -> Path:
 
 
 def shingles(text: str) -> np.ndarray:
-    """Return a uint64 for every shingle of the text; for a text of no letter or digit, a hash of it."""
+    """Return a uint64 for each shingle of a text, or one hash of the text if it has no letter and no digit."""
     grams = hash_ngrams(hash_units(text), SHINGLE)
     return grams if grams.size else np.array([_hash(text.encode())], np.uint64)
 
 
 def _hash(data: bytes) -> int:
-    """Hash to 60 bits: datatrove reads no signature from 2^61 - 1 on."""
+    """Return a hash of 60 bits: datatrove reads only signatures below 2^61 - 1."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 4
 
 
@@ -100,13 +101,13 @@ def _config(method: Method) -> MinhashConfig:
 
 
 class Index(NamedTuple):
-    """Where the signatures and sketches of a task lie; tasks are numbered through all that was ever appended.
+    """The files with the signatures and sketches of each task. Tasks are numbered across all append rounds.
 
     Attributes:
-        method: By which they are made.
-        new: Folder for the tasks of this run.
-        old: Folder with those of what was there before.
-        known: How many these are.
+        method: The method they are made with.
+        new: Folder for the tasks of this round.
+        old: Folder of the tasks of earlier rounds.
+        known: Number of tasks of earlier rounds.
     """
 
     method: Method
@@ -115,11 +116,11 @@ class Index(NamedTuple):
     known: int
 
     def signatures(self, bucket: str, number: int) -> Path:
-        """Return a file as datatrove writes it."""
+        """Return the file that datatrove writes for a bucket and a task."""
         return self._folder(number) / "signatures" / bucket / f"{number:05d}.minhash.sig"
 
     def sketches(self, number: int) -> Path:
-        """Return a file with `BUCKETS` x `HASHES` bytes for every document of a task."""
+        """Return the file with `BUCKETS` x `HASHES` bytes for each document of a task."""
         return self._folder(number) / "sketches" / f"{number:05d}.sketch"
 
     def _folder(self, number: int) -> Path:
@@ -127,12 +128,12 @@ class Index(NamedTuple):
 
 
 class DuplicateSignature(MinhashDedupSignature):
-    """Writes for every document a number for each bucket, and its sketch, to the index."""
+    """Writes a number per bucket and a sketch for each document to the index."""
 
     name = "signatures"
 
     def __init__(self, index: Index) -> None:
-        # The tokenizer is never asked; datatrove's default needs spaCy.
+        # The tokenizer is not used; datatrove's default needs spaCy.
         super().__init__(str(index.new / index.method / "signatures"), _config(index.method), WhitespaceTokenizer())
         self.index, self.file = index, None
         random = np.random.RandomState(self.config.seed)
@@ -147,11 +148,11 @@ class DuplicateSignature(MinhashDedupSignature):
         self.file = None
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """Return [`shingles`], or for exact duplicates one hash of the text."""
+        """Return the [`shingles`] of a text, or for exact duplicates one hash of it."""
         return shingles(text) if self.index.method == "minhash" else np.array([_hash(text.encode())], np.uint64)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """Return for every bucket a hash of its permutations' smallest values."""
+        """Return for each bucket a hash of the smallest values of its permutations."""
         if self.index.method == "exact":
             return [shingles.tolist()]
         values, smallest = shingles.astype(np.uint32), np.full(BUCKETS * HASHES, 2**32 - 1, np.uint32)
@@ -163,7 +164,7 @@ class DuplicateSignature(MinhashDedupSignature):
 
 
 class DuplicatePairs(MinhashDedupBuckets):
-    """Writes the pairs that meet in a bucket, of this run's documents and of those in the index."""
+    """Writes the pairs of documents that share a bucket, from this round and from the index of earlier rounds."""
 
     name = "buckets"
 
@@ -174,7 +175,7 @@ class DuplicatePairs(MinhashDedupBuckets):
 
 
 class _Signatures:
-    """The files of both folders of an index, for datatrove to read as those of one."""
+    """Shows datatrove the signature files of both folders of an index as the files of one folder."""
 
     def __init__(self, index: Index, tasks: int) -> None:
         self.index, self.tasks = index, tasks
@@ -183,12 +184,13 @@ class _Signatures:
         return [self.index.signatures(subdirectory, number) for number in range(self.tasks)]
 
     def open_files(self, paths: list[Path], **options: Any) -> list[Any]:
-        """Open all of them at once, for which a process has to be allowed many files."""
+        """Open all files at once, after raising the limit of open files if necessary."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = len(paths) + SPARE_FILES
         if hard != resource.RLIM_INFINITY and needed > hard:
             raise UserError(
-                f"{len(paths)} tasks need {needed} open files of {hard}; set fewer `tasks`, or `ulimit -Hn`"
+                f"{len(paths)} tasks need {needed} open files, but the limit is {hard}; set fewer `tasks`, or raise "
+                "`ulimit -Hn`"
             )
         if soft != resource.RLIM_INFINITY and needed > soft:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -196,10 +198,10 @@ class _Signatures:
 
 
 class DuplicateClusters(PipelineStep):
-    """Joins the pairs that are similar to clusters and lists their documents, but the first, as what to remove.
+    """Groups similar pairs into clusters, and lists the documents of each cluster except the first as duplicates.
 
-    Memory grows with the duplicates, about 100 bytes each, not with the documents. datatrove's own step keeps
-    Python objects, and of each cluster the document that its union by size makes the root.
+    Memory grows with the number of duplicates, about 100 bytes each, not with the number of documents. datatrove's
+    step keeps Python objects, and keeps the document of a cluster that its union by size happens to make the root.
     """
 
     type, name = "DEDUP", "clusters"
@@ -209,68 +211,84 @@ class DuplicateClusters(PipelineStep):
         self.index, self.folder = index, folder
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:
+        known = self.index.known
+
+        # Add the pairs of one bucket after another, and keep one link per duplicate.
         links = np.empty((0, 2), np.uint64)
         for file in sorted((self.folder / "pairs").glob("*.dups")):
             pairs = np.fromfile(file, "<u4").reshape(-1, 2, 2)  # (task, row) of two documents
-            pairs = pairs[pairs[:, :, 0].max(axis=1) >= self.index.known]  # the others are settled
+            has_new = pairs[:, :, 0].max(axis=1) >= known  # pairs of earlier rounds have been decided
+            pairs = pairs[has_new]
             if self.index.method == "minhash":
                 pairs = pairs[self._similarity(pairs) >= SIMILAR]
             pairs = pairs.astype(np.uint64)
-            links = link_to_first(np.concatenate([links, pairs[:, :, 0] << np.uint64(32) | pairs[:, :, 1]]))
-        links = links[links[:, 1] >> np.uint64(32) >= self.index.known]
+            documents = pairs[:, :, 0] << np.uint64(32) | pairs[:, :, 1]
+            links = link_to_first(np.concatenate([links, documents]))
+
+        # Write the duplicates of this round to one file per task, in the order of their rows.
+        links = links[links[:, 1] >> np.uint64(32) >= known]
         links = links[np.argsort(links[:, 1])]
         tasks, starts = np.unique(links[:, 1] >> np.uint64(32), return_index=True)
         (self.folder / "removed").mkdir(exist_ok=True)
         for task, part in zip(tasks.tolist(), np.split(links, starts[1:]), strict=False):
-            part.astype("<u8").tofile(removed_file(self.folder, task - self.index.known))
-        self.stat_update("duplicates", value=len(links))
+            part.astype("<u8").tofile(removed_file(self.folder, task - known))
 
     def _similarity(self, pairs: np.ndarray) -> np.ndarray:
-        """Estimate the Jaccard similarity by the hashes in common."""
+        """Estimate the Jaccard similarity of each pair as the share of equal bytes in the sketches.
+
+        Args:
+            pairs: uint32, (pairs, 2, 2): task and row of two documents.
+        """
         found = np.empty(len(pairs))
         for start in range(0, len(pairs), COMPARED):
             part = slice(start, start + COMPARED)
-            first, second = (self._read_sketches(pairs[part, side]) for side in (0, 1))
+            first, second = self._read_sketches(pairs[part, 0]), self._read_sketches(pairs[part, 1])
             found[part] = (first == second).mean(axis=1)
         return found
 
     def _read_sketches(self, documents: np.ndarray) -> np.ndarray:
+        """Return uint8, (documents, BUCKETS * HASHES), for documents given as (task, row)."""
         sketches = np.empty((len(documents), BUCKETS * HASHES), np.uint8)
         for number in np.unique(documents[:, 0]).tolist():
             file = np.memmap(self.index.sketches(number), mode="r").reshape(-1, BUCKETS * HASHES)
-            sketches[documents[:, 0] == number] = file[documents[documents[:, 0] == number, 1]]
+            of_task = documents[:, 0] == number
+            sketches[of_task] = file[documents[of_task, 1]]
         return sketches
 
 
 def removed_file(folder: Path, rank: int) -> Path:
-    """Return the file of a task's duplicates: uint64, (duplicates, 2), as [`link_to_first`] has them, in order."""
+    """Return the file of a task's duplicates: links as [`link_to_first`] returns them, sorted by the duplicate."""
     return folder / "removed" / f"{rank:05d}.links"
 
 
 def link_to_first(pairs: np.ndarray) -> np.ndarray:
-    """Turn pairs of documents into one pair (first of its cluster, document) for every document that is not first.
+    """Turn pairs of documents into links from the first document of each cluster to each other document of it.
 
     Args:
-        pairs: uint64, (pairs, 2); a document is task << 32 | row.
+        pairs: uint64, (pairs, 2): numbers of documents, task << 32 | row.
+
+    Returns:
+        uint64, (duplicates, 2): first document of the cluster, duplicate.
     """
     nodes, ends = np.unique(pairs, return_inverse=True)
     ends = ends.reshape(pairs.shape)
     graph = coo_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(len(nodes), len(nodes)))
     _, clusters = connected_components(graph, directed=False)
-    _, firsts = np.unique(clusters, return_index=True)  # the smallest, because nodes are sorted
+    _, firsts = np.unique(clusters, return_index=True)  # the smallest node, because nodes are sorted
     first = firsts[clusters]
     is_other = first != np.arange(len(nodes))
     return np.stack([nodes[first], nodes], axis=1)[is_other]
 
 
 class DuplicateFilter(BaseFilter):
-    """Drops the duplicates which [`duplicate_stages`] found, and says of the first in `copy_of` what was kept.
+    """Drops the duplicates that [`duplicate_stages`] found, by document id.
 
-    It counts the documents: it has to stand right behind the reader of WORK/documents.
+    The first dropped documents of a task get `copy_of` in their metadata: id and text of the document that was kept.
+    Memory is about 250 bytes for each duplicate of the task.
 
     Args:
-        method, work, known: As of [`duplicate_stages`].
-        exclusion_writer: Gets what is dropped, as `duplicate`.
+        method, work, known: The same as for [`duplicate_stages`].
+        exclusion_writer: Gets the dropped documents, with the rule `duplicate`.
     """
 
     name = "duplicates"
@@ -278,26 +296,47 @@ class DuplicateFilter(BaseFilter):
     def __init__(self, method: Method, work: Path, known: int = 0, exclusion_writer: DiskWriter | None = None) -> None:
         super().__init__(exclusion_writer)
         self.folder, self.documents, self.known = _folder(work, method), work / "documents", known
+        self.counts = RowCounts()
+        self.first_by_id: dict[str, int] = {}  # id of a duplicate: number of the first document of its cluster
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        file = removed_file(self.folder, rank)
-        self.links = (np.fromfile(file, "<u8") if file.exists() else np.empty(0, "<u8")).reshape(-1, 2)
-        self.row, self.dropped = -1, 0
+        self.first_by_id = self._read_duplicates(rank)
         yield from super().run(data, rank, world_size)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        self.row += 1
-        if self.dropped == len(self.links) or int(self.links[self.dropped, 1]) % ROWS != self.row:
+        first = self.first_by_id.get(doc.id)
+        if first is None:
             return True
-        if self.dropped < EXAMPLES:
-            doc.metadata["copy_of"] = self._describe(*divmod(int(self.links[self.dropped, 0]), ROWS))
-        self.dropped += 1
+        if self.counts.dropped["duplicate"] < EXAMPLES:
+            doc.metadata["copy_of"] = self._describe(*divmod(first, ROWS))
+        self.counts.add("dropped", "duplicate")
         return False, "duplicate"
 
+    def _read_duplicates(self, rank: int) -> dict[str, int]:
+        """Return the id of each duplicate of a task with the first document of its cluster. (Files list rows.)"""
+        file = removed_file(self.folder, rank)
+        if not file.exists():
+            return {}
+        links = np.fromfile(file, "<u8").reshape(-1, 2)
+        rows = (links[:, 1] % ROWS).tolist()
+        ids = [document["id"] for document in self._read_rows(rank, rows)]
+        return dict(zip(ids, links[:, 0].tolist(), strict=True))
+
     def _describe(self, task: int, row: int) -> dict[str, str]:
-        """Return `id` and `text` of a document; no text where it was there before this run."""
+        """Return `id` and `text` of the document that was kept, without text if it is from an earlier round."""
         if task < self.known:
-            return {"id": "a document that was there before", "text": ""}
-        with open(documents_path(self.documents, task - self.known), "rb") as file:
-            document = orjson.loads(next(islice(file, row, None)))
+            return {"id": "a document of an earlier append round", "text": ""}
+        (document,) = self._read_rows(task - self.known, [row])
         return {"id": document["id"], "text": document["text"][: EXCERPT + 1]}
+
+    def _read_rows(self, rank: int, rows: list[int]) -> Iterator[dict[str, Any]]:
+        """Yield some of the documents that a task of the stage before wrote; `rows` are in ascending order."""
+        wanted = iter(rows)
+        next_row = next(wanted, None)
+        with open(documents_path(self.documents, rank), "rb") as file:
+            for row, line in enumerate(file):
+                if next_row is None:
+                    return
+                if row == next_row:
+                    yield orjson.loads(line)
+                    next_row = next(wanted, None)

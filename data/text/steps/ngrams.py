@@ -1,7 +1,7 @@
-"""Text as hashes of its units and n-grams, for finding copies: what deduplication and decontamination compare.
+"""Hash the units and n-grams of a text: what deduplication and decontamination compare.
 
-A unit is a character of a script written without spaces (Han, kana, Hangul, ...) or a run of other letters and
-digits; case, width (NFKC), spaces and punctuation make no difference. Everything is computed on arrays of code points.
+A unit is one character of a script without spaces (Han, kana, Hangul, ...), or a run of other letters and digits.
+Case, width (NFKC), spaces and punctuation make no difference. All computations are on arrays of code points.
 """
 
 import unicodedata
@@ -9,48 +9,52 @@ from functools import cache
 
 import numpy as np
 
-NOTHING, IN_WORD, ALONE = 0, 1, 2
-FIRST_ALONE = 0x2E80  # CJK radicals; letters above it belong to scripts without spaces, with few exceptions
-PIECE = 2**20  # characters hashed at once, which bounds the memory; a word across two pieces becomes two
+NOTHING, IN_WORD, ALONE = 0, 1, 2  # kinds of code points
+FIRST_ALONE = 0x2E80  # CJK radicals; with few exceptions, letters from here on belong to scripts without spaces
+PIECE = 2**20  # characters hashed at once, which bounds the memory; a word across two pieces becomes two words
 ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
 @cache
 def _kinds() -> np.ndarray:
-    """What every code point is: `NOTHING` (space, punctuation, symbol), `IN_WORD` or `ALONE`."""
+    """Return the kind of each code point: `NOTHING` (space, punctuation, symbol), `IN_WORD` or `ALONE`."""
     kinds = np.fromiter((chr(code).isalnum() for code in range(0x110000)), np.uint8, 0x110000)
     kinds[FIRST_ALONE:] *= ALONE
     return kinds
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every bit of the result depends on every bit of the value."""
+    """Mix the bits of each value with the finalizer of SplitMix64: every output bit depends on every input bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def hash_units(text: str) -> np.ndarray:
-    """Return a uint64 for every unit of the text, in order; none where there is no letter and no digit."""
+    """Return a uint64 for each unit of the text, in order; an empty array if it has no letter and no digit."""
     if len(text) > PIECE:
         return np.concatenate([hash_units(text[start : start + PIECE]) for start in range(0, len(text), PIECE)])
     text = unicodedata.normalize("NFKC", text).casefold()
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+    # A unit starts at every code point that stands alone, and at the first letter of every word.
     kinds = _kinds()[codes]
     follows = np.zeros(len(kinds), bool)
     follows[1:] = kinds[:-1] == IN_WORD
     starts = np.flatnonzero((kinds == ALONE) | (kinds == IN_WORD) & ~follows)
     if not starts.size:
         return np.empty(0, np.uint64)
+
+    # The hash of a unit is the sum of the hashes of its letters, each mixed with its position in the unit.
     lengths = np.diff(starts, append=len(codes))
-    places = np.arange(starts[0], len(codes)) - np.repeat(starts, lengths)
-    letters = _mix(codes[starts[0] :] + ODD * places.astype(np.uint64))
+    positions = np.arange(starts[0], len(codes)) - np.repeat(starts, lengths)
+    letters = _mix(codes[starts[0] :] + ODD * positions.astype(np.uint64))
     letters[kinds[starts[0] :] == NOTHING] = 0
     return np.add.reduceat(letters, starts - starts[0])
 
 
 def hash_ngrams(units: np.ndarray, n: int) -> np.ndarray:
-    """Return a uint64 for every n units that follow each other, or one for all units where these are fewer than n."""
+    """Return a uint64 for each run of n consecutive units, or one for all units if there are fewer than n."""
     n = min(n, len(units))
     count = len(units) - n + 1 if n else 0
     grams = np.zeros(count, np.uint64)

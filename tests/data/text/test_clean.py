@@ -252,7 +252,7 @@ def test_scores_are_kept_and_changes_are_counted(tmp_path):
     kept = list(cleaner.run(iter(documents)))
     assert [document.text for document in kept] == ["汉字的，", "中文字。"]
     assert kept[0].metadata == {"source": "web", "language": "zh", "han_share": 0.75, "text_length": 4}
-    stats = {label: stat.total for label, stat in cleaner.stats.stats.items() if label != "doc_len"}
+    stats = cleaner.counts.to_json()
     expected = {"changed_remove_spans": 2, "changed_chars_remove_spans": 4, "changed_convert_chinese": 2}
     expected |= {"changed_chars_convert_chinese": 2, "language_zh": 2, "dropped_text_length_below": 1}
     assert {label: stats[label] for label in expected} == expected
@@ -405,7 +405,7 @@ def test_the_report_says_what_was_counted(tmp_path):
         "| zh | 12 (50.00%) | 12 (60.00%) |  |",
         "### text_length_below\n\nCharacters. `min` is 5 in text, 100 in zh-web.\n\nweb.jsonl:0: 2\n\n```text\n太短",
         "### low_score\n\nweb.jsonl:0: 0.5\n\n```text\n不好",
-        "### exam_cmmlu\n\nweb.jsonl:0\n\n```text\n考题\n```\n\nExam item:\n\n```text\n下列哪一项\n```",
+        "### exam_cmmlu\n\nweb.jsonl:0\n\n```text\n考题\n```\n\nBenchmark item:\n\n```text\n下列哪一项\n```",
         "### duplicate\n\nweb.jsonl:0\n\n```text\n又来\n```\n\nCopy of a.jsonl:7\n\n```text\n来\n```",
     ):
         assert line in report

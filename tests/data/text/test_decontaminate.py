@@ -12,14 +12,14 @@ from conftest import ROOT
 from datatrove.data import Document
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data.text.steps.benchmarks import read_benchmarks
 from buddygpt.data.text.steps.decontaminate import (
     MIN_SHARED,
+    BenchmarkIndex,
+    BenchmarkIndexer,
     Decontaminator,
-    ExamIndex,
-    ExamIndexer,
     _hash_words,
     build_index,
-    read_exams,
 )
 
 DATA = ROOT.parent / "shared" / "data"
@@ -43,7 +43,7 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory) -> ExamIndex:
+def index(tmp_path_factory) -> BenchmarkIndex:
     folder = tmp_path_factory.mktemp("exam")
     write_csv(folder / "village.csv", [["", "Question", "A", "B", "C", "D", "Answer"]] + with_answers(QUESTIONS))
     return build_index([str(folder / "village.csv")], folder / "index")
@@ -113,7 +113,7 @@ def test_words_that_are_spread_over_a_long_text_are_no_item(index):
 
 def test_the_filter_drops_by_exam_and_names_the_item(index, tmp_path):
     write_csv(tmp_path / "village.csv", [["question", "A", "B", "C", "D"], *QUESTIONS])
-    stage = ExamIndexer([str(tmp_path / "village.csv")], tmp_path / "index")
+    stage = BenchmarkIndexer([str(tmp_path / "village.csv")], tmp_path / "index")
     stage.run()
     step, kept = Decontaminator(tmp_path / "index"), Document("雨水比往年多。", id="0")
     dropped = Document(dresses(QUESTIONS[0][0], QUESTIONS[0][1:])[0], id="1")
@@ -140,7 +140,7 @@ def test_every_form_of_exam_is_read(tmp_path):
     (tmp_path / "7.jsonl").write_text(json.dumps(arc), encoding="utf-8")
     (tmp_path / "8.txt").write_text(f"{question}\n", encoding="utf-8")
     (tmp_path / "settings.json").write_text('{\n "subjects": ["maths"]\n}', encoding="utf-8")
-    items = list(read_exams([str(tmp_path)]))
+    items = list(read_benchmarks([str(tmp_path)]))
     assert [item.question for item in items] == [question] * 8
     assert [item.options for item in items] == [options] * 7 + [[]]
 
@@ -158,19 +158,19 @@ def test_every_form_of_exam_is_read(tmp_path):
 def test_mistakes_in_exams_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
-        ExamIndexer([str(tmp_path / name.replace("other", "exam"))], tmp_path / "index").run()
+        BenchmarkIndexer([str(tmp_path / name.replace("other", "exam"))], tmp_path / "index").run()
     assert not (tmp_path / "index").exists()
 
 
 @pytest.fixture(scope="module")
-def real_index(tmp_path_factory) -> ExamIndex:
+def real_index(tmp_path_factory) -> BenchmarkIndex:
     return build_index(EXAMS, tmp_path_factory.mktemp("real"))
 
 
 @needs_data
 def test_every_item_of_the_real_exams_is_found_where_it_is_planted(real_index):
     frame = "村里的人都说，那年的雨水比往年多，收成也好。The rain was good to us that year, people say. " * 3
-    items = list(read_exams(EXAMS))
+    items = list(read_benchmarks(EXAMS))
     assert len(items) > 24_000
     planted = [dresses(item.question, item.options)[number % 4] for number, item in enumerate(items)]
     for start in range(0, len(items), 20):
@@ -183,7 +183,7 @@ def test_every_item_of_the_real_exams_is_found_where_it_is_planted(real_index):
 @needs_data
 def test_every_question_that_can_be_told_is_found_without_its_options(real_index):
     frame = "村里的人都说，那年的雨水比往年多，收成也好。The rain was good to us that year, people say. " * 3
-    questions = {item.question for item in read_exams(EXAMS)}
+    questions = {item.question for item in read_benchmarks(EXAMS)}
     missed = [text for text in questions if not real_index.find(f"{frame}{text}{frame}")]
     assert max(len(_hash_words(text)) for text in missed) < MIN_SHARED
     assert len(missed) < 0.05 * len(questions)

@@ -204,13 +204,15 @@ def test_what_is_dropped_says_of_what_it_is_a_copy(tmp_path):
     assert originals(tmp_path / "first", 0) == copy_of
     publish(tmp_path / "first", tmp_path / "index")
     kept(tmp_path / "second", "exact", [["丙", "甲"]], tmp_path / "index", 1)
-    assert originals(tmp_path / "second", 1) == [None, {"id": "a document that was there before", "text": ""}]
+    earlier = {"id": "a document of an earlier append round", "text": ""}
+    assert originals(tmp_path / "second", 1) == [None, earlier]
 
 
 def test_an_index_that_lacks_something_is_refused(tmp_path):
     kept(tmp_path, "exact", [["甲"]])
     for method, known in (("minhash", 1), ("exact", 2)):
-        with pytest.raises(UserError, match=rf"{method}/signatures/bucket_000/0000{known - 1}\S+ is missing: copies"):
+        message = rf"{method}/signatures/bucket_000/0000{known - 1}\S+ is missing: duplicates"
+        with pytest.raises(UserError, match=message):
             duplicate_stages(method, tmp_path, 1, tmp_path / "duplicates" / "index", known)
 
 
@@ -222,7 +224,7 @@ def test_more_tasks_than_files_may_be_open(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 256))
-    with pytest.raises(UserError, match="200 tasks need 300 open files of 256; set fewer `tasks`"):
+    with pytest.raises(UserError, match="200 tasks need 300 open files, but the limit is 256; set fewer `tasks`"):
         run_stage(duplicate_stages("exact", tmp_path, 200)[1])
 
 

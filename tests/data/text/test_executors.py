@@ -50,7 +50,7 @@ def test_slurm_gets_chained_jobs_that_make_the_same(config, monkeypatch, tmp_pat
         assert all(f"#SBATCH --{line}\n" in script.read_text() for script in scripts)
     write_command(tmp_path / "bin" / "scontrol", "echo here")
     write_command(tmp_path / "bin" / "sbatch", "exit 1")
-    with pytest.raises(UserError, match=r"sbatch refused .*clean/launch_script\.slurm; mend `slurm`"):
+    with pytest.raises(UserError, match=r"sbatch refused .*clean/launch_script\.slurm; fix `slurm`"):
         prepare(path, monkeypatch)
     calls = tmp_path / "calls"
     write_command(tmp_path / "bin" / "sbatch", f'echo "$@" >> {calls}; echo Submitted batch job $(wc -l < {calls})')
@@ -61,7 +61,7 @@ def test_slurm_gets_chained_jobs_that_make_the_same(config, monkeypatch, tmp_pat
     capsys.readouterr()
     write_command(tmp_path / "bin" / "squeue", "echo 7; echo 2")
     prepare(path, monkeypatch)  # nothing is submitted twice
-    assert "still queued or at work: squeue --jobs=2,7; run" in capsys.readouterr().out
+    assert "still queued or running: squeue --jobs=2,7; run" in capsys.readouterr().out
     assert len(calls.read_text().splitlines()) == len(scripts)
     with pytest.raises(UserError, match="tasks of stage clean have failed; run the same"):
         run_on_slurm(scripts[1:], monkeypatch)
@@ -87,9 +87,9 @@ def test_what_has_failed_on_slurm_is_told_and_submitted_again(config, monkeypatc
     with pytest.raises(UserError, match=r"1\.jsonl:1: the row is no object"):
         run_on_slurm(scripts[:1], monkeypatch)
     prepare(path, monkeypatch)
-    assert f"clean had failed: {tmp_path / '1.jsonl'}:1: the row is no object" in capsys.readouterr().out
+    assert f"clean failed: {tmp_path / '1.jsonl'}:1: the row is no object" in capsys.readouterr().out
     write_command(tmp_path / "bin" / "squeue", "exit 1")
-    with pytest.raises(UserError, match=r"`squeue` does not say whether the jobs in \S+/jobs are at work"):
+    with pytest.raises(UserError, match=r"cannot ask `squeue` whether the jobs in \S+/jobs are still running"):
         prepare(path, monkeypatch)
     (tmp_path / "1.jsonl").write_text(row)
     prepare(path, monkeypatch)  # of other input: it starts afresh

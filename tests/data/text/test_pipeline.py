@@ -22,14 +22,12 @@ from transformers import AutoTokenizer
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.data import prepare_pretrain
 from buddygpt.data.shards.format import TokenShards, documents_file, read_manifest, verify_shards
-from buddygpt.data.text import pipeline as stages
-from buddygpt.data.text import publish as finish_shards
-from buddygpt.data.text import write_shards
+from buddygpt.data.text import pipeline, publish, tokenize
 from buddygpt.data.text.pipeline import lock
 from buddygpt.data.text.publish import Publisher
-from buddygpt.data.text.steps import deduplicate as deduplication
+from buddygpt.data.text.steps import deduplicate
 from buddygpt.data.text.steps.deduplicate import DuplicatePairs, DuplicateSignature
-from buddygpt.data.text.write_shards import DocumentTable, HoldOut
+from buddygpt.data.text.tokenize import DocumentTable, HoldOut
 
 SCRIPT = ROOT / "data" / "prepare_pretrain.py"
 COMMON = {"eval_fraction": 0.1, "deduplicate": "exact", "shard_bytes": 20_000, "batch_chars": 2_000}
@@ -110,21 +108,21 @@ def test_a_document_with_an_exam_question_is_dropped_and_shown(config, monkeypat
 
 KILLS = [  # in which stage, and when the n-th call of a function begins there
     ("index", np, "save", 2),
-    ("clean", stages, "write_document", 40),
+    ("clean", pipeline, "write_document", 40),
     ("signatures", DuplicateSignature, "get_signature", 200),
     ("buckets", DuplicatePairs, "run", 1),
-    ("clusters", deduplication, "link_to_first", 1),
-    ("tokenise", HoldOut, "run", 2),
-    ("tokenise", DocumentTable, "add", 50),
-    ("tokenise", write_shards, "reorder_documents", 2),
-    ("tokenise", DocumentTable, "write", 1),
-    ("tokenise", write_shards, "hash_shard", 2),
+    ("clusters", deduplicate, "link_to_first", 1),
+    ("tokenize", HoldOut, "run", 2),
+    ("tokenize", DocumentTable, "add", 50),
+    ("tokenize", tokenize, "reorder_documents", 2),
+    ("tokenize", DocumentTable, "write", 1),
+    ("tokenize", tokenize, "hash_shard", 2),
     ("eval", DocumentTable, "add", 5),
-    ("eval", write_shards, "reorder_documents", 2),
-    ("manifest", finish_shards, "resolve_mixture", 2),
-    ("manifest", finish_shards, "write_report", 1),
+    ("eval", tokenize, "reorder_documents", 2),
+    ("manifest", publish, "resolve_mixture", 2),
+    ("manifest", publish, "write_report", 1),
     ("publish", Publisher, "run", 1),
-    ("publish", finish_shards, "finish_publishing", 1),  # OUT is there, the stage not completed
+    ("publish", publish, "finish_publishing", 1),  # OUT is there, the stage not completed
     ("publish", shutil, "rmtree", 1),
 ]
 
@@ -198,7 +196,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(config, monkeypatch, tmp_pa
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for owner, name in ((stages, "write_document"), (DocumentTable, "write"), (finish_shards, "write_report")):
+    for owner, name in ((pipeline, "write_document"), (DocumentTable, "write"), (publish, "write_report")):
         with monkeypatch.context() as full, pytest.raises(SystemExit, match="2"):
             full.setattr(owner, name, fail)
             full.setattr(sys, "argv", ["prepare_pretrain.py", "--config", str(path)])
@@ -217,7 +215,7 @@ def test_two_runs_do_not_work_on_the_same_data(config, monkeypatch, tmp_path):
     while not (tmp_path / "out.partial" / "lock").exists():
         time.sleep(0.01)
     time.sleep(0.1)
-    with pytest.raises(UserError, match=r"out\.partial is being worked on by another process"):
+    with pytest.raises(UserError, match=r"another process is working in \S+out\.partial"):
         prepare(path, monkeypatch)
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
@@ -266,7 +264,7 @@ def test_what_is_added_leaves_the_rest_alone(grown, monkeypatch, tmp_path, capsy
     prepare(path, monkeypatch, "--append", "true")
     prepare(path, monkeypatch)
     said = capsys.readouterr().out
-    assert "holds all these input files already" in said and "already made" in said
+    assert "has all these input files already" in said and "already made" in said
     assert content(out) == after and not out.with_name("out.partial").exists()
 
 
@@ -313,10 +311,10 @@ def test_what_was_half_added_is_finished_before_anything_else(grown, config, mon
         interrupted.setattr(Path, "replace", fail)
         with pytest.raises(KeyboardInterrupt):
             prepare(path, monkeypatch, "--append", "true")
-    assert f"goes on with what is done in {out}.partial" in capsys.readouterr().err
+    assert f"resumes from {out}.partial" in capsys.readouterr().err
     last = write_jsonl(tmp_path / "last.jsonl", [*texts(3), *texts(4)])
     prepare(config("out", sources=[str(last)]), monkeypatch, "--append", "true")
-    assert "had begun to add" in capsys.readouterr().out
+    assert "finished an interrupted append" in capsys.readouterr().out
     train, aside = verify_shards(out / "train"), verify_shards(out / "eval")
     assert [Path(each["inputs"][-1]["file"]).name for each in train["generations"]] == [
         "1.jsonl",

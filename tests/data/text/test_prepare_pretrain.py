@@ -276,7 +276,7 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         assert not out.with_name(f"{out.name}.partial").exists()
     assert read == ["b.jsonl", "a.jsonl", "b.jsonl"]
     said = capsys.readouterr().out
-    assert "going on" in said and "starting afresh" in said
+    assert "resuming in" in said and "starting from scratch" in said
     assert TokenShards(tmp_path / "out0" / "train").documents == 120
     assert TokenShards(out / "train").documents + TokenShards(out / "eval").documents == 120
 

@@ -1,0 +1,162 @@
+"""Read the questions of benchmarks: C-Eval, CMMLU, MMLU, GSM8K and other files of questions.
+
+[`read_benchmarks`] accepts files of any of these forms, because decontamination looks for questions wherever they are.
+[`read_multiple_choice`] is strict, because evaluation must not skip a question: it names the line that is wrong.
+"""
+
+import csv
+import gzip
+import re
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from buddygpt.cli.errors import UserError
+from buddygpt.cli.files import file_type, find_files
+from buddygpt.data.text.rows import read_rows
+
+QUESTION_KEYS = ("question", "problem", "prompt", "query", "q_main", "instruction", "content", "text", "问题", "题目")
+SPLITS = ("test", "val", "valid", "dev", "train", "data")
+OPTION_KEY = re.compile("(option_?|选项)?[a-h]")
+LETTERS = ("A", "B", "C", "D")
+
+
+class BenchmarkItem(NamedTuple):
+    """A question with its options."""
+
+    place: str  # BENCHMARK/FILE:ROW: the first characters of the question
+    question: str
+    options: list[str]
+
+
+def read_benchmarks(paths: list[str]) -> Iterator[BenchmarkItem]:
+    """Yield the questions of benchmarks in .csv, .jsonl, .json, .parquet, or .txt files with a question per line.
+
+    A row has its question in one of `QUESTION_KEYS`, and its options in A, B, ..., in option_a, ..., in `options` or
+    in `choices`. A .csv file without a header is read in MMLU's form: question, options, letter of the answer. A file
+    in another form is skipped with a warning.
+
+    Args:
+        paths: A folder, file or glob for each benchmark.
+
+    Raises:
+        UserError: A benchmark does not exist or has no questions, or a row cannot be read.
+    """
+    for path, name in zip(paths, _name_benchmarks(paths), strict=True):
+        has_questions = False
+        for file in find_files([path]):
+            count = 0
+            for number, row in _read_rows(file):
+                question = _find_question(row)
+                if question:
+                    count += 1
+                    place = f"{name}/{file.name}:{number}: {question[:40]}"
+                    yield BenchmarkItem(place, question, _find_options(row))
+            if count:
+                has_questions = True
+            else:
+                tqdm.write(f"skipped {file}: no questions found", file=sys.stderr)
+        if not has_questions:
+            raise UserError(f"{path}: no file has a column of questions; name it one of {', '.join(QUESTION_KEYS)}")
+
+
+def _name_benchmarks(paths: list[str]) -> list[str]:
+    """Name each benchmark after its file or folder, and also the folders above if names are equal or too general."""
+    absolute = [Path(path).absolute() for path in paths]
+    for parts in (1, 2, 3):
+        names = []
+        for path in absolute:
+            words = [*path.parts[:-1], path.name.split(".")[0]]
+            count = parts + 1 if words[-1] in SPLITS else parts  # `test` alone says too little
+            names.append(re.sub(r"[^\w-]+", "_", "_".join(words[-count:])))
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"benchmarks are listed twice, or have equal names: {', '.join(paths)}")
+
+
+def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number and columns of each row, with lower-case names of columns."""
+    if file_type(file) == ".csv":
+        yield from _read_csv(file)
+        return
+    text_key = ["question"] if file_type(file) == ".txt" else None
+    for row in read_rows(file, text_key, txt_sample_by="line"):
+        if row.error and row.number == 1:  # another kind of JSON file, such as settings that come with a benchmark
+            return
+        if row.error:
+            raise UserError(f"{file}:{row.number}: {row.error}")
+        content = row.content if isinstance(row.content, dict) else {"question": row.content}
+        yield row.number, {key.lower(): value for key, value in content.items()}
+
+
+def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield line and columns of each row of a CSV file; nothing if it has no questions."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            rows: Iterator[list[str]] = reader
+            first = next(reader, [])
+            header = [cell.strip().lower() for cell in first]
+            if not set(header) & set(QUESTION_KEYS):
+                # MMLU's files have no header: the first row ends with the letter of the answer.
+                if not header or not re.fullmatch("[a-h]", header[-1]):
+                    return
+                rows = chain([first], reader)
+                header = ["question", *"abcdefgh"[: len(first) - 2], "answer"]
+            for row in rows:
+                yield reader.line_num, dict(zip(header, row, strict=False))
+    except (csv.Error, OSError, EOFError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+
+
+def _find_question(row: dict[str, Any]) -> str:
+    """Return the question of a row, or an empty string."""
+    for key in QUESTION_KEYS:
+        if isinstance(row.get(key), str):
+            return row[key].strip()
+    return ""
+
+
+def _find_options(row: dict[str, Any]) -> list[str]:
+    """Return the options of a row: those in columns of their letters, then those in a list."""
+    listed = row.get("options") or row.get("choices") or []
+    if isinstance(listed, dict):  # {"text": [...], "label": [...]}, or {"A": ..., "B": ...}
+        listed = listed.get("text") or list(listed.values())
+    if isinstance(listed, str):
+        listed = [listed]
+    named = [row[key] for key in sorted(row) if OPTION_KEY.fullmatch(key)]
+    return [str(option) for option in [*named, *listed] if option is not None]
+
+
+def read_multiple_choice(
+    file: Path, question: str = "question", answer: str = "answer"
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield line and columns of each question of a CSV file, and accept no gap.
+
+    Args:
+        file: A .csv file with the columns `question`, A, B, C, D and `answer`. Other columns are ignored.
+        question: Name of the column with the question.
+        answer: Name of the column with the letter of the right option.
+
+    Raises:
+        UserError: A column is missing, there are no rows, a cell is empty, or an answer is not one of A, B, C, D.
+    """
+    columns = (question, *LETTERS, answer)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        rows = csv.DictReader(stream)
+        missing = [column for column in columns if column not in (rows.fieldnames or ())]
+        if missing:
+            raise UserError(f"{file}: no column {', '.join(missing)}.")
+        for row in rows:
+            if not all(row[column] for column in columns):
+                raise UserError(f"{file}, line {rows.line_num}: a question, option or answer is empty.")
+            if row[answer] not in LETTERS:
+                raise UserError(f"{file}, line {rows.line_num}: the answer is `{row[answer]}`, not A, B, C or D.")
+            yield rows.line_num, row
+        if rows.line_num < 2:
+            raise UserError(f"{file} has no rows.")
