@@ -284,7 +284,7 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
 @pytest.mark.parametrize(
     "name, content, options, message",
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, r"a\.jsonl:2: not valid JSON: .* Mend it, or set `on_bad_row"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', {}, r"a\.jsonl:2: not valid JSON: .* Fix it, or set `on_bad_row"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, r"a\.jsonl:2: not valid UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"texts": "b"}\n', {}, r"a\.jsonl:2: no column `text`; there are: texts"),
         ("a.jsonl", b'{"text": ["a"]}\n', {}, r"a\.jsonl:1: column `text` holds list, not text"),
@@ -348,7 +348,7 @@ def test_a_mistake_in_a_worker_is_one_line_and_status_2(tmp_path, tokenizer_fold
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.rstrip().endswith(
-        f"error: {tmp_path / 'b.jsonl'}:1: the row is no object but int. Mend it, or set `on_bad_row: skip`."
+        f"error: {tmp_path / 'b.jsonl'}:1: the row is no object but int. Fix it, or set `on_bad_row: skip`."
     )
 
 
