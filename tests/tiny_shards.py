@@ -1,4 +1,4 @@
-"""Shards of random tokens as data/prepare_pretrain.py leaves them, for tests that need no text."""
+"""Shards of random tokens in the format of data/prepare_pretrain.py, for tests that need no text."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from buddygpt.data.shards.mixture import resolve_mixture
 
 
 class Shard(NamedTuple):
-    """A shard to be written: `documents` are their lengths in tokens, separators included."""
+    """A shard to write; `documents` holds the lengths of its documents in tokens, separators included."""
 
     file: str
     source: str
@@ -22,9 +22,9 @@ class Shard(NamedTuple):
 
 
 def write_shards(folder: Path, shards: list[Shard], tokenizer_sha256: str = "", **epochs: float) -> Path:
-    """Write the shards and their manifest; each source is read once in an epoch, or as often as said.
+    """Write shards and manifest. Each source is read once per mixture epoch, or as often as `epochs` says.
 
-    Tokens are 2 to 63, and 0 ends a document; a token is two bytes of text.
+    Token ids are 2 to 63, and 0 ends a document. A token counts as two bytes of text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries, sources = [], {}

@@ -1,4 +1,4 @@
-"""Is every source read as often as it was wished, block by block, whatever is added and wherever a run begins?"""
+"""Every source is read as often as requested, block by block, whatever is appended and wherever a run resumes."""
 
 import random
 import time
@@ -17,11 +17,11 @@ from buddygpt.data.shards.history import count_slots, make_order, update_history
 from buddygpt.data.shards.mixture import resolve_mixture
 from buddygpt.data.shards.order import BlockOrder, EpochOrder, Quota, permute
 
-# --- what is wished, and what is achieved ---
+# --- from requests to epochs ---
 
 
-def source(name: str, tokens: int, language: str | None = None, **wish: float) -> dict:
-    return {"name": name, "language": language, "tokens": tokens, "documents": 1, "text_bytes": 3 * tokens, **wish}
+def source(name: str, tokens: int, language: str | None = None, **request: float) -> dict:
+    return {"name": name, "language": language, "tokens": tokens, "documents": 1, "text_bytes": 3 * tokens, **request}
 
 
 ZH, EN, WIKI = source("zh", 600, "zh"), source("en", 600, "en"), source("wiki", 150, "zh", epochs=2)
@@ -47,15 +47,15 @@ ZH, EN, WIKI = source("zh", 600, "zh"), source("en", 600, "en"), source("wiki", 
         ),
     ],
 )
-def test_a_wish_becomes_epochs_and_shares(sources, languages, epochs):
-    achieved = resolve_mixture(sources, languages)
-    assert [each["epochs"] for each in achieved] == pytest.approx(epochs)
-    read = [each["tokens"] * each["epochs"] for each in achieved]
-    assert [each["share"] for each in achieved] == pytest.approx([amount / sum(read) for amount in read])
-    assert [each["name"] for each in achieved] == [each["name"] for each in sources]
-    assert set(achieved[0]) == {"name", "language", "tokens", "documents", "text_bytes", "epochs", "share"}
+def test_requests_become_epochs_and_shares(sources, languages, epochs):
+    resolved = resolve_mixture(sources, languages)
+    assert [each["epochs"] for each in resolved] == pytest.approx(epochs)
+    read = [each["tokens"] * each["epochs"] for each in resolved]
+    assert [each["share"] for each in resolved] == pytest.approx([amount / sum(read) for amount in read])
+    assert [each["name"] for each in resolved] == [each["name"] for each in sources]
+    assert set(resolved[0]) == {"name", "language", "tokens", "documents", "text_bytes", "epochs", "share"}
     for language, ratio in (languages or {}).items():
-        share = sum(each["share"] for each in achieved if each["language"] == language)
+        share = sum(each["share"] for each in resolved if each["language"] == language)
         assert share == pytest.approx(ratio / sum(languages.values()))
 
 
@@ -77,12 +77,12 @@ def test_a_wish_becomes_epochs_and_shares(sources, languages, epochs):
         ([source("a", 0)], None, "no source has any tokens"),
     ],
 )
-def test_wishes_that_cannot_be_are_refused(sources, languages, message):
+def test_impossible_requests_are_refused(sources, languages, message):
     with pytest.raises(UserError, match=message):
         resolve_mixture(sources, languages)
 
 
-# --- one permutation after another ---
+# --- permutations ---
 
 
 @pytest.mark.parametrize("size", [*range(1, 40), 97, 100, 256, 1000, 4097])
@@ -116,16 +116,16 @@ def test_a_size_changes_after_the_epochs_before():
     assert [order.position(e) for e in (0, 0.5, 2, 2.5, 4, 4.5)] == [0, 5, 20, 29, 56, 71]
 
 
-# --- sources woven together ---
+# --- mixture epochs ---
 
 
 def stage(**sources: int | tuple[int, int]) -> dict[str, Quota]:
-    """Of each source its blocks and slots; one number: as many slots as blocks."""
+    """Quotas by source: (blocks, slots), or one number if both are equal."""
     return {name: Quota(*(each if isinstance(each, tuple) else (each, each))) for name, each in sources.items()}
 
 
 class SlowOrder:
-    """What a mixture is, spelt out: lists, and an iterator for each source."""
+    """The definition of a mixture, without shortcuts: lists, and an iterator for each source."""
 
     def __init__(self, blocks: dict[str, list[range]], history: list[tuple[int, dict[str, Quota]]], seed: int) -> None:
         self.blocks = {name: [block for each in ranges for block in each] for name, ranges in blocks.items()}
@@ -137,7 +137,7 @@ class SlowOrder:
 
     def read_source(self, name: str) -> Iterator[int]:
         epoch = 0
-        while True:  # blocks that are added in the middle of an epoch are met at the beginning of the next
+        while True:  # blocks that are appended during an epoch are read from the next one on
             order = self.shuffled(self.now[name].blocks, f"{self.seed} {name} {epoch}")
             yield from [self.blocks[name][number] for number in order]
             epoch += 1
@@ -152,7 +152,7 @@ class SlowOrder:
 
 
 def random_history(rng: random.Random) -> tuple[dict[str, list[range]], list[tuple[int, dict[str, Quota]]]]:
-    """Sources that grow, come later and change their epochs."""
+    """Sources that grow, join later and change their epochs."""
     blocks: dict[str, list[range]] = {}
     history, total, epoch = [], 0, 0
     for names in ("ab", "ab", "abc", "bca"):
@@ -167,17 +167,17 @@ def random_history(rng: random.Random) -> tuple[dict[str, list[range]], list[tup
     return blocks, history
 
 
-def test_any_mixture_is_read_as_spelt_out():
+def test_any_mixture_is_read_as_defined():
     for seed in range(300):
         blocks, history = random_history(random.Random(seed))
         order = BlockOrder(blocks, history, seed)
         expected = [*islice(SlowOrder(blocks, history, seed), 200)]
         assert [order.index(position) for position in range(200)] == expected, seed
-        for number in range(1, len(history)):  # what was promised before each change is read
+        for number in range(1, len(history)):  # a change does not affect the epochs before it
             epoch = history[number][0]
-            begun = BlockOrder(blocks, history[:number], seed)
-            promised = min(int(begun.position(epoch)), 200)
-            assert [begun.index(position) for position in range(promised)] == expected[:promised]
+            before = BlockOrder(blocks, history[:number], seed)
+            unaffected = min(int(before.position(epoch)), 200)
+            assert [before.index(position) for position in range(unaffected)] == expected[:unaffected]
 
 
 def test_every_block_of_a_source_is_read_equally_often():
@@ -214,15 +214,15 @@ def test_positions_cost_the_same_wherever_they_are():
 
 
 def source_of_each(blocks: BlockDataset) -> list[str]:
-    """The source in whose shard each block begins."""
+    """The source of the shard in which each block begins."""
     names = [shard["source"] for shard in blocks.shards for _ in range(shard["tokens"])]
     return [names[block * blocks.block_size] for block in range(len(blocks))]
 
 
 def test_three_to_one_is_read_as_three_to_one(tmp_path):
     shards = [Shard(f"{name}{n}.ds", name, [50] * 20, name) for n in range(3) for name in ("zh", "en")]
-    achieved = resolve_mixture([source("zh", 3000, "zh"), source("en", 3000, "en")], {"zh": 3, "en": 1})
-    epochs = {each["name"]: each["epochs"] for each in achieved}
+    resolved = resolve_mixture([source("zh", 3000, "zh"), source("en", 3000, "en")], {"zh": 3, "en": 1})
+    epochs = {each["name"]: each["epochs"] for each in resolved}
     blocks = BlockDataset(write_shards(tmp_path, shards, **epochs), 16)
     order, sources = make_order(update_history([], blocks, 0, 1), blocks, seed=3), source_of_each(blocks)
     size = order.position(1)
@@ -235,7 +235,7 @@ def test_three_to_one_is_read_as_three_to_one(tmp_path):
 
 
 def test_a_block_belongs_to_the_source_in_which_it_begins(tmp_path):
-    """16 tokens a block: 2.5 blocks of zh, a shard that none begins in, 2 blocks and a bit of en, and zh again."""
+    """16 tokens per block: 2.5 blocks of zh, a shard in which none begins, over 2 blocks of en, zh again."""
     sizes = [("zh", 40), ("tiny", 5), ("en", 40), ("zh", 30)]
     shards = [Shard(f"{number}.ds", name, [size]) for number, (name, size) in enumerate(sizes)]
     blocks = BlockDataset(write_shards(tmp_path, shards, en=0.1, tiny=3), 16)
@@ -245,41 +245,45 @@ def test_a_block_belongs_to_the_source_in_which_it_begins(tmp_path):
         "en": [[3, 4, 5]],
     }
     assert source_of_each(blocks) == ["zh"] * 3 + ["en"] * 3 + ["zh"]
-    assert count_slots(blocks) == {"zh": (4, 4), "tiny": (0, 0), "en": (3, 1)}  # a source is never left out
+    assert count_slots(blocks) == {
+        "zh": (4, 4),
+        "tiny": (0, 0),
+        "en": (3, 1),
+    }  # one slot, although 0.1 x 3 rounds to 0
     order = make_order(update_history([], blocks, 0, 1), blocks, seed=3)
     assert sorted(Counter(map(order.index, range(15))).values()) == [1, 1, 1, 3, 3, 3, 3]
 
 
-def test_shards_are_taken_up_after_what_was_promised(tmp_path):
-    """Random appends and mixtures at random steps: the begun epoch stays, later ones have everything."""
+def test_appended_shards_are_read_from_the_next_epoch(tmp_path):
+    """Random appends and mixtures at random steps: the current epoch stays as it is, later ones have everything."""
     rng = random.Random(0)
     shards, history, orders, step = [], [], [], 0
-    for generation in range(8):
+    for append_round in range(8):
         for name in rng.sample(["zh", "en", "code"], rng.randint(1, 3)):
-            shards.append(Shard(f"{generation}{name}.ds", name, [rng.randint(1, 60) for _ in range(9)]))
+            shards.append(Shard(f"{append_round}{name}.ds", name, [rng.randint(1, 60) for _ in range(9)]))
         epochs = {name: rng.choice([0.3, 1, 2.5]) for name in ("zh", "en", "code")}
         blocks = BlockDataset(write_shards(tmp_path, shards, **epochs), 16)
         history = update_history(history, blocks, step, 4)
         order = make_order(history, blocks, seed=9)
         assert update_history(history, blocks, step + 1, 4) is history
-        begun = history[-1]["epoch"]
-        assert (begun - 1) < (orders[-1].epoch(4 * step) if orders else 0) <= begun
-        promised = order.position(begun)
+        next_epoch = history[-1]["epoch"]
+        assert (next_epoch - 1) < (orders[-1].epoch(4 * step) if orders else 0) <= next_epoch
+        start = order.position(next_epoch)
         for before in orders[-1:]:
-            assert [order.index(p) for p in range(promised)] == [before.index(p) for p in range(promised)]
+            assert [order.index(p) for p in range(start)] == [before.index(p) for p in range(start)]
         everything = {name: share["slots"] for name, share in history[-1]["sources"].items()}
         sources = source_of_each(blocks)
-        stop = order.position(begun + 1)
-        assert Counter(sources[order.index(p)] for p in range(promised, stop)) == everything
+        stop = order.position(next_epoch + 1)
+        assert Counter(sources[order.index(p)] for p in range(start, stop)) == everything
         assert history[-1]["sources"] == {name: share._asdict() for name, share in count_slots(blocks).items()}
         orders.append(order)
-        step = rng.randint(promised // 4 + 1, stop // 4 + 1)
+        step = rng.randint(start // 4 + 1, stop // 4 + 1)
     newest = Counter(orders[-1].index(p) for p in range(orders[-1].position(history[-1]["epoch"] + 40)))
     assert set(newest) == set(range(len(blocks)))
 
 
 def test_going_back_before_a_change_keeps_it(tmp_path):
-    """The last checkpoints are lost, and more data has come: nothing that was promised moves to an earlier epoch."""
+    """If the last checkpoints are lost and more data was appended, no change moves to an earlier epoch."""
     shards = [Shard("0.ds", "zh", [160])]
     blocks = BlockDataset(write_shards(tmp_path, shards), 16)
     history = update_history([], blocks, 0, 4)
