@@ -1,12 +1,15 @@
-"""What cleaning can do to one text: mappers return it changed, measures return a number (or a label) about it.
+"""The operators of cleaning profiles: mappers return a text changed, measures return a number or a label for it.
 
-Every operator is a function of the text and of keyword parameters, which a profile gives (data/profiles/*.yaml): no
-threshold is in here. The measures of repetition, special characters and words follow data-juicer's filters
-(https://github.com/datajuicer/data-juicer, which BigScience's and Steel-LLM's thresholds are made for), the share of
-duplicate lines Gopher (https://arxiv.org/abs/2112.11446, table A1).
+Every operator is a function of the text and of keyword parameters, which a profile sets (data/profiles/*.yaml); no
+threshold is in this file. A new operator is one function here with `@mapper` or `@measure`. A measure's first
+docstring sentence appears in the data report.
+
+The measures of repetition, special characters and words follow data-juicer
+(https://github.com/datajuicer/data-juicer), for which BigScience and Steel-LLM chose their thresholds. The share of
+duplicate lines follows Gopher (https://arxiv.org/abs/2112.11446, table A1).
 
 Text may be hostile, so every regular expression here takes time linear in its length, or is bounded. Each begins with
-a character and looks behind after it: Python then finds its candidates some ten times as fast.
+a character and looks behind after it, because Python then finds candidates about ten times as fast.
 """
 
 import re
@@ -37,7 +40,7 @@ def measure(function: Callable[..., float | str]) -> Callable[..., float | str]:
 
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 MANY_BLANK_LINES = re.compile("\n(?:[ \t\u3000]*\n){3,}")
-# ftfy changes nothing that consists of these alone: ASCII, Han, Chinese punctuation, full-width forms, common symbols.
+# ftfy changes nothing in text that has only these: ASCII, Han, Chinese punctuation, full-width forms, common symbols.
 NEEDS_FTFY = re.compile(
     "[^\n\t -~\u4e00-\u9fff\u3000-\u303f\uff01-\uffee“”‘’—–…·•"
     "\u2190-\u21ff\u2460-\u24ff\u25a1-\u27bf\U0001f300-\U0001faff]"
@@ -52,9 +55,9 @@ SPACES_INSIDE_LINE = re.compile(r"[ \t](?<=\S.)[ \t]+(?=\S)")
 
 @mapper
 def normalize_lines(text: str) -> str:
-    """Return the text with \\n line ends, no control characters, at most two blank lines on end, and bare ends.
+    """Use \\n as line end, remove control characters, keep at most two blank lines in a row, and strip both ends.
 
-    Full-width punctuation and everything else that can be seen stays as it is (no NFC, no NFKC).
+    No visible character changes, also not full-width punctuation (no NFC, no NFKC).
     """
     text = CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     return MANY_BLANK_LINES.sub("\n\n\n", text).strip()
@@ -62,22 +65,27 @@ def normalize_lines(text: str) -> str:
 
 @mapper
 def fix_unicode(text: str, *, unescape_html: bool) -> str:
-    """Repair wrongly decoded text, Latin ligatures, line separators, HTML entities; bring the lines repaired to NFC.
+    """Repair wrongly decoded text, ligatures and line separators and, with `unescape_html`, replace HTML entities.
 
-    Full-width forms, ideographic spaces and curly quotes stay: ftfy's own defaults would make them ASCII.
+    Repaired lines are in NFC. Full-width forms, ideographic spaces and curly quotes stay; the defaults of ftfy would
+    turn them into ASCII.
     """
     if unescape_html and "&" in text and HTML_ENTITY.search(text):
         text = ftfy.fixes.unescape_html(text)
     if not NEEDS_FTFY.search(text):
         return text
-    return "\n".join(ftfy.fix_text(line, FTFY) if NEEDS_FTFY.search(line) else line for line in text.split("\n"))
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if NEEDS_FTFY.search(line):
+            lines[number] = ftfy.fix_text(line, FTFY)
+    return "\n".join(lines)
 
 
 @mapper
 def normalize_spaces(text: str, *, collapse: bool) -> str:
-    """Make odd spaces plain, remove invisible ones and those at line ends; `collapse` runs inside a line to one.
+    """Replace unusual spaces, remove invisible ones and those at line ends, and `collapse` runs inside a line.
 
-    Indentation stays, and so do tabs and the ideographic space, which sets names and columns apart.
+    Indentation, tabs and ideographic spaces stay: ideographic spaces separate names and columns.
     """
     text = INVISIBLE.sub("", ODD_SPACES.sub(" ", text))
     text = SPACES_AT_LINE_END.sub("", text)
@@ -86,7 +94,7 @@ def normalize_spaces(text: str, *, collapse: bool) -> str:
 
 @mapper
 def convert_chinese(text: str, *, config: str) -> str:
-    """Convert between the Chinese scripts by an OpenCC configuration, such as `t2s` (traditional to simplified)."""
+    """Convert between Chinese scripts with the OpenCC configuration `config`; t2s is traditional to simplified."""
     return _opencc(config).convert(text)
 
 
@@ -95,7 +103,7 @@ def _opencc(config: str) -> opencc.OpenCC:
     return opencc.OpenCC(config)
 
 
-# --- Mappers: addresses and numbers of people ---
+# --- Mappers: personal addresses and numbers ---
 
 EMAIL = re.compile(r"[A-Za-z0-9](?<![\w.%+-].)[\w.%+-]{0,63}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{2,63})+", re.ASCII)
 IP_ADDRESS = re.compile(r"[0-9](?<![0-9A-Za-z.].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?::[0-9]{1,5})?(?![0-9A-Za-z]|\.[0-9])")
@@ -103,12 +111,12 @@ IPV6_ADDRESS = re.compile(r"[0-9A-Fa-f](?<![0-9A-Za-z:].)[0-9A-Fa-f]{0,3}(?::[0-
 URL = r"(?:https?://|HTTPS?://|ftp://|www\.)[A-Za-z0-9\-._~:/?#\[\]@!$&'*+,;=%]+"
 MARKDOWN_LINK = re.compile(rf"!?\[([^\[\]\n]*)\]\({URL}(?: [^()\n]*)?\)")
 LINK = re.compile(rf"{URL}(?<![.,;:!?'\]])")
-ALONE = "(?<![0-9A-Za-z._￥¥$€-].)"  # after the first character: what stands before is no part of a number or a price
+ALONE = "(?<![0-9A-Za-z._￥¥$€-].)"  # after the first character: no number or price continues here
 AMOUNT = r"\s?(?:元|万|亿|美元|港元|日元|欧元|英镑|吨|股|次|公里|平方|千瓦|字节|[%％])"
 PHONE = re.compile(
     rf"(?:(?:\+{ALONE}86[- ]?1|8{ALONE}6[- ]?1|1{ALONE})[3-9][0-9]([- ]?)[0-9]{{4}}\1[0-9]{{4}}"  # mobile
     rf"|(?:0{ALONE}[0-9]{{2,3}}[-— ]|[(（]0[0-9]{{2,3}}[)）] ?)[2-8][0-9]{{6,7}}(?:-[0-9]{{1,6}})?"  # landline
-    rf"|[48]{ALONE}00-(?:[0-9]{{3}}-?[0-9]{{4}}|[0-9]{{4}}-?[0-9]{{3}})"  # of services
+    rf"|[48]{ALONE}00-(?:[0-9]{{3}}-?[0-9]{{4}}|[0-9]{{4}}-?[0-9]{{3}})"  # service numbers
     rf")(?![0-9A-Za-z]|[.,][0-9]|{AMOUNT})"
 )
 ID_NUMBER = re.compile(
@@ -126,12 +134,14 @@ def remove_emails(text: str) -> str:
 
 @mapper
 def remove_ips(text: str) -> str:
-    """Remove IPv6 addresses written in full, and IPv4 ones of seven digits or more: 3.2.1.12 may be a section."""
+    """Remove full IPv6 addresses, and IPv4 addresses of at least seven digits: 3.2.1.12 may be a section."""
 
     def replace(match: re.Match) -> str:
-        numbers = match[0].split(":")[0].split(".")
-        is_address = all(int(n) < 256 for n in numbers) and len("".join(numbers)) >= 7
-        return "" if is_address else match[0]
+        address = match[0].split(":")[0]  # without the port
+        numbers = address.split(".")
+        if any(int(number) > 255 for number in numbers) or len("".join(numbers)) < 7:
+            return match[0]
+        return ""
 
     text = IP_ADDRESS.sub(replace, text)
     return IPV6_ADDRESS.sub("", text) if text.count(":") >= 7 else text
@@ -139,7 +149,7 @@ def remove_ips(text: str) -> str:
 
 @mapper
 def remove_links(text: str) -> str:
-    """Remove links and Markdown's images; of Markdown's links the words stay."""
+    """Remove links and Markdown images; the words of Markdown links stay."""
     if "://" not in text and "www." not in text:
         return text
     text = MARKDOWN_LINK.sub(lambda match: "" if match[0][0] == "!" else match[1], text)
@@ -148,13 +158,13 @@ def remove_links(text: str) -> str:
 
 @mapper
 def remove_phone_numbers(text: str) -> str:
-    """Remove Chinese mobile, landline and service numbers, unless a currency or unit makes them an amount."""
+    """Remove Chinese mobile, landline and service phone numbers, except amounts with a currency or unit."""
     return PHONE.sub("", text)
 
 
 @mapper
 def remove_id_numbers(text: str) -> str:
-    """Remove Chinese identity numbers: 18 digits with a date of birth and a right checksum (GB 11643-1999)."""
+    """Remove Chinese identity numbers: 18 digits with a date of birth and a valid checksum (GB 11643-1999)."""
 
     def replace(match: re.Match) -> str:
         total = sum(weight * int(digit) for weight, digit in zip(ID_WEIGHTS, match[0], strict=False))
@@ -189,7 +199,7 @@ COPYRIGHT = re.compile(r"copyright|©|\blicen[sc]ed?\b|SPDX|版权所有", re.IG
 
 @mapper
 def remove_html(text: str) -> str:
-    """Remove HTML's own tags, and what scripts and styles hold; `a < b` and `<T>` stay. Blocks end in a line end."""
+    """Remove HTML tags, comments, scripts and styles; `a < b` and `<T>` stay. Block elements become line ends."""
     if "<" not in text:
         return text
 
@@ -205,111 +215,138 @@ def remove_html(text: str) -> str:
 
 
 def _remove_hidden_html(text: str) -> str:
-    """Remove comments, scripts and styles that have an end; each end is looked for once, so that time is linear."""
-    kept, done, start, endless = [], 0, 0, set()
+    """Remove comments, scripts and styles that are closed."""
+    kept = []
+    done = 0  # the text before is in `kept`, or removed
+    start = 0  # search for the next opening from here
+    unclosed = set()  # names without a closing tag after `start`: not searched for again, so time stays linear
     while opening := HTML_HIDDEN.search(text, start):
-        start, name = opening.end(), opening[1] and opening[1].lower()
-        closing = None if name in endless else HTML_HIDDEN_END[name].search(text, start)
+        start = opening.end()
+        name = opening[1].lower() if opening[1] else None  # None: a comment
+        closing = None if name in unclosed else HTML_HIDDEN_END[name].search(text, start)
         if closing:
             kept.append(text[done : opening.start()])
             done = start = closing.end()
         else:
-            endless.add(name)
+            unclosed.add(name)
     return "".join(kept) + text[done:]
 
 
 @mapper
 def remove_spans(text: str, *, patterns: list[str]) -> str:
-    """Remove whatever matches one of these regular expressions."""
+    """Remove every match of one of the regular expressions `patterns`."""
     return _any_of(tuple(patterns)).sub("", text)
 
 
 @mapper
 def remove_sentences(text: str, *, patterns: list[str], max_chars: int) -> str:
-    """Remove the sentences in which one of these regular expressions is found, if they are not longer than that."""
+    """Remove sentences of at most `max_chars` in which one of the regular expressions `patterns` matches."""
     pattern = _any_of(tuple(patterns))
     if not pattern.search(text):
         return text
-
-    def keep(line: str) -> str | None:
-        kept = [s for s in SENTENCE.findall(line) if len(s) > max_chars or not pattern.search(s)]
-        return "".join(kept) or None
-
-    lines = [keep(line) if pattern.search(line) else line for line in text.split("\n")]
-    return "\n".join(line for line in lines if line is not None)
+    lines = []
+    for line in text.split("\n"):
+        if pattern.search(line):
+            sentences = SENTENCE.findall(line)
+            line = "".join(each for each in sentences if len(each) > max_chars or not pattern.search(each))
+            if not line:  # a line that becomes empty is removed, too
+                continue
+        lines.append(line)
+    return "\n".join(lines)
 
 
 @mapper
 def remove_lines(text: str, *, patterns: list[str], max_chars: int) -> str:
-    """Remove the lines that begin as one of these regular expressions says, if they are not longer than that."""
+    """Remove lines of at most `max_chars` at whose start one of the regular expressions `patterns` matches."""
     pattern = _any_of(tuple(patterns))
     return "\n".join(line for line in text.split("\n") if len(line) > max_chars or not pattern.match(line))
 
 
 @mapper
 def remove_repeated_sentences(text: str, *, min_chars: int) -> str:
-    """Remove sentences that have stood before; compared, and at least so long, in their letters, Han and digits."""
+    """Remove repeated sentences of at least `min_chars` letters, Han and digits; only these are compared."""
     seen: set[str] = set()
 
     def is_new(sentence: str) -> bool:
-        words = NOT_WORDS.sub("", sentence) if len(sentence) >= min_chars else ""
+        if len(sentence) < min_chars:
+            return True
+        words = NOT_WORDS.sub("", sentence)
         if len(words) < min_chars:
             return True
-        new = words not in seen
+        if words in seen:
+            return False
         seen.add(words)
-        return new
+        return True
 
-    lines = ((line, "".join(filter(is_new, SENTENCE.findall(line)))) for line in text.split("\n"))
-    return "\n".join(kept for line, kept in lines if kept or not line)
+    lines = []
+    for line in text.split("\n"):
+        kept = "".join(filter(is_new, SENTENCE.findall(line)))
+        if kept or not line:  # a line that becomes empty is removed, too
+            lines.append(kept)
+    return "\n".join(lines)
 
 
 @mapper
 def expand_latex_macros(text: str, *, max_chars: int) -> str:
-    """Write out LaTeX macros without arguments whose definition is at most so long, and remove the definitions."""
+    """Expand LaTeX macros without arguments whose body has at most `max_chars`, and remove their definitions."""
     if "\\newcommand" not in text and "\\def" not in text:
         return text
-    macros = {name: body for name, body in LATEX_MACRO.findall(text) if len(body) <= max_chars and "#" not in body}
+    macros = {}
+    for name, body in LATEX_MACRO.findall(text):
+        if len(body) <= max_chars and "#" not in body:
+            macros[name] = body
     text = LATEX_MACRO.sub(lambda match: "" if match[1] in macros else match[0], text)
     return LATEX_COMMAND.sub(lambda match: macros.get(match[0], match[0]), text)
 
 
 @mapper
 def remove_copyright_header(text: str) -> str:
-    """Remove the comment that a source file begins with, if it speaks of copyright or licence; a `#!` line stays."""
+    """Remove the comment at the start of a source file if it mentions copyright or a license; a `#!` line stays."""
     match = COMMENT_HEADER.match(text)
-    return text[: match.start(1)] + text[match.end(1) :] if match and COPYRIGHT.search(match[1]) else text
+    if match and COPYRIGHT.search(match[1]):
+        return text[: match.start(1)] + text[match.end(1) :]
+    return text
 
 
 @cache
 def _any_of(patterns: tuple[str, ...]) -> re.Pattern:
-    return re.compile("|".join(patterns))  # not in groups: only so does Python look for their first characters
+    return re.compile("|".join(patterns))  # without groups, so that Python can search for their first characters
 
 
 # --- Measures ---
 
 
 class Kind(IntEnum):
-    """What a character is."""
+    """Kinds of characters."""
 
     SPACE, SYMBOL, DIGIT, LETTER, ACCENTED_LETTER, HAN, FOREIGN_LETTER = range(7)
 
 
 def _kind(code: int) -> Kind:
-    category = unicodedata.category(chr(code))[0]
+    """Return the kind of a code point. LETTER is A to Z, also full-width; FOREIGN_LETTER is not Latin."""
+    character = chr(code)
+    category = unicodedata.category(character)[0]
+    # 々 and 〇; extension A; the basic block; compatibility ideographs.
     if code in (0x3005, 0x3007) or 0x3400 <= code < 0x4DC0 or 0x4E00 <= code < 0xA000 or 0xF900 <= code < 0xFB00:
         return Kind.HAN
     if category == "L":
-        latin = unicodedata.name(chr(code), "").partition("LATIN ")[0] in ("", "FULLWIDTH ")
-        plain = code < 0x80 or code >= 0xFF00
-        return (Kind.LETTER if plain else Kind.ACCENTED_LETTER) if latin else Kind.FOREIGN_LETTER
-    return {"N": Kind.DIGIT, "Z": Kind.SPACE}.get(category, Kind.SPACE if chr(code) in "\n\t" else Kind.SYMBOL)
+        before_latin = unicodedata.name(character, "").partition("LATIN ")[0]
+        if before_latin not in ("", "FULLWIDTH "):
+            return Kind.FOREIGN_LETTER
+        return Kind.LETTER if code < 0x80 or code >= 0xFF00 else Kind.ACCENTED_LETTER
+    if category == "N":
+        return Kind.DIGIT
+    if category == "Z" or character in "\n\t":
+        return Kind.SPACE
+    return Kind.SYMBOL
 
 
 @cache
 def _kinds() -> np.ndarray:
-    """Return the kind of every code point of the planes 0 to 3 (2 and 3 hold nothing but Han) and of one above."""
-    planes = [np.array([_kind(code) for code in range(0x20000)]), np.full(0x20000, Kind.HAN), [Kind.SYMBOL]]
-    return np.concatenate(planes).astype(np.uint8)
+    """Return the kind of every code point of the planes 0 to 3, and one entry more for the planes above."""
+    planes_0_and_1 = np.array([_kind(code) for code in range(0x20000)])
+    planes_2_and_3 = np.full(0x20000, Kind.HAN)
+    return np.concatenate([planes_0_and_1, planes_2_and_3, [Kind.SYMBOL]]).astype(np.uint8)
 
 
 def _codes(text: str) -> np.ndarray:
@@ -318,8 +355,10 @@ def _codes(text: str) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _kind_counts(text: str) -> list[int]:
+    """Return how many characters of each kind the text has. Several measures of one text use it, hence the cache."""
     kinds = _kinds()
-    return np.bincount(kinds[np.minimum(_codes(text), len(kinds) - 1)], minlength=len(Kind)).tolist()
+    codes = np.minimum(_codes(text), len(kinds) - 1)
+    return np.bincount(kinds[codes], minlength=len(Kind)).tolist()
 
 
 def _share(text: str, *kinds: Kind) -> float:
@@ -329,7 +368,7 @@ def _share(text: str, *kinds: Kind) -> float:
 
 @measure
 def text_length(text: str) -> float:
-    """Characters."""
+    """Number of characters."""
     return len(text)
 
 
@@ -347,65 +386,73 @@ def special_share(text: str) -> float:
 
 @measure
 def han_share(text: str) -> float:
-    """Share of Han among the characters that are no spaces."""
-    return _kind_counts(text)[Kind.HAN] / max(len(text) - _kind_counts(text)[Kind.SPACE], 1)
+    """Share of Han among the characters except spaces."""
+    counts = _kind_counts(text)
+    return counts[Kind.HAN] / max(len(text) - counts[Kind.SPACE], 1)
 
 
 @measure
 def language(text: str, *, min_han: float, max_accented: float) -> str:
-    """`zh`, `en` or `other`, by the shares of scripts among the letters.
+    """`zh`, `en` or `other`, by the scripts of the letters.
 
-    Chinese has at least `min_han` of Han and less of kana, Hangul, Cyrillic, ...; English has nine letters in ten from
-    A to Z and at most `max_accented` with accents, which other Latin languages have more of.
+    `zh` if the share of Han is at least `min_han` and other scripts (kana, Hangul, Cyrillic, ...) have less than a
+    quarter as many letters; else `en` if at least 90% are A to Z and at most `max_accented` have accents, of which
+    other Latin languages have more; else `other`.
     """
     counts = _kind_counts(text)
     han, foreign, accented = counts[Kind.HAN], counts[Kind.FOREIGN_LETTER], counts[Kind.ACCENTED_LETTER]
     letters = max(han + foreign + accented + counts[Kind.LETTER], 1)
     if han / letters >= min_han and foreign < han / 4:
         return "zh"
-    return "en" if counts[Kind.LETTER] >= 0.9 * letters and accented / letters <= max_accented else "other"
+    if counts[Kind.LETTER] >= 0.9 * letters and accented / letters <= max_accented:
+        return "en"
+    return "other"
 
 
 @measure
 def average_line_length(text: str) -> float:
-    """Characters a line."""
+    """Average number of characters per line."""
     return len(text) / (text.count("\n") + 1)
 
 
 @measure
 def max_line_length(text: str) -> float:
-    """Characters of the longest line."""
+    """Number of characters of the longest line."""
     return max(map(len, text.split("\n")))
 
 
 @measure
 def prose_share(text: str) -> float:
-    """Share of the characters that stand in a line in which a sentence ends; menus, lists and captions have none."""
+    """Share of the characters in lines that contain the end of a sentence, unlike menus, lists and captions."""
     prose = sum(len(line) for line in text.split("\n") if SENTENCE_END.search(line))
     return prose / max(len(text) - text.count("\n"), 1)
 
 
 @measure
 def duplicate_line_share(text: str) -> float:
-    """Share of the characters that stand in a line which has stood before."""
-    seen, repeated = set(), 0
-    for line in map(str.strip, text.split("\n")):
-        repeated += len(line) if line in seen else 0
+    """Share of the characters in lines that repeat an earlier line."""
+    seen = set()
+    repeated = 0
+    for line in text.split("\n"):
+        line = line.strip()
+        if line in seen:
+            repeated += len(line)
         seen.add(line)
     return repeated / max(len(text), 1)
 
 
 @measure
 def advert_density(text: str, *, patterns: list[str]) -> float:
-    """Matches of these regular expressions on a thousand characters."""
+    """Number of matches of the regular expressions `patterns` per 1,000 characters."""
     return 1000 * len(_any_of(tuple(patterns)).findall(text)) / max(len(text), 1)
 
 
 @measure
 def character_repetition(text: str, *, n: int) -> float:
-    """Share of the most frequent repeated n-grams of characters, as many as the root of all, among all n-grams.
+    """Share of the most frequent repeated n-grams among all n-grams of `n` characters.
 
-    data-juicer's rule. A text of one sentence again and again scores low: it has few n-grams, and the root is small.
+    This is the rule of data-juicer: only the most frequent repeated n-grams count, as many as the square root of the
+    number of different n-grams. So a text that repeats one sentence scores low.
     """
     counts = _ngram_counts(_codes(text), n)
     repeated = np.sort(counts[counts > 1])[::-1]
@@ -414,19 +461,19 @@ def character_repetition(text: str, *, n: int) -> float:
 
 @measure
 def repeated_share(text: str, *, n: int) -> float:
-    """Share of the n-grams of characters that stand there more than once."""
+    """Share of the n-grams of `n` characters that occur more than once."""
     return _repeated_share(_ngram_counts(_codes(text), n))
 
 
 @measure
 def word_count(text: str) -> float:
-    """Words: every Han character, and every run of other letters and digits."""
+    """Number of words: every Han character, and every run of other letters and digits."""
     return len(_words(text))
 
 
 @measure
 def word_repetition(text: str, *, n: int) -> float:
-    """Share of the n-grams of words that stand there more than once."""
+    """Share of the n-grams of `n` words that occur more than once."""
     words = _words(text)
     return _repeated_share(_ngram_counts(np.fromiter(map(hash, words), np.int64, len(words)), n))
 
@@ -444,7 +491,7 @@ def _repeated_share(counts: np.ndarray) -> float:
 
 
 def _ngram_counts(values: np.ndarray, n: int) -> np.ndarray:
-    """Return how often each n-gram of the values occurs; told apart by a polynomial hash of 64 bits."""
+    """Return how often each different n-gram of the values occurs. A polynomial 64-bit hash identifies an n-gram."""
     size = max(len(values) - n + 1, 0)
     hashes = np.zeros(size, np.uint64)
     for i in range(n if size else 0):

@@ -403,7 +403,7 @@ def test_the_report_says_what_was_counted(tmp_path):
         "| text_length_below | 5 (20.83%) | 5 (25.00%) |  |",
         "| remove_links | 77 | 4 (16.67%) | 4 (20.00%) |  |",
         "| zh | 12 (50.00%) | 12 (60.00%) |  |",
-        "### text_length_below\n\nCharacters. `min` is 5 in text, 100 in zh-web.\n\nweb.jsonl:0: 2\n\n```text\n太短",
+        "### text_length_below\n\nNumber of characters. `min` is 5 in text, 100 in zh-web.\n\nweb.jsonl:0: 2\n\n```text\n太短",
         "### low_score\n\nweb.jsonl:0: 0.5\n\n```text\n不好",
         "### exam_cmmlu\n\nweb.jsonl:0\n\n```text\n考题\n```\n\nBenchmark item:\n\n```text\n下列哪一项\n```",
         "### duplicate\n\nweb.jsonl:0\n\n```text\n又来\n```\n\nCopy of a.jsonl:7\n\n```text\n来\n```",
