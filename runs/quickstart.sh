@@ -1,32 +1,69 @@
 #!/usr/bin/env bash
-# From nothing to a chatting model in minutes, on two CPU cores, with no network: `make quickstart`.
-# Every stage is the script and the launch line of a real run; only the YAML is small.
-# `make quickstart MODEL=quickstart-mla-moe` sends another shape of model/configs through the same chain and numbers.
-set -euo pipefail
-cd "$(dirname "$0")/.."
+# Train a small chat model from scratch on two CPU cores in about ten minutes, without network access:
+#     make quickstart
+# Train another model of model/configs on the same data, with the same settings:
+#     make quickstart MODEL=quickstart-mla-moe
+#
+# Read this file to learn the chain: each stage below is one script with one small YAML config. A stage reads what
+# earlier stages wrote to outputs/quickstart. Real runs use the same scripts with larger configs.
+set -euo pipefail       # stop at the first error
+cd "$(dirname "$0")/.." # all paths are relative to the repository
+
 MODEL=${MODEL:-quickstart}
 OUT=outputs/$MODEL
-[ -e "model/configs/$MODEL.json" ] || { echo "error: no model/configs/$MODEL.json: give another MODEL" >&2; exit 2; }
-# One thread a core, up to four: a model this small gains nothing from more.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) < 4 ? $(nproc) : 4))} TOKENIZERS_PARALLELISM=false
-[ ! -e "$OUT/summary.json" ] || rm -rf "$OUT" # a finished run is made anew, an interrupted one goes on
+if [ ! -e "model/configs/$MODEL.json" ]; then
+    echo "error: no model/configs/$MODEL.json: give another MODEL" >&2
+    exit 2
+fi
+
+# summary.json is written last. If it exists, the run is complete, so start over; otherwise resume.
+if [ -e "$OUT/summary.json" ]; then
+    rm -rf "$OUT"
+fi
+
+# One thread per core, at most four: a model this small does not profit from more.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))} TOKENIZERS_PARALLELISM=false
+
+# `stage NAME COMMAND` runs and times a command. `recipe SCRIPT` trains with `accelerate launch`.
 . runs/stages.sh
 
-config() { # config FOLDER: the path of FOLDER/configs/quickstart.yaml, rewritten for this model and its own outputs
-    sed "s#outputs/quickstart\b#$OUT#g; s#model/configs/quickstart\b#model/configs/$MODEL#" "$1/configs/quickstart.yaml" > "$OUT/$1.yaml"
+# config FOLDER: copy FOLDER/configs/quickstart.yaml to $OUT with the paths of this model, and print the copy's path.
+config() {
+    sed -e "s#outputs/quickstart\b#$OUT#g" -e "s#model/configs/quickstart\b#model/configs/$MODEL#" \
+        "$1/configs/quickstart.yaml" > "$OUT/$1.yaml"
     echo "$OUT/$1.yaml"
 }
 
-stage sample    python data/sample/make_sample.py --output "$OUT/sample"
+# 1. Generate text, instructions, preference pairs and a multiple-choice exam from tables of facts -> $OUT/sample
+stage sample python data/sample/make_sample.py --output "$OUT/sample"
+
+# 2. Train a tokenizer on the text -> $OUT/tokenizer
 stage tokenizer python tokenizer/train_tokenizer.py --config "$(config tokenizer)"
-stage shards    python data/prepare_pretrain.py --config "$(config data)"
-stage pretrain  recipe pretrain/pretrain.py --config "$(config pretrain)"
-stage sft       recipe sft/sft.py --config "$(config sft)"
-stage dpo       recipe rlhf/dpo.py --config "$(config rlhf)"
-stage exam      python eval/run_eval.py --config "$(config eval)"
+
+# 3. Tokenize the text into binary shards, and hold out 2% for evaluation -> $OUT/shards
+stage shards python data/prepare_pretrain.py --config "$(config data)"
+
+# 4. Train a randomly initialized model to predict the next token of the shards -> $OUT/pretrain
+stage pretrain recipe pretrain/pretrain.py --config "$(config pretrain)"
+
+# 5. Supervised fine-tuning: teach it to answer, on the instructions -> $OUT/sft
+stage sft recipe sft/sft.py --config "$(config sft)"
+
+# 6. Direct preference optimization: teach it to prefer good answers, on the preference pairs -> $OUT/dpo
+stage dpo recipe rlhf/dpo.py --config "$(config rlhf)"
+
+# 7. Measure the three checkpoints with lm-eval, and write a report -> $OUT/eval
+stage exam python eval/run_eval.py --config "$(config eval)"
 stage exam_report python eval/report.py --results "$OUT/eval" --output "$OUT/eval/report.md"
-rm -rf "$OUT/native" # of an interrupted run
-stage export    python export/to_native.py --checkpoint "$OUT/dpo" --output "$OUT/native"
-stage chat      python runs/ask.py --model "$OUT/native" --output "$OUT/chat.json" \
+
+# 8. Convert the last checkpoint to a stock architecture of transformers, which needs no custom code -> $OUT/native
+rm -rf "$OUT/native" # may be left over from an interrupted run
+stage export python export/to_native.py --checkpoint "$OUT/dpo" --output "$OUT/native"
+
+# 9. Serve it with `transformers serve` and ask three questions -> $OUT/chat.json
+stage chat python runs/ask.py --model "$OUT/native" --output "$OUT/chat.json" \
     --questions "广东的省会叫什么？" "Which city is the capital of France?" "你叫什么名字？"
+
+# Collect all results -> $OUT/report.md and $OUT/summary.json
 python runs/summarize.py --run "$OUT"

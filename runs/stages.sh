@@ -1,8 +1,9 @@
-# Sourced by the stories in this folder, which set OUT: run a stage and note its seconds in $OUT/seconds.tsv.
+# Functions for the scripts in this folder. They set OUT, the folder of the run, and then source this file.
 mkdir -p "$OUT"
 touch "$OUT/seconds.tsv"
 
-stage() { # stage NAME COMMAND...
+# stage NAME COMMAND...: run a command and append NAME and its seconds to $OUT/seconds.tsv.
+stage() {
     local name=$1 start=$SECONDS
     shift
     echo "=== $name: $*"
@@ -10,6 +11,7 @@ stage() { # stage NAME COMMAND...
     printf '%s\t%s\n' "$name" $((SECONDS - start)) >> "$OUT/seconds.tsv"
 }
 
-recipe() { # recipe SCRIPT ARGUMENTS...: on the accelerate config that ACCELERATE_CONFIG names
+# recipe SCRIPT ARGUMENTS...: launch training on the hardware of ACCELERATE_CONFIG (default: CPU).
+recipe() {
     accelerate launch --quiet --config_file "${ACCELERATE_CONFIG:-accelerate_configs/cpu.yaml}" "$@"
 }

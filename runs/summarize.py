@@ -1,8 +1,8 @@
-"""Gather what a run of the whole chain measured into `summary.json` and a `report.md` with pictures.
+"""Collect the measurements of a finished quickstart into `summary.json` and a `report.md` with pictures.
 
     python runs/summarize.py --run outputs/quickstart
 
-Reads what the stages left: `seconds.tsv`, the run cards, `eval/scores.json` and `chat.json`.
+Reads what the stages wrote: `seconds.tsv`, the run cards, `eval/scores.json` and `chat.json`.
 """
 
 import json
@@ -12,9 +12,11 @@ from typing import Any
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import write_atomically
+from buddygpt.cli.tables import markdown_table
 
-STAGES = {"base": "pretrain", "sft": "sft", "dpo": "dpo"}  # name of a checkpoint -> its folder
-INSTALL_SECONDS = Path(__file__).resolve().parents[1] / ".venv" / "installed"
+CHECKPOINTS = {"base": "pretrain", "sft": "sft", "dpo": "dpo"}  # name in the evaluation -> folder
+INSTALL_SECONDS = Path(__file__).resolve().parents[1] / ".venv" / "installed"  # written by `make setup`
 
 
 @dataclass
@@ -22,27 +24,32 @@ class SummarizeArguments:
     run: str = field(metadata={"help": "Folder of a finished run, such as outputs/quickstart."})
 
 
-def read_seconds(run: Path) -> dict[str, int]:
-    """Seconds of each stage; of the installation too, where `make setup` did it."""
-    rows = (line.split("\t") for line in (run / "seconds.tsv").read_text(encoding="utf-8").splitlines())
-    seconds = {name: int(value) for name, value in rows}
-    return ({"install": int(INSTALL_SECONDS.read_text())} if INSTALL_SECONDS.exists() else {}) | seconds
-
-
-def by_checkpoint(scores: dict[str, Any], task: str, metric: str) -> dict[str, dict[str, Any]]:
-    """`{checkpoint: {acc, n, ci95}}` of one task."""
-    found = {name: scores[name][task][metric] for name in STAGES}
-    return {name: {"acc": score["value"], "n": score["n"], "ci95": score["ci95"]} for name, score in found.items()}
+def main() -> None:
+    (args,) = parse_arguments(SummarizeArguments, description=__doc__)
+    run = Path(args.run)
+    try:
+        summary = summarize(run)
+        chat = read_json(run / "chat.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: {run} is not a finished run") from error
+    report = to_markdown(run.name, summary, chat)
+    with write_atomically(run / "report.md") as partial:
+        partial.write_text(report, encoding="utf-8")
+    # runs/quickstart.sh takes this file as the sign of a finished run, so it is written last.
+    with write_atomically(run / "summary.json") as partial:
+        partial.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(report)
 
 
 def summarize(run: Path) -> dict[str, Any]:
-    """Everything the chain measured, as it goes into `summary.json`."""
-    scores = json.loads((run / "eval" / "scores.json").read_text(encoding="utf-8"))
-    cards = {name: json.loads((run / folder / "run.json").read_text()) for name, folder in STAGES.items()}
+    """Return the content of `summary.json`."""
+    scores = read_json(run / "eval" / "scores.json")
+    cards = {name: read_json(run / folder / "run.json") for name, folder in CHECKPOINTS.items()}
     chance = scores["sft"]["sample_exam_text"]["acc"]["chance"]
     questions = by_checkpoint(scores, "sample_qa", "exact_match")
     pairs = by_checkpoint(scores, "sample_pairs", "acc")
-    bits_per_byte = {name: scores[name]["heldout_text"]["bits_per_byte"]["value"] for name in STAGES}
+    bits_per_byte = {name: scores[name]["heldout_text"]["bits_per_byte"]["value"] for name in CHECKPOINTS}
+    folders = {name: str(run / folder) for name, folder in CHECKPOINTS.items()}
     return {
         "exam": {"chance": chance, **by_checkpoint(scores, "sample_exam_text", "acc")},
         "exam_letter": {"chance": chance, **by_checkpoint(scores, "sample_exam_letter", "acc")},
@@ -57,68 +64,81 @@ def summarize(run: Path) -> dict[str, Any]:
         "parameters": cards["base"]["parameters"],
         "tokens_seen": cards["base"]["tokens_seen"],
         "seconds": read_seconds(run),
-        "checkpoints": {name: str(run / folder) for name, folder in STAGES.items()} | {"native": str(run / "native")},
+        "checkpoints": {**folders, "native": str(run / "native")},
     }
 
 
-def report(run: Path, summary: dict[str, Any]) -> str:
-    """The same for people: scores, curves, a transcript, times."""
-    bits = summary["bits_per_byte_by_checkpoint"]
-    percent = lambda score: f"{score['acc']:.1%} [{score['ci95'][0]:.1%}, {score['ci95'][1]:.1%}]"  # noqa: E731
-    rows = {
-        f"exam, by the option's text (chance {summary['exam']['chance']:.0%})": summary["exam"],
-        f"exam, by its letter (chance {summary['exam_letter']['chance']:.0%})": summary["exam_letter"],
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def by_checkpoint(scores: dict[str, Any], task: str, metric: str) -> dict[str, dict[str, Any]]:
+    """Return one metric of one task as {checkpoint: {acc, n, ci95}}."""
+    found = {}
+    for name in CHECKPOINTS:
+        score = scores[name][task][metric]
+        found[name] = {"acc": score["value"], "n": score["n"], "ci95": score["ci95"]}
+    return found
+
+
+def read_seconds(run: Path) -> dict[str, int]:
+    """Return the seconds of each stage, and of the installation if `make setup` did it.
+
+    A stage that was run more than once counts with its last run.
+    """
+    seconds = {}
+    if INSTALL_SECONDS.exists():
+        seconds["install"] = int(INSTALL_SECONDS.read_text())
+    for line in (run / "seconds.tsv").read_text(encoding="utf-8").splitlines():
+        stage, value = line.split("\t")
+        seconds[stage] = int(value)
+    return seconds
+
+
+def to_markdown(title: str, summary: dict[str, Any], chat: list[dict[str, str]]) -> str:
+    """Return the content of `report.md`: scores, a transcript, loss curves and times."""
+    sections = [
+        f"# {title}",
+        f"{summary['parameters']:,} parameters, pretrained on {summary['tokens_seen']:,} tokens. The wording of the "
+        "questions never occurs in training. Brackets hold the 95% interval.",
+        score_table(summary),
+        "A model this small knows the words of an answer, but not the letter of an option. Preference pairs: is the "
+        "chosen answer more likely than the rejected one? DPO's own measure, whether training raised the chosen "
+        f"answer more than the rejected one, holds for {summary['dpo_reward_accuracy']:.1%} of the pairs.\n"
+        "By subject: [eval/report.md](eval/report.md).",
+        "![scores](eval/scores.png)",
+        "## Chat",
+    ]
+    for turn in chat:
+        sections.append(f"> **{turn['question']}**\n> {turn['answer']}")
+    sections.append("## Curves")
+    for name, folder in CHECKPOINTS.items():
+        sections.append(f"{name}: ![{name}]({folder}/loss_curve.png)")
+    seconds = summary["seconds"]
+    times = [str(value) for value in seconds.values()]
+    sections += ["## Seconds", markdown_table(list(seconds), [times], align=["--:"] * len(seconds))]
+    return "\n\n".join(sections) + "\n"
+
+
+def score_table(summary: dict[str, Any]) -> str:
+    """Return a table with a row per measurement and a column per checkpoint."""
+    measurements = {
+        f"multiple choice, by option text (chance {summary['exam']['chance']:.0%})": summary["exam"],
+        f"multiple choice, by letter (chance {summary['exam_letter']['chance']:.0%})": summary["exam_letter"],
         "free-form answers, exact match": summary["qa_exact_match_by_checkpoint"],
         "preference pairs": summary["pair_accuracy_by_checkpoint"],
-        "preference pairs whose wrong answer is not longer": summary["pair_accuracy_rejected_not_longer"],
+        "preference pairs whose rejected answer is not longer": summary["pair_accuracy_rejected_not_longer"],
     }
-    lines = [
-        f"# {run.name}",
-        "",
-        f"{summary['parameters']:,} parameters, pretrained on {summary['tokens_seen']:,} tokens. "
-        "All questions are worded in ways that never occur in training; in brackets the 95% interval.",
-        "",
-        f"| measured | n | {' | '.join(STAGES)} |",
-        "|---|--:|" + "--:|" * len(STAGES),
-        *(
-            f"| {title} | {found['base']['n']} | {' | '.join(percent(found[name]) for name in STAGES)} |"
-            for title, found in rows.items()
-        ),
-        "| bits per byte, held-out text | | " + " | ".join(f"{bits[name]:.3f}" for name in STAGES) + " |",
-        "",
-        "A model this small knows the words of the answer, not which letter stands before them. Preference pairs: "
-        "is the chosen answer likelier? DPO's own measure, whether it gained more than the rejected "
-        f"one, holds for {summary['dpo_reward_accuracy']:.1%} of them.",
-        "By subject: [eval/report.md](eval/report.md).",
-        "",
-        "![scores](eval/scores.png)",
-        "",
-        "## Chat",
-        "",
-        *(f"> **{turn['question']}**\n> {turn['answer']}\n" for turn in json.loads((run / "chat.json").read_text())),
-        "## Curves",
-        "",
-        *(f"{name}: ![{name}]({folder}/loss_curve.png)\n" for name, folder in STAGES.items()),
-        "## Seconds",
-        "",
-        "| " + " | ".join(summary["seconds"]) + " |",
-        "|" + "--:|" * len(summary["seconds"]),
-        "| " + " | ".join(str(value) for value in summary["seconds"].values()) + " |",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    (args,) = parse_arguments(SummarizeArguments, description=__doc__)
-    run = Path(args.run)
-    try:
-        summary = summarize(run)
-        told = report(run, summary)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: {run} is not a finished run") from error
-    (run / "report.md").write_text(told, encoding="utf-8")
-    (run / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(told)
+    rows = []
+    for title, scores in measurements.items():
+        cells = []
+        for name in CHECKPOINTS:
+            low, high = scores[name]["ci95"]
+            cells.append(f"{scores[name]['acc']:.1%} [{low:.1%}, {high:.1%}]")
+        rows.append([title, str(scores["base"]["n"]), *cells])
+    bits_per_byte = [f"{summary['bits_per_byte_by_checkpoint'][name]:.3f}" for name in CHECKPOINTS]
+    rows.append(["bits per byte, held-out text", "", *bits_per_byte])
+    return markdown_table(["measured", "n", *CHECKPOINTS], rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Did the last `make quickstart` reach what the README promises? Skipped where it has not run."""
+"""Check the results of the last `make quickstart` against what the README promises. Skipped without such a run."""
 
 import json
 
@@ -13,16 +13,16 @@ def read_summary(run):
 
 
 @pytest.mark.skipif(not (DENSE / "summary.json").exists(), reason="needs `make quickstart`")
-def test_the_quickstart_reaches_its_promises():
+def test_quickstart_scores_reach_what_the_readme_promises():
     summary = read_summary(DENSE)
     answers = {name: score["acc"] for name, score in summary["qa_exact_match_by_checkpoint"].items()}
     assert summary["exam"]["chance"] == 0.25
     assert summary["exam"]["sft"]["acc"] >= 0.8 and summary["exam"]["sft"]["n"] >= 250
     assert answers["sft"] >= 0.7
-    assert answers["dpo"] >= answers["sft"] - 0.02  # not lower, but for the noise of about 400 questions
+    assert answers["dpo"] >= answers["sft"] - 0.02  # not lower, within the noise of about 400 questions
     assert summary["dpo_pair_accuracy"] >= 0.9
     low, high = summary["exam_letter"]["sft"]["ci95"]
-    assert low <= 0.4  # letters stay near chance: if they ever do not, the README must stop saying so
+    assert low <= 0.4  # the README says that letters stay near chance
 
 
 @pytest.mark.skipif(
