@@ -1,4 +1,4 @@
-"""Do the recipes train, resume, and end with a folder the next stage takes? And do users' mistakes get one line?"""
+"""The recipes train, resume, and leave a folder that the next stage loads; mistakes of users give one line."""
 
 import json
 import math
@@ -30,7 +30,7 @@ QWEN = ROOT.parent / "shared" / "data" / "tokenizers" / "qwen2.5"
 
 
 def check_folder(folder: Path, recipe: str) -> dict:
-    """A folder that any later stage takes: it loads, generates, stops, and says how it was made."""
+    """Check that later stages can use a folder: it loads, generates, stops, and records how it was made."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model) is BuddyGPTForCausalLM and tokenizer.chat_template
     assert {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} <= model.config.auto_map.keys()
@@ -74,12 +74,12 @@ def test_pretraining_continues_from_a_checkpoint_and_isolates_documents(workspac
     arguments[1] = config
     run("pretrain/pretrain.py", *arguments, "--output_dir", workspace / "continued", "--logging_steps", 1)
     first = history(workspace / "continued")[0]["loss"]
-    assert first < math.log(512) - 1  # it did not start anew
+    assert first < math.log(512) - 1  # it did not start from scratch
 
 
 @pytest.mark.skipif(not QWEN.exists(), reason="needs shared/data/tokenizers/qwen2.5")
 def test_pretraining_with_an_existing_tokenizer(workspace, tmp_path):
-    """Qwen's: 151,665 entries (so uint32 shards and a larger model), and its pad is the document separator."""
+    """Qwen's tokenizer has 151,665 entries (so uint32 shards and a larger model) and pads with the document separator."""
     data = ["--sources", workspace / "sample/qa_test.jsonl", "--text_key", "question", "--eval_fraction", 0.1]
     run("data/prepare_pretrain.py", *data, "--tokenizer", QWEN, "--output", tmp_path / "shards")
     shards = ["--train_data", tmp_path / "shards/train", "--eval_data", tmp_path / "shards/eval", "--tokenizer", QWEN]
@@ -158,7 +158,7 @@ def test_weights_may_be_bfloat16_throughout(workspace, tmp_path):
 
 @pytest.fixture(scope="session")
 def strange(workspace) -> Path:
-    """Things a user may hand over by mistake."""
+    """Files and folders that a user may give by mistake."""
     folder = workspace / "strange"
     text = workspace / "sample" / "qa_test.jsonl"
     run("tokenizer/train_tokenizer.py", "--files", text, "--text_column", "question", "--vocab_size", 400,
@@ -254,7 +254,7 @@ def test_help_opens_with_the_purpose_and_the_command(script, capsys):
 
 @pytest.mark.parametrize("config", sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/configs/*.yaml")))
 def test_every_config_has_only_known_keys(config, monkeypatch):
-    """Parsed by its own script, up to the point where work would begin."""
+    """Each config is parsed by its own script, up to the point where the work would start."""
 
     class Parsed(Exception):
         pass

@@ -1,4 +1,4 @@
-"""Does a run end the same whatever ended it on the way? Order of blocks, checkpoints, kill -9, grown data."""
+"""A stopped run ends exactly like an uninterrupted one: block order, checkpoints, kill -9, appended data."""
 
 import json
 import os
@@ -35,12 +35,12 @@ VOCABULARY = 64
 BLOCK = 32
 
 
-# --- the order; tests/test_mixture.py asks of it what concerns sources ---
+# --- the order; tests/data/shards/test_mixture.py tests the mixture of sources ---
 
 
 @pytest.mark.parametrize("processes, batch, accumulation", [(1, 8, 1), (1, 2, 4), (2, 2, 2), (4, 1, 2), (8, 1, 1)])
 def test_a_global_batch_is_the_same_however_it_is_split(processes, batch, accumulation):
-    """What accelerate hands to each process, from step 5 on, across the end of an epoch."""
+    """The batches that accelerate gives each process, from step 5 on, across the end of an epoch."""
     shares = {"a": Quota(9, 9), "b": Quota(12, 6)}
     order, steps = BlockOrder({"a": [range(9)], "b": [range(9, 21)]}, [(0, shares)], seed=0), range(5, 9)
     parts = []
@@ -56,14 +56,14 @@ def test_a_global_batch_is_the_same_however_it_is_split(processes, batch, accumu
 
 
 def write_tiny(folder: Path, sizes: dict[str, int], tokenizer: PreTrainedTokenizerFast, **epochs: float) -> None:
-    """Shards of one document; the first letter of a shard is its source."""
+    """Write shards of one document each; the first letter of a shard is its source."""
     shards = [Shard(name, name[0], [size]) for name, size in sizes.items()]
     write_shards(folder, shards, tokenizer_fingerprint(tokenizer), **epochs)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A tokenizer, shards of 40 + 2 blocks, 8 held-out blocks, and a dense model and a mixture, both with dropout."""
+    """A tokenizer, shards of 40 + 2 blocks, 8 held-out blocks, and a dense and an MoE model, both with dropout."""
     folder = tmp_path_factory.mktemp("tiny")
     vocabulary = {"<|endoftext|>": 0, "<|pad|>": 1} | {f"w{number}": number for number in range(2, VOCABULARY)}
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
@@ -113,7 +113,7 @@ def whole(tiny) -> Path:
 
 @pytest.fixture
 def blocks_read(monkeypatch) -> list[int]:
-    """The blocks that training reads, as it reads them."""
+    """The blocks that training reads, in order."""
     read, item = [], BlockStream.__getitem__
 
     def spy(stream: BlockStream, position: int):
@@ -128,7 +128,7 @@ def blocks_read(monkeypatch) -> list[int]:
 
 
 def pretrain_in_child(words: list[str], environment: dict[str, str], death: tuple[str, int] | None, log: Path) -> None:
-    """One process of a run, which kills itself with -9 at the n-th call of a function, in the middle of it."""
+    """One process of a run, which sends itself SIGKILL inside the n-th call of a function."""
     log_file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log_file, 1)
     os.dup2(log_file, 2)
@@ -163,14 +163,14 @@ def die_in(moment: str, call: int) -> None:
 
 @pytest.fixture(scope="module")
 def forks():
-    """Processes that begin with everything imported."""
+    """Starts processes that have everything imported."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["buddygpt.training.run", "buddygpt.data.shards.blocks", "deepspeed"])
     return context
 
 
 def launch(forks, words: list[str], log: Path, processes: int = 1, death=None, patience: float | None = None) -> list:
-    """Run to the end, or to the death of the last process, or for so many seconds; all die with the first."""
+    """Run to the end, until the last process dies, or for `patience` seconds; then kill all processes."""
     ranks = [{"OMP_NUM_THREADS": "1"} for _ in range(processes)]
     if processes > 1:
         port = str(random.randint(20_000, 40_000))
@@ -195,7 +195,7 @@ MOMENTS = {1: [("step", 8), ("write", 2), ("evaluation", 1), ("rename", 1)], 2: 
 
 
 def check_folder(output: Path) -> None:
-    """Whatever carries the name of a checkpoint is whole."""
+    """Check that every `checkpoint-N` is complete."""
     assert [find_damage(folder) for folder in output.glob("checkpoint-*")].count(None) == len(
         list(output.glob("checkpoint-*"))
     )
@@ -203,7 +203,7 @@ def check_folder(output: Path) -> None:
 
 @pytest.mark.parametrize("model, processes", [("debug-mla-moe", 1), ("debug", 2)])
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tiny, tmp_path, forks, blocks_read, model, processes):
-    """kill -9 in a step, an evaluation, the writing of a checkpoint, its renaming, and at random; always by -9."""
+    """SIGKILL in a step, in an evaluation, while a checkpoint is written or renamed, and at a random moment."""
     log = tmp_path / "log"
     options = {"model_config": tiny / f"{model}.json", "per_device_train_batch_size": 4 // processes}
     begun = time.monotonic()
@@ -226,7 +226,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tiny, tmp_path, for
     biases = [tensor for name, tensor in weights(tmp_path / "whole").items() if "correction_bias" in name]
     assert ("moe" not in model) or biases[0].abs().max() > 0
     assert not list((tmp_path / "killed").glob("*.partial"))
-    if processes == 2:  # one process goes on with the same global batches
+    if processes == 2:  # one process continues with the same global batches
         shutil.rmtree(tmp_path / "killed/checkpoint-12")
         run("pretrain/pretrain.py", *command, "--per_device_train_batch_size", 4)
         history = json.loads((tmp_path / "killed/run.json").read_text())["data_history"]
@@ -241,7 +241,7 @@ def hold(folder: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_folder(tiny, tmp_path, forks):
-    """As where a launcher was killed and its processes were not."""
+    """As after a launcher was killed but its processes were not."""
     child = forks.Process(target=hold, args=(tmp_path,), daemon=True)
     child.start()
     while not (tmp_path / "held").exists():
@@ -271,7 +271,7 @@ def damage(folder: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "a bit flipped", "missing", "no checksums"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_path, capsys, how):
+def test_a_damaged_checkpoint_is_named_and_skipped(whole, tmp_path, capsys, how):
     shutil.copytree(whole, tmp_path / "run")
     model = AutoModelForCausalLM.from_config(load_config(str(PRESETS["debug"]), vocab_size=VOCABULARY))
     assert last_checkpoint(tmp_path / "run", model) == str(tmp_path / "run/checkpoint-12")
@@ -283,7 +283,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole, tmp_pa
     assert ("checksums.json" if how == "no checksums" else "optimizer.pt") in told[0]
 
 
-def test_a_run_goes_on_from_the_one_before_a_damaged_checkpoint(tiny, whole, tmp_path):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tiny, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     damage(tmp_path / "run/checkpoint-12", "a bit flipped")
     command = arguments(tiny, tmp_path / "run", save_total_limit=2)
@@ -295,7 +295,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_checkpoint(tiny, whole, tmp
     check_folder(tmp_path / "run")
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_it(tiny, whole, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_earlier_checkpoints_intact(tiny, whole, tmp_path, monkeypatch):
     save, calls = torch.save, Counter()
 
     def full(content, path, *args, **kwargs):
@@ -333,13 +333,13 @@ def test_the_best_checkpoint_is_kept_and_named(tiny, tmp_path):
         ({"z_loss_coef": -1}, "z_loss_coef is -1.0; use 0"),
     ],
 )
-def test_options_that_break_a_promise_are_refused(tiny, tmp_path, option, message):
+def test_unsafe_options_are_refused(tiny, tmp_path, option, message):
     with pytest.raises(UserError, match=message):
         run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", **option))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_takes_no_step_more(tiny, whole, tmp_path):
+def test_a_finished_run_takes_no_further_step(tiny, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run"))
     assert_same(tmp_path / "run", whole)
@@ -354,7 +354,7 @@ def test_another_global_batch_is_refused_with_the_remedy(tiny, whole):
         run("pretrain/pretrain.py", *arguments(tiny, whole, data_seed=43))
 
 
-def test_the_z_loss_is_the_one_asked_for(tiny, tmp_path):
+def test_the_requested_z_loss_is_used(tiny, tmp_path):
     run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", max_steps=1, eval_strategy="no", z_loss_coef=0.01))
     assert json.loads((tmp_path / "run/config.json").read_text())["z_loss_coef"] == 0.01
 
@@ -363,7 +363,7 @@ def test_the_z_loss_is_the_one_asked_for(tiny, tmp_path):
 
 
 def test_epochs_are_those_of_the_data(tiny, tmp_path, blocks_read):
-    """42 blocks, 4 a step: two epochs are 21 steps, the first of which ends within step 11."""
+    """42 blocks, 4 per step: two epochs take 21 steps, and the first ends within step 11."""
     epochs = {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch"}
     run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", **epochs))
     assert sorted(blocks_read[:42]) == sorted(blocks_read[42:]) == list(range(42))
@@ -373,7 +373,7 @@ def test_epochs_are_those_of_the_data(tiny, tmp_path, blocks_read):
     assert [row["epoch"] for row in history if "loss" in row] == [step * 4 / 42 for step in range(1, 22)]
 
 
-def test_added_data_and_another_mixture_follow_what_was_promised(tiny, tmp_path, blocks_read, capsys):
+def test_appended_data_and_another_mixture_apply_from_the_next_epoch(tiny, tmp_path, blocks_read, capsys):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny / "tokenizer")
     sizes = {"a.ds": 4 * BLOCK, "b.ds": 6 * BLOCK}
     write_tiny(tmp_path / "train", sizes, tokenizer)
