@@ -14,17 +14,17 @@ FACTS = ("name", "language", "tokens", "documents", "text_bytes")
 
 
 def collect_requests(
-    generations: list[dict[str, Any]], sources: dict[str, dict[str, Any]]
+    append_rounds: list[dict[str, Any]], sources: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Return the requested `language`, `epochs` and `weight` of each source, from the last config that names it.
 
     Args:
-        generations: One entry per append round of the existing manifest; empty for new shards.
+        append_rounds: `generations` of the manifest that is appended to; empty for new shards.
         sources: What the current config requests, by source.
     """
     requests: dict[str, dict[str, Any]] = {}
-    for generation in generations:
-        requests.update(generation["sources"])
+    for append_round in append_rounds:
+        requests.update(append_round["sources"])
     requests.update(sources)
     return requests
 

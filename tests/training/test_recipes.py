@@ -79,7 +79,7 @@ def test_pretraining_continues_from_a_checkpoint_and_isolates_documents(workspac
 
 @pytest.mark.skipif(not QWEN.exists(), reason="needs shared/data/tokenizers/qwen2.5")
 def test_pretraining_with_an_existing_tokenizer(workspace, tmp_path):
-    """Qwen's tokenizer has 151,665 entries (so uint32 shards and a larger model) and pads with the document separator."""
+    """Qwen's tokenizer has 151,665 entries (so uint32 shards, a larger model) and pads with the document separator."""
     data = ["--sources", workspace / "sample/qa_test.jsonl", "--text_key", "question", "--eval_fraction", 0.1]
     run("data/prepare_pretrain.py", *data, "--tokenizer", QWEN, "--output", tmp_path / "shards")
     shards = ["--train_data", tmp_path / "shards/train", "--eval_data", tmp_path / "shards/eval", "--tokenizer", QWEN]

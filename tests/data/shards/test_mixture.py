@@ -1,4 +1,4 @@
-"""Every source is read as often as requested, block by block, whatever is appended and wherever a run resumes."""
+"""Every source is read as often as requested, block by block, also after appends and when a run resumes."""
 
 import random
 import time
