@@ -1,20 +1,18 @@
-"""Cleaning: the operators of a profile, in its order, on every document; what they change and drop is counted.
+"""Clean documents with the operators of a profile, in its order, and count what they change and drop.
 
-A profile is a YAML file, by name one of data/profiles/:
+A profile is a YAML file of data/profiles/ by name, or any other by path:
 
     steps:
       - normalize_spaces: {collapse: true}    # a mapper changes the text
-      - text_length: {min: 50, max: 100000}   # a measure drops the document outside of its bounds
-      - han_share                             # without bounds it only keeps the score
+      - text_length: {min: 50, max: 100000}   # a measure drops the document if the value is out of bounds
+      - han_share                             # without bounds, the value is only kept as metadata
       - language: {min_han: 0.2, max_accented: 0.01, keep: [zh, en]}
 
-buddygpt.data.cleaning_operators holds the operators.
+operators.py has the operators.
 """
 
-import difflib
 from collections import Counter
 from dataclasses import dataclass
-from operator import ne
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -23,7 +21,7 @@ from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 
-from buddygpt.cli.errors import UserError
+from buddygpt.cli.errors import UserError, did_you_mean
 from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.operators import MAPPERS, MEASURES
 
@@ -32,34 +30,36 @@ PROFILES = Path(__file__).parents[1] / "profiles"
 
 @dataclass(frozen=True)
 class Step:
-    """An operator with its parameters and, of a measure, the bounds that a document has to keep."""
+    """An operator with its parameters. A measure also has bounds: `min` and `max`, or `keep` for labels."""
 
     operator: str
     parameters: dict[str, Any]
     bounds: dict[str, Any]
 
     def broken_rule(self, value: float | str) -> str | None:
-        """Return the name that a document is dropped under, or None where the value is inside the bounds."""
-        if value not in self.bounds.get("keep", [value]):
+        """Return the name of the rule that drops a document with this value, or None if it is within the bounds."""
+        if "keep" in self.bounds and value not in self.bounds["keep"]:
             return f"{self.operator}_{value}"
         if "min" in self.bounds and value < self.bounds["min"]:
             return f"{self.operator}_below"
-        return f"{self.operator}_above" if "max" in self.bounds and value > self.bounds["max"] else None
+        if "max" in self.bounds and value > self.bounds["max"]:
+            return f"{self.operator}_above"
+        return None
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Steps in their order. Profiles that are equal clean alike; `asdict` of one is JSON, for manifests."""
+    """The steps of cleaning, in order. Equal profiles clean alike. `asdict` of a profile is JSON for the manifest."""
 
     name: str
     steps: list[Step]
 
 
 def load_profile(name_or_path: str) -> Profile:
-    """Read a profile of data/profiles by its name, or any other by its path.
+    """Read a profile of data/profiles by name, or any other by path.
 
     Raises:
-        UserError: There is no such file, it is no YAML, or an operator or parameter is unknown or has a wrong value.
+        UserError: The file does not exist or is not YAML, an operator or parameter is unknown, or a value is wrong.
     """
     path = PROFILES / f"{name_or_path}.yaml"
     if not path.is_file():
@@ -73,65 +73,90 @@ def load_profile(name_or_path: str) -> Profile:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or set(content) != {"steps"} or not isinstance(content["steps"], list):
         raise UserError(f"{path}: a profile has one key, `steps`, with a list of operators")
-    entries = enumerate(content["steps"], 1)
-    return Profile(path.stem, [_read_step(entry, f"{path}: step {number}") for number, entry in entries])
+    steps = []
+    for number, entry in enumerate(content["steps"], start=1):
+        steps.append(_read_step(entry, f"{path}: step {number}"))
+    return Profile(path.stem, steps)
 
 
 def _read_step(entry: Any, where: str) -> Step:
+    """Return a step of a profile.
+
+    Args:
+        entry: `NAME`, or `{NAME: {PARAMETER: VALUE}}`.
+        where: File and number of the step, for error messages.
+    """
+    # The name of the operator, and its parameters as they are given.
     if isinstance(entry, str):
         entry = {entry: None}
     if not isinstance(entry, dict) or len(entry) != 1:
         raise UserError(f"{where}: `{entry}` is no operator; write `- name` or `- name: {{parameter: value}}`")
     ((name, given),) = entry.items()
-    function = {**MAPPERS, **MEASURES}.get(name)
-    if not function:
-        raise UserError(f"{where}: unknown operator `{name}`{_closest(str(name), {**MAPPERS, **MEASURES})}")
+    operators = MAPPERS | MEASURES
+    if name not in operators:
+        raise UserError(f"{where}: unknown operator `{name}`{_suggestion(str(name), operators)}")
     where = f"{where}, {name}"
     given = {} if given is None else given
     if not isinstance(given, dict):
-        raise UserError(f"{where}: `{given}` is no parameters; write `{{parameter: value}}`")
-    hints = get_type_hints(function)
-    result = hints.pop("return")
-    del hints["text"]
-    bounds = {} if name in MAPPERS else {"keep": list[str]} if result is str else {"min": float, "max": float}
+        raise UserError(f"{where}: `{given}` are not parameters; write `{{parameter: value}}`")
+
+    # The function's type hints say which parameters there are. A measure has bounds besides.
+    function = operators[name]
+    parameters = get_type_hints(function)
+    result = parameters.pop("return")
+    del parameters["text"]
+    bounds = {}
+    if name in MEASURES:
+        bounds = {"keep": list[str]} if result is str else {"min": float, "max": float}
+    known = parameters | bounds
     for key in given:
-        if key not in hints | bounds:
-            raise UserError(f"{where}: unknown parameter `{key}`{_closest(str(key), hints | bounds)}")
-    for key in hints:
+        if key not in known:
+            raise UserError(f"{where}: unknown parameter `{key}`{_suggestion(str(key), known)}")
+    for key in parameters:
         if key not in given:
             raise UserError(f"{where}: parameter `{key}` is missing")
-    values = {key: _check(value, (hints | bounds)[key], f"{where}, {key}") for key, value in given.items()}
-    step = Step(name, {key: values[key] for key in hints}, {key: values[key] for key in bounds if key in values})
+    for key, value in given.items():
+        _check_value(value, known[key], f"{where}, {key}")
+    step = Step(
+        operator=name,
+        parameters={key: given[key] for key in parameters},
+        bounds={key: given[key] for key in bounds if key in given},
+    )
+
+    # Try it once: libraries check regular expressions and OpenCC configurations only now, with errors of any type.
     try:
         function("", **step.parameters)
-    except Exception as error:  # of whatever library: a regular expression, an OpenCC configuration
+    except Exception as error:
         raise UserError(f"{where}: {error}") from error
     return step
 
 
-def _check(value: Any, hint: type, where: str) -> Any:
-    """Return the value where it has the type."""
+def _check_value(value: Any, hint: type, where: str) -> None:
+    """Raise UserError if the value does not have the type. An int is a float too; a bool is no number."""
     if get_origin(hint) is list:
+        (item,) = get_args(hint)
         if not isinstance(value, list) or not value:
-            raise UserError(f"{where} is `{value}`; give a list of {get_args(hint)[0].__name__}")
-        return [_check(each, get_args(hint)[0], where) for each in value]
+            raise UserError(f"{where} is `{value}`; give a list of {item.__name__}")
+        for each in value:
+            _check_value(each, item, where)
+        return
     allowed = (int, float) if hint is float else hint
     if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{where} is `{value}`; give a {hint.__name__}")
-    return value
 
 
-def _closest(name: str, names: dict[str, Any]) -> str:
-    match = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean `{match[0]}`?" if match else f"; there are: {', '.join(names) or 'none'}"
+def _suggestion(name: str, known: dict[str, Any]) -> str:
+    """Return the end of an error message about an unknown name: the most similar one, or all there are."""
+    match = did_you_mean(name, known)
+    return f"; did you mean `{match}`?" if match else f"; there are: {', '.join(known) or 'none'}"
 
 
 class Cleaner(BaseFilter):
-    """Cleans every document by the profile of its source, and drops it under the name of the first rule it breaks.
+    """Cleans every document with the profile of its source, and drops it under the first rule that it breaks.
 
-    Measures are kept as metadata. Counted are, for every mapper, the documents it changed (`changed_NAME`), dropped
-    ones too, and the characters that are fewer, more or others then (`changed_chars_NAME`), and the documents that go
-    on by language (`language_NAME`).
+    The values of measures are kept as metadata. Counts for every mapper the documents it changed, also those that are
+    dropped later (`changed_NAME`), and the characters it changed (`changed_chars_NAME`); and the documents kept for
+    every language (`language_NAME`).
     """
 
     name = "clean"
@@ -155,17 +180,29 @@ class Cleaner(BaseFilter):
         return True
 
     def _clean(self, doc: Document, changed: Counter) -> str | None:
-        """Return the first rule that the document breaks; count the characters that each mapper changes."""
+        """Return the first rule that the document breaks. Add to `changed` the characters that each mapper changes."""
         for step in self.profiles[doc.metadata["source"]].steps:
-            if not doc.text or doc.text.isspace():
+            if _is_blank(doc.text):
                 return "empty"
             if step.operator in MAPPERS:
-                before, doc.text = doc.text, MAPPERS[step.operator](doc.text, **step.parameters)
+                before = doc.text
+                doc.text = MAPPERS[step.operator](before, **step.parameters)
                 if doc.text != before:
-                    changed[step.operator] += abs(len(before) - len(doc.text)) or sum(map(ne, before, doc.text))
-                continue
-            value = MEASURES[step.operator](doc.text, **step.parameters)
-            doc.metadata[step.operator] = round(value, 4) if isinstance(value, float) else value
-            if rule := step.broken_rule(value):
-                return rule
-        return None if doc.text and not doc.text.isspace() else "empty"
+                    changed[step.operator] += _changed_characters(before, doc.text)
+            else:
+                value = MEASURES[step.operator](doc.text, **step.parameters)
+                doc.metadata[step.operator] = round(value, 4) if isinstance(value, float) else value
+                if rule := step.broken_rule(value):
+                    return rule
+        return "empty" if _is_blank(doc.text) else None
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def _changed_characters(before: str, after: str) -> int:
+    """Return by how much the length changed or, if it did not, how many characters differ."""
+    if len(before) != len(after):
+        return abs(len(before) - len(after))
+    return sum(old != new for old, new in zip(before, after, strict=True))

@@ -278,7 +278,7 @@ def test_profiles_are_plain_data(name):
         ("steps: [{remove_spans: {patterns: ['(']}}]", "remove_spans: missing \\), unterminated subpattern"),
         ("steps: [{remove_spans: {patterns: a}}]", "patterns is `a`; give a list of str"),
         ("steps: [{convert_chinese: {config: x2y}}]", "convert_chinese: x2y"),
-        ("steps: [{text_length: 3}]", "text_length: `3` is no parameters"),
+        ("steps: [{text_length: 3}]", "text_length: `3` are not parameters"),
         ("steps: [{a: 1, b: 2}]", "is no operator; write"),
         ("steps: {a: 1}", "a profile has one key, `steps`, with a list"),
         ("steps: []\nmore: 1", "a profile has one key, `steps`"),
