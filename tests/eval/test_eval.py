@@ -1,4 +1,4 @@
-"""Are the scores true? Every one is compared with a likelihood, a generation or an interval computed here by hand."""
+"""Tests of evaluation: every score is compared with a likelihood, an answer or an interval computed here."""
 
 import csv
 import functools
@@ -39,7 +39,7 @@ CONTEXT = 256
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per byte."""
+    """A tokenizer with one token per byte."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
     vocabulary = {token: number for number, token in enumerate(specials + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -56,7 +56,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """A model that learned to answer FACTS in chat."""
+    """A model that has learned to answer FACTS in chat."""
     torch.manual_seed(0)
     config = BuddyGPTConfig(
         vocab_size=len(tokenizer),
@@ -83,7 +83,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """A sample folder; two of the eight keys of the exam and one of the question set are wrong on purpose."""
+    """A sample folder. Two of the eight answers of the exam and one of the free-form answers are wrong on purpose."""
     folder = tmp_path_factory.mktemp("sample")
     facts = list(FACTS.items())
     for split in ("dev", "val", "test"):
@@ -94,7 +94,7 @@ def sample(tmp_path_factory):
     questions[1]["answer"] = "京都"
     jsonl(folder / "qa_test.jsonl", questions)
     pairs = [preference([q], a, a + a) for q, a in facts[:6]]  # the chosen answer begins the rejected one
-    pairs.append(preference([facts[6][0]], "狗", facts[6][1]))  # the wrong one is chosen
+    pairs.append(preference([facts[6][0]], "狗", facts[6][1]))  # the wrong answer is chosen
     pairs.append(preference(["dog?", "狗", "6+6?"], "12", "7"))  # several turns
     jsonl(folder / "preference_eval.jsonl", pairs)
     jsonl(folder / "heldout.jsonl", [{"text": text} for text in DOCUMENTS])
@@ -103,7 +103,7 @@ def sample(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(model, tokenizer, sample, tmp_path_factory):
-    """All tasks, of one checkpoint asked both ways, through the scripts."""
+    """All tasks, run by the scripts on one checkpoint, with and without chat template."""
     folder = tmp_path_factory.mktemp("eval")
     model.save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")
@@ -119,7 +119,7 @@ def evaluated(model, tokenizer, sample, tmp_path_factory):
     return folder
 
 
-def test_option_text_scores_are_the_likelihoods_of_the_closed_answers(evaluated, model, tokenizer):
+def test_option_text_scores_are_the_likelihoods_of_answers_with_their_end(evaluated, model, tokenizer):
     for name, end in {"bare": "\n", "chat": "<|im_end|>"}.items():
         correct = 0
         for row in samples(evaluated, name, "sample_exam_text"):
@@ -131,7 +131,7 @@ def test_option_text_scores_are_the_likelihoods_of_the_closed_answers(evaluated,
             correct += max(range(4), key=expected.__getitem__) == row["doc"]["label"]
         score = scores(evaluated)[name]["sample_exam_text"]["acc"]
         assert (score["value"], score["n"], score["chance"]) == (correct / 8, 8, 0.25)
-    assert correct == 6  # the model knows all eight facts; two keys are wrong
+    assert correct == 6  # the model knows all eight facts; two answers of the exam are wrong
 
 
 def test_letter_scores_are_the_likelihoods_of_the_letters_after_the_examples(evaluated, model, tokenizer):
@@ -145,7 +145,7 @@ def test_letter_scores_are_the_likelihoods_of_the_letters_after_the_examples(eva
         assert [float(response[0][0]) for response in row["resps"]] == pytest.approx(expected, abs=1e-3)
 
 
-def test_free_form_answers_are_the_greedy_ones_and_compared_without_final_punctuation(evaluated, model, tokenizer):
+def test_free_form_answers_are_greedy_and_compared_without_final_punctuation(evaluated, model, tokenizer):
     for row in samples(evaluated, "chat", "sample_qa"):
         (message,) = row["doc"]["prompt"]
         prompt = tokenizer(chat(message["content"]), return_tensors="pt")
@@ -156,7 +156,7 @@ def test_free_form_answers_are_the_greedy_ones_and_compared_without_final_punctu
     assert scores(evaluated)["chat"]["sample_qa"]["exact_match"]["chance"] is None
 
 
-def test_pairs_are_compared_to_their_end_and_after_every_turn(evaluated, model, tokenizer):
+def test_pairs_are_compared_with_their_end_and_after_several_turns(evaluated, model, tokenizer):
     rows = samples(evaluated, "chat", "sample_pairs")
     for row in rows:
         prompt = tokenizer.apply_chat_template(row["doc"]["prompt"], tokenize=False, add_generation_prompt=True)
@@ -171,15 +171,13 @@ def test_pairs_are_compared_to_their_end_and_after_every_turn(evaluated, model, 
     assert (longer, not_longer) == (7, 1)  # "10" against "狗" is longer too
 
 
-def test_bits_per_byte_equal_a_hand_computation_over_windows_that_begin_after_the_separator(
-    evaluated, model, tokenizer
-):
+def test_bits_per_byte_equal_a_computation_over_windows_after_the_separator(evaluated, model, tokenizer):
     total = 0.0
     for text in DOCUMENTS:
         tokens = tokenizer(text)["input_ids"]
         separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         total += token_loglikelihood(model, [separator], tokens[:CONTEXT])
-        for start in range(CONTEXT, len(tokens), CONTEXT):  # the last window is filled up with context from before
+        for start in range(CONTEXT, len(tokens), CONTEXT):  # earlier tokens fill up the last window
             window = tokens[start : start + CONTEXT]
             context = tokens[start + len(window) - CONTEXT - 1 : start]
             total += token_loglikelihood(model, context, window)
@@ -212,7 +210,7 @@ def test_interval_is_wilsons_and_chance_inside_it_is_marked():
     assert not report.at_chance(report.proportion(3, 10, None))
 
 
-def test_local_exams_run_offline_under_the_stock_names(evaluated, tmp_path, monkeypatch):
+def test_local_benchmarks_run_offline_under_lm_evals_task_names(evaluated, tmp_path, monkeypatch):
     facts = list(FACTS.items())
     for split, rows in {"dev": facts[:2], "test": facts[2:]}.items():
         exam_csv(tmp_path / "cmmlu" / split / "agronomy.csv", rows, "Question", "Answer")
@@ -243,14 +241,14 @@ def test_local_exams_run_offline_under_the_stock_names(evaluated, tmp_path, monk
     ("files", "match"),
     [
         ({}, "has no"),
-        ({"astrology.csv": "Question,A,B,C,D,Answer\nq,1,2,3,4,A\n"}, "not a subject of this exam"),
+        ({"astrology.csv": "Question,A,B,C,D,Answer\nq,1,2,3,4,A\n"}, "not a subject of this benchmark"),
         ({"agronomy.csv": "question,A,B,C,D,answer\nq,1,2,3,4,A\n"}, "no column Question, Answer"),
         ({"agronomy.csv": "Question,A,B,C,D,Answer\n"}, "has no rows"),
         ({"agronomy.csv": "Question,A,B,C,D,Answer\nq,1,2,3,4,A\nq,1,2,3,4,E\n"}, "line 3: the answer is `E`"),
         ({"agronomy.csv": "Question,A,B,C,D,Answer\nq,1,2\n"}, "line 2: a question, option or answer is empty"),
     ],
 )
-def test_local_exams_name_what_is_wrong(files, match, tmp_path, monkeypatch):
+def test_local_exams_names_what_is_wrong(files, match, tmp_path, monkeypatch):
     (tmp_path / "test").mkdir()
     for name, text in files.items():
         (tmp_path / "test" / name).write_text(text, encoding="utf-8")
@@ -288,7 +286,7 @@ def test_run_eval_names_what_is_wrong_before_any_model_runs(arguments, match, ev
     assert not (tmp_path / "results").exists()
 
 
-def test_a_checkpoint_without_chat_template_cannot_be_asked_through_one(evaluated, tmp_path, monkeypatch):
+def test_chat_needs_a_chat_template(evaluated, tmp_path, monkeypatch):
     for path in (evaluated / "checkpoint").iterdir():
         if path.is_file() and path.suffix != ".jinja":
             (tmp_path / path.name).symlink_to(path)
@@ -296,7 +294,7 @@ def test_a_checkpoint_without_chat_template_cannot_be_asked_through_one(evaluate
         run_eval(monkeypatch, "--checkpoints", f"a={tmp_path}", "--chat", "a", "--tasks", "sample_qa")
 
 
-def test_a_report_of_nothing_is_one_line_and_exit_status_2(tmp_path):
+def test_a_report_without_results_is_one_line_and_exit_status_2(tmp_path):
     command = [sys.executable, EVAL / "report.py", "--results", tmp_path, "--output", tmp_path / "report.md"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "has no NAME/results_*.json" in done.stderr and "Traceback" not in done.stderr
@@ -309,14 +307,14 @@ def run(patch, script, *arguments):
 
 
 def run_eval(patch, *arguments):
-    """run_eval.py over our own tasks only: the index of lm-eval's 14,000 takes seconds."""
+    """Run run_eval.py with our own tasks only: indexing lm-eval's 14,000 takes seconds."""
     module = importlib.import_module("buddygpt.eval.run_eval")
     patch.setattr(module, "TaskManager", functools.partial(TaskManager, include_defaults=False))
     run(patch, "run_eval", *arguments)
 
 
 def exam_csv(path, facts, question="question", answer="answer"):
-    """Write an exam in which the key is right for all but each file's first row."""
+    """Write a benchmark file whose answer is wrong in the first row and right in all others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -357,7 +355,7 @@ def scores(folder):
 
 
 def loglikelihood(model, tokenizer, context, continuation):
-    """log p(continuation | context). One token per byte, so that the texts split where their tokens do."""
+    """Return log p(continuation | context). With one token per byte, texts split where their tokens do."""
     n_spaces = len(context) - len(context.rstrip())  # counted with the continuation, as in lm-eval
     context, continuation = context[: len(context) - n_spaces], context[len(context) - n_spaces :] + continuation
     return token_loglikelihood(model, tokenizer(context)["input_ids"], tokenizer(continuation)["input_ids"])
