@@ -1,4 +1,4 @@
-"""Exam questions: planted ones are found in any dress, and texts that merely share words with one are kept."""
+"""Decontamination: planted benchmark items are found in any spelling; texts that only share words are kept."""
 
 import csv
 import gzip
@@ -24,7 +24,7 @@ from buddygpt.data.text.steps.decontaminate import (
 
 DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
-EXAMS = [str(DATA / "eval" / name) for name in ("cmmlu", "ceval", "mmlu", "gsm8k/test.jsonl")]
+BENCHMARKS = [str(DATA / "eval" / name) for name in ("cmmlu", "ceval", "mmlu", "gsm8k/test.jsonl")]
 WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)} | {0x20: 0x3000}
 
 QUESTIONS = [
@@ -58,8 +58,8 @@ def with_answers(questions: list[list[str]]) -> list[list[str]]:
     return [[str(number), *question, "A"] for number, question in enumerate(questions)]
 
 
-def dresses(question: str, options: list[str]) -> list[str]:
-    """Ways in which copies of an item differ."""
+def spellings(question: str, options: list[str]) -> list[str]:
+    """Return copies of an item, as they differ in practice."""
     marked = list(zip("ABCDEFGH", options, strict=False))
     dotted = question + "\n" + "\n".join(f"{mark}. {option}" for mark, option in marked)
     spaced = "".join(f"{sign} " if "\u4e00" <= sign <= "\u9fff" else sign for sign in question.replace(" ", "\n "))
@@ -72,9 +72,9 @@ def dresses(question: str, options: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("item", QUESTIONS, ids=range(len(QUESTIONS)))
-def test_an_item_is_found_in_every_dress(index, item):
+def test_an_item_is_found_in_every_spelling(index, item):
     frame = "村里的人都说，那年的雨水比往年多，收成也好，大家聚在一起喝茶聊天。" * 400
-    for text in dresses(item[0], item[1:]):
+    for text in spellings(item[0], item[1:]):
         found = index.find(frame[:5000] + text + frame)
         assert [place.split(": ")[1] for place in found] == [item[0][:40]]
 
@@ -96,7 +96,7 @@ def test_an_innocent_overlap_is_kept(index, text):
 
 
 def test_a_question_without_its_options_counts_in_a_short_text_alone(index):
-    """In a long one it is a quotation of what the exam quotes: here the rules of a park."""
+    """A match in a long text is a quotation of the same source: here the rules of a park."""
     quoted = f"{QUESTIONS[1][0]}任何废弃物，违者罚款。"
     other = "".join(
         f"第{number}条，公园每天早上{number}点开门，闭园时间另行通知，票价{number}元。" for number in range(400)
@@ -105,18 +105,18 @@ def test_a_question_without_its_options_counts_in_a_short_text_alone(index):
     assert index.find(other + quoted + other) == []
 
 
-def test_words_that_are_spread_over_a_long_text_are_no_item(index):
+def test_words_spread_over_a_long_text_do_not_match(index):
     filler = "那年的雨水比往年多，收成也好，大家聚在一起喝茶。" * 20
     question, *options = QUESTIONS[0]
     assert index.find(question[:16] + filler + question[10:] + filler + "".join(options)) == []
 
 
-def test_the_filter_drops_by_exam_and_names_the_item(index, tmp_path):
+def test_the_filter_drops_by_benchmark_and_names_the_item(index, tmp_path):
     write_csv(tmp_path / "village.csv", [["question", "A", "B", "C", "D"], *QUESTIONS])
     stage = BenchmarkIndexer([str(tmp_path / "village.csv")], tmp_path / "index")
     stage.run()
     step, kept = Decontaminator(tmp_path / "index"), Document("雨水比往年多。", id="0")
-    dropped = Document(dresses(QUESTIONS[0][0], QUESTIONS[0][1:])[0], id="1")
+    dropped = Document(spellings(QUESTIONS[0][0], QUESTIONS[0][1:])[0], id="1")
     assert list(step.run(iter([kept, dropped]))) == [kept]
     assert step.stats["dropped_exam_village"].total == 1
     assert dropped.metadata["exam_item"].startswith("village/village.csv:2: 一个长方体水箱")
@@ -125,7 +125,7 @@ def test_the_filter_drops_by_exam_and_names_the_item(index, tmp_path):
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
 
 
-def test_every_form_of_exam_is_read(tmp_path):
+def test_every_form_of_benchmark_is_read(tmp_path):
     question, options = QUESTIONS[0][0], QUESTIONS[0][1:]
     letters = dict(zip("ABCD", options, strict=True))
     write_csv(tmp_path / "1.csv", [["", "Question", *"ABCD", "Answer"], ["0", question, *options, "B"]])
@@ -155,7 +155,7 @@ def test_every_form_of_exam_is_read(tmp_path):
         ("other.txt", "question", "no file matches"),
     ],
 )
-def test_mistakes_in_exams_are_named(tmp_path, name, content, message):
+def test_mistakes_in_benchmarks_are_reported(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
         BenchmarkIndexer([str(tmp_path / name.replace("other", "exam"))], tmp_path / "index").run()
@@ -164,33 +164,33 @@ def test_mistakes_in_exams_are_named(tmp_path, name, content, message):
 
 @pytest.fixture(scope="module")
 def real_index(tmp_path_factory) -> BenchmarkIndex:
-    return build_index(EXAMS, tmp_path_factory.mktemp("real"))
+    return build_index(BENCHMARKS, tmp_path_factory.mktemp("real"))
 
 
 @needs_data
-def test_every_item_of_the_real_exams_is_found_where_it_is_planted(real_index):
+def test_every_planted_item_of_real_benchmarks_is_found(real_index):
     frame = "村里的人都说，那年的雨水比往年多，收成也好。The rain was good to us that year, people say. " * 3
-    items = list(read_benchmarks(EXAMS))
+    items = list(read_benchmarks(BENCHMARKS))
     assert len(items) > 24_000
-    planted = [dresses(item.question, item.options)[number % 4] for number, item in enumerate(items)]
+    planted = [spellings(item.question, item.options)[number % 4] for number, item in enumerate(items)]
     for start in range(0, len(items), 20):
         found = real_index.find(frame + frame.join(planted[start : start + 20]))
         for item, text in zip(items[start : start + 20], planted[start : start + 20], strict=True):
-            # The index has what is there twice under one name: ask for that item alone.
+            # The index keeps one of equal items, under the name of the first.
             assert item.place in found or real_index.find(f"{frame}{text}{frame}"), item
 
 
 @needs_data
 def test_every_question_that_can_be_told_is_found_without_its_options(real_index):
     frame = "村里的人都说，那年的雨水比往年多，收成也好。The rain was good to us that year, people say. " * 3
-    questions = {item.question for item in read_benchmarks(EXAMS)}
+    questions = {item.question for item in read_benchmarks(BENCHMARKS)}
     missed = [text for text in questions if not real_index.find(f"{frame}{text}{frame}")]
     assert max(len(_hash_words(text)) for text in missed) < MIN_SHARED
     assert len(missed) < 0.05 * len(questions)
 
 
 @needs_data
-def test_no_law_and_no_web_page_is_taken_for_an_exam(real_index):
+def test_no_law_and_no_web_page_matches_a_benchmark(real_index):
     for name, key in {"zh_laws": "text", "wanjuan_zh_web_sample": "content", "en_books": "text"}.items():
         with gzip.open(DATA / "pretrain" / f"{name}.jsonl.gz", "rt", encoding="utf-8", newline="\n") as file:
             for line in file:

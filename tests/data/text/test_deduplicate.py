@@ -1,4 +1,4 @@
-"""Duplicates: what is found among planted ones, what is kept, and that neither order nor a kill changes it."""
+"""Deduplication: planted duplicates are found, the first copy is kept, and order and kills change nothing."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def run_stage(stage: Stage, ranks: list[int] | None = None) -> None:
 def kept(
     work: Path, method: str, tasks: list[list[str]], index: Path | None = None, known: int = 0
 ) -> list[list[int]]:
-    """Return the rows of every task that are left."""
+    """Return the rows of each task that are kept."""
     write_documents(work, tasks)
     for stage in duplicate_stages(method, work, len(tasks), index, known):
         run_stage(stage)
@@ -55,7 +55,7 @@ def read_kept(work: Path, method: str, tasks: int, known: int = 0) -> list[list[
 
 
 def jaccard(first: list[str], second: list[str]) -> float:
-    """Of runs of five units: an implementation of its own."""
+    """Return the similarity of the runs of five units, with an independent implementation."""
     a, b = ({tuple(units[i : i + 5]) for i in range(len(units) - 4)} for units in (first, second))
     return len(a & b) / len(a | b)
 
@@ -151,7 +151,7 @@ def contents(work: Path) -> dict[Path, bytes]:
     return {path.relative_to(work): path.read_bytes() for path in sorted(work.rglob("*")) if path.is_file()}
 
 
-def test_appended_text_is_compared_with_what_was_there(tmp_path):
+def test_appended_text_is_compared_with_earlier_rounds(tmp_path):
     rng = random.Random(1)
     old, new, newer = (["".join(rng.choices(HAN, k=100)) for _ in range(20)] for _ in range(3))
     for method in ("minhash", "exact"):
@@ -169,7 +169,7 @@ def test_appended_text_is_compared_with_what_was_there(tmp_path):
 
 
 def publish(work: Path, index: Path) -> None:
-    """Bring an index to those that were there before; every task has files of its own."""
+    """Move an index to those of earlier rounds. No file of two rounds has the same name."""
     new = work / "duplicates" / "index"
     for file in filter(Path.is_file, new.rglob("*")):
         target = index / file.relative_to(new)
@@ -178,7 +178,7 @@ def publish(work: Path, index: Path) -> None:
         file.rename(target)
 
 
-def test_an_append_keeps_and_drops_what_one_run_would(tmp_path):
+def test_an_append_keeps_and_drops_the_same_as_one_run(tmp_path):
     """Near copies at every similarity, and pages of one frame, which meet old ones by chance."""
     rng = random.Random(3)
     frame = "".join(rng.choices(HAN, k=120))
@@ -193,7 +193,7 @@ def test_an_append_keeps_and_drops_what_one_run_would(tmp_path):
     assert kept(tmp_path / "second", "minhash", tasks[1:], tmp_path / "index", 1) == whole[1:]
 
 
-def test_what_is_dropped_says_of_what_it_is_a_copy(tmp_path):
+def test_dropped_documents_name_the_document_that_is_kept(tmp_path):
     def originals(work: Path, known: int) -> list[dict | None]:
         documents = list(DocumentReader(work / "documents")(None, 0, 1))
         list(DuplicateFilter("exact", work, known)(iter(documents), 0, 1))
@@ -208,7 +208,7 @@ def test_what_is_dropped_says_of_what_it_is_a_copy(tmp_path):
     assert originals(tmp_path / "second", 1) == [None, earlier]
 
 
-def test_an_index_that_lacks_something_is_refused(tmp_path):
+def test_an_incomplete_index_is_refused(tmp_path):
     kept(tmp_path, "exact", [["甲"]])
     for method, known in (("minhash", 1), ("exact", 2)):
         message = rf"{method}/signatures/bucket_000/0000{known - 1}\S+ is missing: duplicates"

@@ -1,4 +1,4 @@
-"""Is data the same whoever prepares it: processes of this machine, Slurm or Ray?"""
+"""Every executor gives the same shards: processes on this machine, Slurm and Ray."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def config(tmp_path):
 
 
 def run_on_slurm(scripts: list[Path], monkeypatch) -> None:
-    """Do what the cluster would: every job of an array by itself."""
+    """Run each job of each array, as the cluster would."""
     for script in scripts:
         text = script.read_text()
         last = int(re.search(r"--array=0-(\d+)", text)[1])
@@ -37,7 +37,7 @@ def write_command(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_slurm_gets_chained_jobs_that_make_the_same(config, monkeypatch, tmp_path, capsys):
+def test_slurm_gets_chained_jobs_that_give_the_same_bytes(config, monkeypatch, tmp_path, capsys):
     whole = content(prepare(config("whole"), monkeypatch))
     path = config("out", executor="slurm", workers=2, slurm=SLURM)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
@@ -71,7 +71,7 @@ def test_slurm_gets_chained_jobs_that_make_the_same(config, monkeypatch, tmp_pat
     assert "already made" in capsys.readouterr().out and not (tmp_path / "out.partial").exists()
 
 
-def test_what_has_failed_on_slurm_is_told_and_submitted_again(config, monkeypatch, tmp_path, capsys):
+def test_failed_jobs_on_slurm_are_reported_and_submitted_again(config, monkeypatch, tmp_path, capsys):
     path = config("out", executor="slurm", workers=2, slurm=SLURM)
     row = (tmp_path / "1.jsonl").read_text()
     (tmp_path / "1.jsonl").write_text("3\n")
@@ -92,7 +92,7 @@ def test_what_has_failed_on_slurm_is_told_and_submitted_again(config, monkeypatc
     with pytest.raises(UserError, match=r"cannot ask `squeue` whether the jobs in \S+/jobs are still running"):
         prepare(path, monkeypatch)
     (tmp_path / "1.jsonl").write_text(row)
-    prepare(path, monkeypatch)  # of other input: it starts afresh
+    prepare(path, monkeypatch)  # other input, so the work starts from scratch
 
 
 @pytest.mark.parametrize(
@@ -103,12 +103,12 @@ def test_what_has_failed_on_slurm_is_told_and_submitted_again(config, monkeypatc
         ({"partition": "cpu", "time": "4:00:00", "memory": 3}, "`slurm`: .*memory"),
     ],
 )
-def test_mistakes_in_the_slurm_settings_are_named(slurm, message, config, monkeypatch):
+def test_mistakes_in_the_slurm_settings_are_reported(slurm, message, config, monkeypatch):
     with pytest.raises(UserError, match=message):
         prepare(config("out", executor="slurm", slurm=slurm), monkeypatch)
 
 
-def test_a_cluster_that_does_not_answer_is_named(config, monkeypatch):
+def test_a_cluster_that_does_not_answer_is_reported(config, monkeypatch):
     ray = pytest.importorskip("ray")
 
     def fail(**options: object) -> None:
@@ -120,7 +120,7 @@ def test_a_cluster_that_does_not_answer_is_named(config, monkeypatch):
         prepare(config("out", executor="ray"), monkeypatch)
 
 
-def test_ray_makes_the_same(config, monkeypatch, tmp_path):
+def test_ray_gives_the_same_bytes(config, monkeypatch, tmp_path):
     ray = pytest.importorskip("ray")
     whole = content(prepare(config("whole"), monkeypatch))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

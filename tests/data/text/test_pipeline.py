@@ -1,4 +1,4 @@
-"""Is data the same however often its preparation is killed, and does what is added leave the rest alone?"""
+"""Killed runs resume to the same bytes, and append rounds leave existing shards unchanged."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ HANZI = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬�
 
 
 def texts(part: int, count: int = 150) -> list[str]:
-    """Different texts; every tenth is in all parts."""
+    """Return different texts; every tenth is in all parts."""
     return [f"{0 if i % 10 == 0 else part}之{i}：" + HANZI[i % 40 :] * (1 + i % 7) for i in range(count)]
 
 
@@ -65,7 +65,7 @@ def make_config(folder: Path, tokenizer: Path):
 
 
 def prepare(config: Path, monkeypatch, *arguments: object) -> Path:
-    """Run the script in this process; return what it made."""
+    """Run the script in this process; return its output folder."""
     monkeypatch.setattr(sys, "argv", ["prepare_pretrain.py", "--config", *map(str, [config, *arguments])])
     prepare_pretrain.main()
     return config.with_suffix("")
@@ -75,7 +75,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_table_beside_a_shard_names_its_documents_in_its_order(config, monkeypatch, tokenizer_folder, tmp_path):
+def test_the_table_of_a_shard_lists_its_documents_in_order(config, monkeypatch, tokenizer_folder, tmp_path):
     out = prepare(config("out"), monkeypatch)
     found = documents(out / "train", AutoTokenizer.from_pretrained(tokenizer_folder))
     shards = verify_shards(out / "train")["shards"]
@@ -93,7 +93,7 @@ def test_the_table_beside_a_shard_names_its_documents_in_its_order(config, monke
     assert (out / "report.md").exists()
 
 
-def test_a_document_with_an_exam_question_is_dropped_and_shown(config, monkeypatch, tmp_path):
+def test_a_document_with_a_benchmark_question_is_dropped_and_shown(config, monkeypatch, tmp_path):
     question = "下列哪一项不是唐代诗人李白创作的五言绝句作品名称"
     (tmp_path / "poems").mkdir()
     (tmp_path / "poems" / "test.csv").write_text(f"Question,A,B,C,D,Answer\n{question},静夜思,登高,独坐,秋浦,B\n")
@@ -106,7 +106,7 @@ def test_a_document_with_an_exam_question_is_dropped_and_shown(config, monkeypat
     assert question in (out / "report.md").read_text("utf-8")
 
 
-KILLS = [  # in which stage, and when the n-th call of a function begins there
+KILLS = [  # the stage, and the function that kills the process at its n-th call in that stage
     ("index", np, "save", 2),
     ("clean", pipeline, "write_document", 40),
     ("signatures", DuplicateSignature, "get_signature", 200),
@@ -128,13 +128,13 @@ KILLS = [  # in which stage, and when the n-th call of a function begins there
 
 
 def stages_at_work(partial: Path) -> set[str]:
-    """The stages of which a task has begun and not ended."""
+    """Return the stages with a task that has started and is not complete."""
     locks = [(path.parents[1], path.name) for path in partial.glob("*/logs/*/locks/*")]
     return {stage.name for stage, task in locks if not (stage / "completions" / task).exists()}
 
 
 def run_and_kill(config: Path, stage: str, owner: object, name: str, calls: int) -> int:
-    """Run the script in a process of its own that kills itself at such a call; return its exit code."""
+    """Run the script in another process that kills itself at this call; return its exit code."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -154,7 +154,7 @@ def run_and_kill(config: Path, stage: str, owner: object, name: str, calls: int)
     os._exit(0)
 
 
-def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(config, monkeypatch, tmp_path):
+def test_a_run_killed_in_every_stage_gives_the_same_bytes(config, monkeypatch, tmp_path):
     (tmp_path / "exam.jsonl").write_text(json.dumps({"question": texts(1)[1]}) + "\n")
     settings = {"decontaminate": [str(tmp_path / "exam.jsonl")]}
     whole = content(prepare(config("whole", **settings), monkeypatch))
@@ -189,7 +189,7 @@ def test_workers_that_outlive_their_run_are_waited_for(config, monkeypatch, tmp_
     assert content(tmp_path / "orphaned") == whole
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_lost(config, monkeypatch, tmp_path, capsys):
+def test_a_full_disk_is_one_error_line_and_loses_nothing(config, monkeypatch, tmp_path, capsys):
     whole = content(prepare(config("whole"), monkeypatch))
     path = config("full")
 
@@ -205,7 +205,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(config, monkeypatch, tmp_pa
     assert content(prepare(path, monkeypatch)) == whole
 
 
-def test_two_runs_do_not_work_on_the_same_data(config, monkeypatch, tmp_path):
+def test_two_runs_cannot_work_in_the_same_folder(config, monkeypatch, tmp_path):
     path = config("out")
     holder = os.fork()
     if holder == 0:
@@ -237,7 +237,7 @@ def grown(config, monkeypatch, tmp_path):
     return out, config("out", sources=sources)
 
 
-def test_what_is_added_leaves_the_rest_alone(grown, monkeypatch, tmp_path, capsys):
+def test_an_append_leaves_existing_shards_unchanged(grown, monkeypatch, tmp_path, capsys):
     out, path = grown
     before, old = content(out), TokenShards(out / "train").manifest
     capsys.readouterr()
@@ -250,7 +250,7 @@ def test_what_is_added_leaves_the_rest_alone(grown, monkeypatch, tmp_path, capsy
     assert new["shards"][: len(old["shards"])] == old["shards"]
     assert {shard["source"] for shard in new["shards"][len(old["shards"]) :]} == {"more", "new"}
     assert [Path(entry["file"]).name for entry in new["inputs"]] == ["0.jsonl", "1.jsonl", "2.jsonl", "new.jsonl"]
-    assert [len(generation["inputs"]) for generation in new["generations"]] == [2, 2]
+    assert [len(each["inputs"]) for each in new["generations"]] == [2, 2]
     assert [shard["file"] for shard in new["shards"]] == sum((each["shards"] for each in new["generations"]), [])
     assert {source["name"]: source["epochs"] for source in new["sources"]} == {"0": 1, "more": 3, "new": 1}
     counts = new["cleaning"]
@@ -263,12 +263,12 @@ def test_what_is_added_leaves_the_rest_alone(grown, monkeypatch, tmp_path, capsy
     capsys.readouterr()
     prepare(path, monkeypatch, "--append", "true")
     prepare(path, monkeypatch)
-    said = capsys.readouterr().out
-    assert "has all these input files already" in said and "already made" in said
+    printed = capsys.readouterr().out
+    assert "has all these input files already" in printed and "already made" in printed
     assert content(out) == after and not out.with_name("out.partial").exists()
 
 
-def test_adding_that_is_killed_leaves_what_was_or_what_shall_be(grown, monkeypatch, tmp_path):
+def test_a_killed_append_leaves_the_old_or_the_new_state(grown, monkeypatch, tmp_path):
     out, path = grown
     shutil.copytree(out, tmp_path / "copy")
     old = read_manifest(out / "train")
@@ -297,7 +297,7 @@ def test_adding_that_is_killed_leaves_what_was_or_what_shall_be(grown, monkeypat
     assert interrupts > 3 and content(out) == whole
 
 
-def test_what_was_half_added_is_finished_before_anything_else(grown, config, monkeypatch, tmp_path, capsys):
+def test_an_interrupted_append_is_finished_first(grown, config, monkeypatch, tmp_path, capsys):
     out, path = grown
     replace, moved = Path.replace, []
 
@@ -326,8 +326,8 @@ def test_what_was_half_added_is_finished_before_anything_else(grown, config, mon
     assert aside["documents"] == (out / "eval.jsonl").read_bytes().count(b"\n")
 
 
-def test_wishes_of_sources_that_are_not_named_again_stay(config, monkeypatch, tmp_path):
-    """An append may name what is new alone: what is there keeps its weight, and its epochs before languages."""
+def test_requests_of_sources_that_are_not_listed_again_are_kept(config, monkeypatch, tmp_path):
+    """An append round may list new sources only: others keep their weight, and their epochs before `languages`."""
     paths = [str(tmp_path / f"{number}.jsonl") for number in range(3)]
     weighted = [{"name": name, "path": path, "weight": 2} for name, path in zip("abc", paths, strict=True)]
     out = prepare(config("out", sources=weighted[:2]), monkeypatch)
@@ -343,7 +343,7 @@ def test_wishes_of_sources_that_are_not_named_again_stay(config, monkeypatch, tm
     assert shares == pytest.approx({"a": 6 / 16, "b": 2 / 16, "c": 4 / 16, "new": 4 / 16})
 
 
-def test_a_ratio_of_languages_is_of_all_that_is_there(config, monkeypatch, tmp_path):
+def test_a_ratio_of_languages_applies_to_all_rounds(config, monkeypatch, tmp_path):
     languages = {"zh": 3, "en": 1}
     sources = [
         {"name": n, "path": str(tmp_path / f"{n}.jsonl"), "language": "en" if n == "1" else "zh"} for n in "012"
@@ -368,7 +368,7 @@ def test_a_ratio_of_languages_is_of_all_that_is_there(config, monkeypatch, tmp_p
         ),
     ],
 )
-def test_what_is_of_another_kind_is_not_added(change, message, grown, config, monkeypatch):
+def test_an_append_with_other_settings_is_refused(change, message, grown, config, monkeypatch):
     before = content(grown[0])
     monkeypatch.chdir(grown[0].parent)
     with pytest.raises(UserError, match=message):
@@ -376,7 +376,7 @@ def test_what_is_of_another_kind_is_not_added(change, message, grown, config, mo
     assert content(grown[0]) == before and not grown[0].with_name("out.partial").exists()
 
 
-def test_neither_another_tokenizer_nor_a_changed_file_is_added(grown, config, monkeypatch, tmp_path):
+def test_an_append_with_another_tokenizer_or_a_changed_file_is_refused(grown, config, monkeypatch, tmp_path):
     other = byte_tokenizer(tmp_path / "other", extra=1)
     with pytest.raises(
         UserError, match=r"other \(\w{12}\) is not the one that .*out/train was made with, .*tokenizer \(\w{12}\)"
@@ -390,7 +390,7 @@ def test_neither_another_tokenizer_nor_a_changed_file_is_added(grown, config, mo
     assert not (tmp_path / "none.partial").exists()
 
 
-def test_an_impossible_mixture_is_told_before_any_work(config, monkeypatch, tmp_path):
+def test_an_impossible_mixture_is_reported_before_any_work(config, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="`languages` asks for zh, and its language is not given"):
         prepare(config("out", languages={"zh": 1}), monkeypatch)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

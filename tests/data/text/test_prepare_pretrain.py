@@ -1,4 +1,4 @@
-"""Is what stands in the shards the text that went in, cleaned and no more, and is every mistake named?"""
+"""prepare_pretrain.py: shards contain the input text and nothing else, and every user error is reported."""
 
 import csv
 import gzip
@@ -33,7 +33,7 @@ TEXTS = [f"第{i}篇：春天到了，\n\n院子里的桃花开了。Document {i
 
 
 def byte_tokenizer(folder: Path, extra: int = 0) -> Path:
-    """A tokenizer of the 256 bytes, `<tool_call>` (not flagged special, as in Qwen), two spaces, and fillers."""
+    """Save a tokenizer of 256 bytes, `<tool_call>` (not marked special, as in Qwen), two spaces, and extra entries."""
     names = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"<unused{i}>" for i in range(extra))]
     backend = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -54,7 +54,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def prepare(tmp_path, tokenizer_folder, monkeypatch):
-    """Run the script with `out` in tmp_path as its output; return that folder."""
+    """Return a function that runs the script with an output folder in tmp_path and returns that folder."""
 
     def call(*arguments, output="out", **options) -> Path:
         options = {"tokenizer": tokenizer_folder, "output": tmp_path / output} | options
@@ -73,7 +73,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def documents(folder: Path, tokenizer) -> list[str]:
-    """Cut the shards at the ends in their index; check that a separator stands there, and nowhere else."""
+    """Split the shards at the ends in their index, and check that separators are there and nowhere else."""
     shards, texts = TokenShards(folder), []
     for shard in shards.shards:
         tokens = np.fromfile(folder / shard["file"], shards.dtype)
@@ -155,7 +155,7 @@ def test_special_tokens_in_a_text_stay_text(tmp_path, prepare, tokenizer_folder)
     assert TokenShards(out / "train").tokens == sum(map(len, texts)) + len(texts)
 
 
-def test_entries_for_plain_text_are_used(tmp_path, prepare):
+def test_added_tokens_for_plain_text_are_used(tmp_path, prepare):
     out = prepare(sources=write_jsonl(tmp_path / "a.jsonl", ["a  b"]))
     assert TokenShards(out / "train").tokens == len(["a", "  ", "b", "<|endoftext|>"])
 
@@ -168,18 +168,18 @@ def test_held_out_documents_depend_on_their_text_alone(tmp_path, prepare, tokeni
     several = prepare(sources=tmp_path / "part*.jsonl", eval_fraction=0.3, workers=2, output="several")
     serial = prepare(sources=tmp_path / "part*.jsonl", eval_fraction=0.3, output="serial")
     whole = prepare(sources=one, eval_fraction=0.3, output="whole")
-    dealt = prepare(sources=tmp_path / "part*.jsonl", eval_fraction=0.3, tasks=2, output="dealt")
+    two_tasks = prepare(sources=tmp_path / "part*.jsonl", eval_fraction=0.3, tasks=2, output="two_tasks")
     aside = set(held_out(whole))
-    for out in (several, serial, dealt):
+    for out in (several, serial, two_tasks):
         assert set(held_out(out)) == aside == set(documents(out / "eval", tokenizer))
         assert set(documents(out / "train", tokenizer)) == set(TEXTS) - aside
-    assert len(TokenShards(several / "train").shards) == 3 and len(TokenShards(dealt / "train").shards) == 2
+    assert len(TokenShards(several / "train").shards) == 3 and len(TokenShards(two_tasks / "train").shards) == 2
     assert [s["sha256"] for s in TokenShards(several / "train").shards] == [
         s["sha256"] for s in TokenShards(serial / "train").shards
     ]
 
 
-def test_a_file_whose_documents_all_go_leaves_no_shard(tmp_path, prepare):
+def test_a_file_without_remaining_documents_gets_no_shard(tmp_path, prepare):
     write_jsonl(tmp_path / "a.jsonl", [""])
     write_jsonl(tmp_path / "b.jsonl", ["text"])
     out = prepare(sources=tmp_path / "?.jsonl")
@@ -189,11 +189,11 @@ def test_a_file_whose_documents_all_go_leaves_no_shard(tmp_path, prepare):
 
 
 @pytest.mark.parametrize("entries, dtype", [(65_536, "uint16"), (65_537, "uint32")])
-def test_the_width_of_a_token_follows_the_greatest_id(entries, dtype):
+def test_the_width_of_a_token_depends_on_the_largest_id(entries, dtype):
     assert token_dtype({str(i): i for i in range(entries)}).name == dtype
 
 
-def test_a_gap_in_the_ids_is_no_reason_for_narrow_tokens():
+def test_gaps_in_the_ids_do_not_make_tokens_narrow():
     assert token_dtype({"a": 0, "b": 70_000}).name == "uint32"
 
 
@@ -205,7 +205,7 @@ def test_wide_tokens_are_written_and_read(tmp_path, prepare):
 
 
 @needs_data
-def test_real_text_with_the_qwen_tokenizer_comes_back(prepare, monkeypatch):
+def test_real_text_decodes_to_itself_with_the_qwen_tokenizer(prepare, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     qwen = DATA / "tokenizers" / "qwen2.5"
     files = ["wikipedia_cn_sample.json", "zh_industrycorpus_sample.parquet", "en_tinyshakespeare.txt"]
@@ -217,13 +217,13 @@ def test_real_text_with_the_qwen_tokenizer_comes_back(prepare, monkeypatch):
     shards.check_tokenizer(tokenizer)
     raw = [row["completion"] for row in json.loads(sources[0].read_text("utf-8"))]
     raw += [*pq.read_table(sources[1], columns=["text"])["text"].to_pylist(), sources[2].read_text("utf-8")]
-    normalised = tokenizer.backend_tokenizer.normalizer.normalize_str  # Qwen's own NFC
-    expected = sorted(normalised(normalize_lines(text)) for text in raw)
+    normalized = tokenizer.backend_tokenizer.normalizer.normalize_str  # Qwen's own NFC
+    expected = sorted(normalized(normalize_lines(text)) for text in raw)
     assert sorted(documents(out / "train", tokenizer) + documents(out / "eval", tokenizer)) == expected
 
 
 @needs_data
-def test_two_thousand_tang_poems_come_back(tmp_path, prepare, tokenizer_folder):
+def test_two_thousand_tang_poems_decode_to_themselves(tmp_path, prepare, tokenizer_folder):
     with gzip.open(DATA / "pretrain" / "zh_tang_poems.jsonl.gz", "rb") as file:
         lines = [next(file) for _ in range(2000)]
     (tmp_path / "tang.jsonl").write_bytes(b"".join(lines))
@@ -232,7 +232,7 @@ def test_two_thousand_tang_poems_come_back(tmp_path, prepare, tokenizer_folder):
     assert documents(out / "train", AutoTokenizer.from_pretrained(tokenizer_folder)) == expected
 
 
-def test_a_finished_folder_is_kept_or_the_change_is_named(tmp_path, prepare, capsys):
+def test_a_finished_folder_is_kept_or_the_change_is_reported(tmp_path, prepare, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     out = prepare(sources=source)
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -251,7 +251,7 @@ def test_a_finished_folder_is_kept_or_the_change_is_named(tmp_path, prepare, cap
         prepare(sources=source, output="mine")
 
 
-def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepare, capsys, monkeypatch):
+def test_a_stopped_run_resumes_and_another_config_starts_from_scratch(tmp_path, prepare, capsys, monkeypatch):
     for name in "ab":
         write_jsonl(tmp_path / f"{name}.jsonl", TEXTS)
     read_rows, read = readers.read_rows, []
@@ -275,8 +275,8 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         out = prepare(sources=tmp_path / "?.jsonl", tasks=2, output=f"out{len(options)}", **options)
         assert not out.with_name(f"{out.name}.partial").exists()
     assert read == ["b.jsonl", "a.jsonl", "b.jsonl"]
-    said = capsys.readouterr().out
-    assert "resuming in" in said and "starting from scratch" in said
+    printed = capsys.readouterr().out
+    assert "resuming in" in printed and "starting from scratch" in printed
     assert TokenShards(tmp_path / "out0" / "train").documents == 120
     assert TokenShards(out / "train").documents + TokenShards(out / "eval").documents == 120
 
@@ -320,14 +320,14 @@ def test_a_stopped_run_goes_on_and_another_config_starts_afresh(tmp_path, prepar
         ("a.csv", b'text,id\n"a\n\n\xff\n",2\n', {}, r"a\.csv:4: not valid UTF-8"),
     ],
 )
-def test_mistakes_are_named_and_leave_no_output(name, content, options, message, tmp_path, prepare):
+def test_mistakes_are_reported_and_leave_no_output(name, content, options, message, tmp_path, prepare):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         prepare(**({"sources": tmp_path / name} | options))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_parquet_file_without_the_column_is_named(tmp_path, prepare):
+def test_a_parquet_file_without_the_column_is_reported(tmp_path, prepare):
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet: cannot be read: no column `text`; there are: body"):
         prepare(sources=tmp_path / "a.parquet")
@@ -378,7 +378,7 @@ def test_blocks_are_the_shards_cut_to_length(shards, block_size):
             blocks[index]
 
 
-def test_positions_begin_again_after_every_separator(shards):
+def test_positions_restart_after_every_separator(shards):
     blocks = BlockDataset(shards, 20, isolate_documents=True)
     for block in blocks:
         position = -1
@@ -396,7 +396,7 @@ def test_loader_workers_read_the_same_blocks(shards):
     assert read.tolist() == concatenated(shards)[: len(blocks) * 16].tolist()
 
 
-def test_a_damaged_folder_is_named(shards):
+def test_a_damaged_folder_is_reported(shards):
     name = TokenShards(shards).shards[1]["file"]
     with pytest.raises(UserError, match="holds 90 tokens, less than one block of 91"):
         BlockDataset(shards, 91)
@@ -422,13 +422,13 @@ def test_a_damaged_folder_is_named(shards):
         TokenShards(shards)
 
 
-def test_another_tokenizer_is_refused_by_name(shards, tmp_path, tokenizer_folder):
+def test_another_tokenizer_is_refused(shards, tmp_path, tokenizer_folder):
     other = AutoTokenizer.from_pretrained(byte_tokenizer(tmp_path / "other", extra=1))
     with pytest.raises(UserError, match=rf"tokenizer {tmp_path}/other \(.*made with, {tokenizer_folder} \("):
         TokenShards(shards).check_tokenizer(other)
 
 
-def test_a_fingerprint_is_of_content_not_of_files(tmp_path, tokenizer_folder):
+def test_a_fingerprint_depends_on_content_not_on_files(tmp_path, tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.save_pretrained(tmp_path / "copy")
     file = tmp_path / "copy" / "tokenizer.json"
