@@ -238,7 +238,7 @@ def test_exit_status_and_one_line(tmp_path):
 
 SCRIPTS = [
     *("pretrain/pretrain.py", "sft/sft.py", "rlhf/dpo.py", "tokenizer/train_tokenizer.py"),
-    *("tools/measure_tokenizer.py", "data/prepare_pretrain.py", "data/convert_chat.py"),
+    *("tools/measure_tokenizer.py", "tools/prune_vocabulary.py", "data/prepare_pretrain.py", "data/convert_chat.py"),
     *("data/sample/make_sample.py", "eval/run_eval.py", "eval/report.py", "eval/local_exams.py"),
     *("export/to_native.py", "export/from_native.py", "tools/to_gguf.py", "runs/ask.py", "runs/summarize.py"),
 ]
