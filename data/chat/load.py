@@ -1,10 +1,8 @@
-"""Instruction and preference rows in their standard forms (see chat_rules.py) as memory-mapped data sets."""
+"""Load chat rows in the standard form (see rules.py) as memory-mapped data sets, if they are fit to train on."""
 
 import os
-import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
@@ -12,151 +10,144 @@ from transformers import PreTrainedTokenizerBase
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import find_files
-from buddygpt.data.chat.exams import open_exams, refuse_exam_items
-from buddygpt.data.chat.rules import FORMS, BadRow, check_row, special_tokens
-from buddygpt.data.chat.tokens import find_faults, tokenise
+from buddygpt.data.chat.checker import RowChecker
+from buddygpt.data.chat.rules import FORMS, BadRow, special_tokens
+from buddygpt.data.chat.tokens import find_faults, tokenize
 from buddygpt.data.text.rows import read_rows
 
-STAGES = {"sft": "sft", "preference": "dpo"}  # as data/doctor.py names them
+
+class UnfitRows(UserError):
+    """Rows in `files` that data/doctor.py would call not fit."""
+
+    def __init__(self, message: str, files: list[str]):
+        super().__init__(message)
+        self.files = files
 
 
-def load_messages(files: list[str], **options: Any) -> Dataset:
-    """Load instruction rows: columns `messages` and `tools` (None where a row has none), all other keys dropped.
+def load_rows(
+    files: list[str],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    assistant_only: bool = True,
+    benchmarks: Sequence[str] = (),
+    force: bool = False,
+    advise: Callable[..., str] = lambda *_: "",
+) -> Dataset:
+    """Load rows of one kind, and refuse what data/doctor.py would call not fit.
+
+    The columns are those of the kind (`messages`; or `prompt`, `chosen`, `rejected`) and `tools`, None if a row has
+    none. All other keys are dropped. Rows are read and checked once, then mapped from the cache of `datasets`.
 
     Args:
-        files: Names or globs of jsonl or parquet files in the standard form. Read once, then mapped from the cache.
-        options: `exams`, whose items no row may hold, and those of [`require_fit`], to refuse what data/doctor.py
-            finds not fit.
+        files: Names or globs of jsonl or parquet files.
+        kind: `sft` or `preference`.
+        tokenizer: The tokenizer of the model to train, with its chat template. Without it the rules are checked, but
+            not the loss.
+        max_length: Tokens that the trainer keeps of a row; None for all.
+        assistant_only: False: every token of an instruction carries loss.
+        benchmarks: Files, globs or folders of benchmarks; a row that contains an item of one is bad.
+        force: Leave bad rows out and print a warning instead of raising.
+        advise: Called as `advise(files, kind, tokenizer, max_length, benchmarks)`; returns what to do about rows that
+            are not fit, for the error.
 
     Raises:
-        UserError: A missing, empty or malformed file, a row that is not in the standard form, with file and row; or
-            the rows are not fit.
+        UserError: A file is missing, empty or malformed, a row is bad (with file and row), or all rows are.
     """
-    return _load(files, "sft", **options)
+    tokens = special_tokens(tokenizer) if tokenizer else ()
+    try:
+        parts = [_load_file(path, kind, tokens, tuple(benchmarks), force) for path in find_files(files)]
+        rows = concatenate_datasets(parts)
+        if tokenizer:
+            _require_fit(rows, kind, files, tokenizer, max_length, assistant_only, force)
+    except UnfitRows as error:
+        raise UserError(f"{error}. {advise(error.files, kind, tokenizer, max_length, benchmarks)}") from error
+    return rows
 
 
-def load_preferences(files: list[str], **options: Any) -> Dataset:
-    """Load preference rows: columns `prompt`, `chosen`, `rejected` and `tools`. Otherwise as [`load_messages`]."""
-    return _load(files, "preference", **options)
+def _load_file(path: Path, kind: str, tokens: tuple[str, ...], benchmarks: tuple[str, ...], force: bool) -> Dataset:
+    # The arguments are the key of the cache. The times of the last changes are among them, so an edit of the file or
+    # of a benchmark causes a new check. They are tuples because `datasets` splits lists between processes.
+    changed = tuple(file.stat().st_mtime_ns for file in (path, *find_files(list(benchmarks))))
+    source = {
+        "path": path.absolute(),
+        "kind": kind,
+        "tokens": tokens,
+        "benchmarks": benchmarks,
+        "force": force,
+        "changed": changed,
+    }
+    # A message is stored as one JSON text: an Arrow struct would give every message the keys of all others.
+    columns = {key: List(Json()) for key in (*FORMS[kind], "tools")}
+    try:
+        rows = Dataset.from_generator(
+            _generate_rows, features=Features({**columns, "fault": Value("string")}), gen_kwargs=source
+        )
+    except DatasetGenerationError as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    if force:
+        rows = _drop_bad_rows(rows, path)
+    return rows.remove_columns("fault")
 
 
-def require_fit(
-    dataset: Dataset,
+def _generate_rows(
+    path: Path,
+    kind: str,
+    tokens: tuple[str, ...],
+    benchmarks: tuple[str, ...],
+    force: bool,
+    changed: tuple[int, ...],
+) -> Iterator[dict]:
+    """Yield the rows of a file. A bad row raises [`UnfitRows`]; with `force` it becomes an empty one with a fault."""
+    checker = RowChecker(kind, tokens, benchmarks)
+    row = None
+    for row in read_rows(path):
+        fault = checker.check(row, schema=None).reason_to_refuse
+        if fault and not force:
+            raise UnfitRows(f"{path}:{row.number}: {fault}", [str(path)])
+        content = {} if fault else row.content
+        columns = {key: content.get(key) for key in (*FORMS[kind], "tools")}
+        yield columns | {"fault": f"{row.number}: {fault}" if fault else None}
+    if row is None:
+        raise UserError(f"{path} is empty")
+
+
+def _drop_bad_rows(rows: Dataset, path: Path) -> Dataset:
+    faults = rows["fault"][:]
+    bad = [fault for fault in faults if fault]
+    if not bad:
+        return rows
+    if len(bad) == len(faults):
+        raise UserError(f"{path}: every row is bad, first {path}:{bad[0]}. Fix or convert the file")
+    _warn(f"{path}: {len(bad):,} of {len(faults):,} rows are bad and left out, first {path}:{bad[0]}")
+    return rows.select([number for number, fault in enumerate(faults) if not fault])
+
+
+def _require_fit(
+    rows: Dataset,
     kind: str,
     files: list[str],
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None = None,
-    assistant_only: bool = True,
-    force: bool = False,
+    max_length: int | None,
+    assistant_only: bool,
+    force: bool,
 ) -> None:
-    """Refuse rows of which nothing would be learnt, or that are all cut; the doctor's verdict, found by a few rows.
-
-    Args:
-        dataset: Rows that keep the rules.
-        tokenizer: Of the model to train; with its chat template.
-        max_length: Tokens that the trainer keeps of a row; None for all.
-        assistant_only: Whether instructions carry loss on the assistant's words alone.
-        force: Say so, and go on.
-
-    Raises:
-        UserError: The rows are not fit; with the command that shows why.
-    """
+    """Raise [`UnfitRows`] if no token carries loss, or if every row is cut. Stops at the rows that disprove both."""
     trained_on, uncut = False, max_length is None
-    limit = f" --max_length {max_length}" if max_length else ""
-    see = f"See: {_doctor(' '.join(files), kind)} --tokenizer {tokenizer.name_or_path}{limit}"
-    for row in dataset:
+    for row in rows:
         try:
-            sequences = tokenise(row, kind, tokenizer, assistant_only)
+            sequences = tokenize(row, kind, tokenizer, assistant_only)
         except BadRow as error:
-            raise UserError(f"{', '.join(files)}: {error}. {see}") from error
+            raise UnfitRows(f"{', '.join(files)}: {error}", files) from error
         for ids, loss in sequences:
             trained_on = trained_on or any(loss[:max_length])
             uncut = uncut or len(ids) <= max_length
         if trained_on and uncut:
             return
-    fault = f"{', '.join(files)}: not fit: {'; '.join(find_faults(0, trained_on, uncut, max_length))}. {see}"
+    fault = f"{', '.join(files)}: not fit: {'; '.join(find_faults(0, trained_on, uncut, max_length))}"
     if not force:
-        raise UserError(f"{fault}. Mend the rows, or give --train_on_unfit_data true")
+        raise UnfitRows(fault, files)
     _warn(fault)
-
-
-def _load(
-    patterns: list[str],
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    exams: tuple[str, ...] = (),
-    force: bool = False,
-    **options: Any,
-) -> Dataset:
-    tokens = special_tokens(tokenizer) if tokenizer else ()
-    flags = f" --tokenizer {shlex.quote(tokenizer.name_or_path)}" if tokenizer else ""
-    flags += f" --exams {shlex.join(exams)}" if exams else ""
-    parts = []
-    for path in find_files(patterns):
-        # The times of the last changes are part of the cache's key, so that after an edit all is looked at anew.
-        # Tuples: datasets would deal a list out to several shards.
-        version = tuple(file.stat().st_mtime_ns for file in (path, *find_files(list(exams))))
-        rules = {"tokens": tokens, "exams": exams, "force": force, "flags": flags}
-        source = {"path": path.absolute(), "kind": kind, "version": version, **rules}
-        try:
-            parts.append(Dataset.from_generator(_standard_rows, features=_features(kind), gen_kwargs=source))
-        except DatasetGenerationError as error:
-            raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-        if force:
-            parts[-1] = _without_bad_rows(parts[-1], path, kind, flags)
-    dataset = concatenate_datasets(parts).remove_columns("fault")
-    if tokenizer:
-        require_fit(dataset, kind, patterns, tokenizer, force=force, **options)
-    return dataset
-
-
-def _features(kind: str) -> Features:
-    # One JSON text a message: an Arrow struct would give every message the keys of all others, filled with None.
-    return Features({**{key: List(Json()) for key in (*FORMS[kind], "tools")}, "fault": Value("string")})
-
-
-def _standard_rows(
-    path: Path,
-    kind: str,
-    version: tuple[int, ...],
-    tokens: tuple[str, ...],
-    exams: tuple[str, ...],
-    force: bool,
-    flags: str,
-) -> Iterator[dict]:
-    row, items = None, open_exams(exams)
-    for row in read_rows(path):
-        content, fault = row.content, row.error
-        try:
-            if fault:
-                raise BadRow(fault)
-            check_row(content, kind, tokens)
-            refuse_exam_items(content, kind, items)
-        except BadRow as error:
-            if not force:
-                raise UserError(
-                    f"{path}:{row.number}: {error}. See all bad rows: {_doctor(path, kind)}{flags}. Mend or convert "
-                    f"the file: python data/convert_chat.py --kind {kind} --input {path} --output NEW.jsonl{flags}; "
-                    "or leave bad rows out with --train_on_unfit_data true"
-                ) from error
-            content, fault = {}, f"{row.number}: {error}"
-        yield {key: content.get(key) for key in (*FORMS[kind], "tools")} | {"fault": fault}
-    if row is None:
-        raise UserError(f"{path} is empty")
-
-
-def _without_bad_rows(rows: Dataset, path: Path, kind: str, flags: str) -> Dataset:
-    faults = rows["fault"][:]
-    bad = [fault for fault in faults if fault]
-    if len(bad) == len(faults):
-        raise UserError(f"{path}: every row is bad, first {path}:{bad[0]}. See: {_doctor(path, kind)}{flags}")
-    if bad:
-        _warn(f"{path}: {len(bad):,} of {len(faults):,} rows are bad and left out, first {path}:{bad[0]}")
-    return rows.select([number for number, fault in enumerate(faults) if not fault])
-
-
-def _doctor(files: object, kind: str) -> str:
-    return f"python data/doctor.py {files} --stage {STAGES[kind]}"
 
 
 def _warn(message: str) -> None:

@@ -1,12 +1,12 @@
-"""The rules that instruction and preference rows obey, whatever schema they came in, and what may be chosen of them.
+"""The standard forms of chat rows, and the rules that a row must keep before a model trains on it.
 
-Standard forms (a message is `{"role", "content"}`; an assistant's may carry `tool_calls` and `reasoning_content`):
+Standard forms (a message is `{"role", "content"}`; an assistant's may have `tool_calls` and `reasoning_content`):
 
     sft          {"messages": [message, ...]}
     preference   {"prompt": [message, ...], "chosen": [message], "rejected": [message]}
     kto          {"prompt": [message, ...], "completion": [message], "label": true or false}
 
-each optionally with "tools": [{"type": "function", "function": {...}}].
+Each may also have "tools": [{"type": "function", "function": {...}}].
 """
 
 import json
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The lists of messages in a standard row, by kind. Where a row fits schemas of several kinds, the later kind is meant:
-# pairs and labels say more than the `messages` that some sets repeat beside them.
+# Kind of row -> the keys that hold its lists of messages. If a row fits schemas of several kinds, the last kind wins:
+# some sets repeat `messages` next to pairs or labels.
 FORMS = {"sft": ("messages",), "kto": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected")}
 
-# Which turn may follow which; "call" is an assistant's turn that calls tools.
+# Turns that may follow a turn. "call" is an assistant turn with tool calls.
 NEXT = {
     "start": ("system", "user"),
     "system": ("user",),
@@ -32,127 +32,28 @@ NEXT = {
     "tool": ("tool", "assistant", "call"),
     "assistant": ("user",),
 }
-# Ours, and their like in the templates of Qwen, Llama 3, GLM and (with full-width bars) DeepSeek.
+LONGEST_ROW = 1_000_000  # characters; longer than any context, and slow to tokenize
+
+# Special tokens of our template and of those of Qwen, Llama 3, GLM and (with full-width bars) DeepSeek.
 SPECIAL_TOKEN = r'<[|｜][^\s<>|｜"\\]+[|｜]>|</?tool_(?:call|response)>'
-EDGES = re.compile(r"(<[|｜]|\W?)(.*?)([|｜]>|\W?)", re.DOTALL)  # of such a token, around its name
+# A special token in three parts: opening, name, closing.
+TOKEN_PARTS = re.compile(r"(<[|｜]|\W?)(.*?)([|｜]>|\W?)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 LABELS = {"true": True, "1": True, "false": False, "0": False}
-LONGEST_ROW = 1_000_000  # characters; beyond any context, and minutes of tokenisation
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on; the message is the reason."""
+    """A row that cannot be trained on. The message is the reason."""
 
 
-def read_label(row: dict[str, Any]) -> bool | None:
-    """Return whether `label` (LLaMA-Factory: `kto_tag`) calls the answer good; None where it says neither."""
-    return LABELS.get(str(row.get("label", row.get("kto_tag"))).lower())
-
-
-def refuse_label(row: dict[str, Any]) -> None:
-    """Raise [`BadRow`] if the answer of an instruction row is labelled: it may be a bad one."""
-    if read_label(row) is not None:
-        raise BadRow("an answer labelled good or bad (kto), not an instruction; drop a label of another meaning")
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text has nothing but spaces and zero-width characters."""
-    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
-
-
-def fill_placeholders(row: dict[str, Any], values: dict[str, str]) -> dict[str, Any]:
-    """Return `row` with every `{{key}}` in its texts replaced by `values[key]`, where there is one."""
-    text = json.dumps(row, ensure_ascii=False)
-
-    def fill(match: re.Match) -> str:
-        value = values.get(match[1])
-        return match[0] if value is None else json.dumps(value, ensure_ascii=False)[1:-1]
-
-    return json.loads(PLACEHOLDER.sub(fill, text))
-
-
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    """Return the tokens that text must not spell, else it is read as structure."""
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-
-
-@cache
-def _find_special(tokens: tuple[str, ...]) -> re.Pattern:
-    return re.compile("|".join([SPECIAL_TOKEN, *map(re.escape, sorted(tokens, key=len, reverse=True))]))
-
-
-def neutralise(row: dict[str, Any], tokens: tuple[str, ...] = ()) -> tuple[dict[str, Any], int]:
-    """Return `row` with spaces inside every text that is spelt like a special token, and how many there were.
-
-    Args:
-        tokens: The [`special_tokens`] of a tokenizer, beside ours and their like.
-
-    A tokenizer would read `<|im_end|>` in the text as the end of the turn, and `<tool_call>` as the beginning of a
-    call, so that a row could open turns and make calls of its own. Calls are made by `tool_calls` alone, whoever
-    speaks. `<| im_end |>` and `< tool_call >` stay legible and are made of ordinary tokens.
-    """
-
-    def space(match: re.Match) -> str:
-        return " ".join(EDGES.fullmatch(match[0]).groups())
-
-    text, count = _find_special(tokens).subn(space, json.dumps(row, ensure_ascii=False))
-    return (json.loads(text), count) if count else (row, 0)
-
-
-def count_remarks(row: dict[str, Any]) -> Counter:
-    """Count what is no fault of a standard row but may surprise: placeholders left open, and hidden reasoning."""
-    placeholders = PLACEHOLDER.finditer(json.dumps(row, ensure_ascii=False))
-    remarks = Counter(
-        f"placeholder {match[0]} left open (convert with --fill {match[1]}=...)" for match in placeholders
-    )
-    messages = [message for key in FORMS["preference"] + FORMS["kto"] + FORMS["sft"] for message in row.get(key, ())]
-    if any("reasoning_content" in message for message in messages):
-        remarks["rows with reasoning_content: trained on only where the template renders it"] += 1
-    return remarks
-
-
-def select_turns(row: dict[str, Any], turns: str) -> dict[str, Any] | None:
-    """Return an instruction row with `all` its exchanges, the `first` or the `last` alone; None if not `single`.
-
-    An exchange is a user's turn and all up to the next user's turn. A system turn stays; `last` goes without the
-    turns before it, so that loss is taken on its answer alone.
-    """
-    messages = row["messages"]
-    starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    if turns == "single":
-        return row if len(starts) == 1 else None
-    if turns == "all" or len(starts) == 1:
-        return row
-    chosen = messages[starts[0] : starts[1]] if turns == "first" else messages[starts[-1] :]
-    return row | {"messages": messages[: starts[0]] + chosen}
-
-
-def check_messages(messages: Any) -> None:
-    """Raise [`BadRow`] unless the turns alternate as in `NEXT`, none is empty, and the last is the assistant's."""
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("no messages")
-    last = "start"
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise BadRow(f"turn {number} is not an object with role and content")
-        role, content = message["role"], message["content"]
-        if not isinstance(content, str):
-            raise BadRow(f"the content of turn {number} is not a string")
-        this = "call" if role == "assistant" and message.get("tool_calls") else role
-        if this not in NEXT[last]:
-            raise BadRow(f"turn {number} is `{this}` after `{last}`, expected {' or '.join(NEXT[last])}")
-        if this != "call" and is_blank(content):
-            raise BadRow(f"turn {number} ({role}) is empty")
-        last = this
-    if last not in ("assistant", "call"):
-        raise BadRow(f"the last turn is `{last}`, not the assistant's")
+# --- The rules ---
 
 
 def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = ()) -> None:
     """Raise [`BadRow`] unless `row` is in the standard form of `kind` and fit to train on.
 
     Args:
-        special_tokens: Of the tokenizer in use, for texts to hold none; ours and their like are looked for anyway.
+        special_tokens: Tokens of the tokenizer in use that no text may contain, in addition to `SPECIAL_TOKEN`.
     """
     keys = FORMS[kind]
     if not all(isinstance(row.get(key), list) for key in keys):
@@ -161,7 +62,7 @@ def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = 
         refuse_label(row)
         check_messages(row["messages"])
     else:
-        _check_answers(row, keys[1:])
+        _check_answers(row, answer_keys=keys[1:])
     tools = row.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools is not a list of objects")
@@ -170,21 +71,137 @@ def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = 
     _check_text(json.dumps(row, ensure_ascii=False), special_tokens)
 
 
-def _check_answers(row: dict[str, Any], keys: tuple[str, ...]) -> None:
-    for key in keys:
+def check_messages(messages: Any) -> None:
+    """Raise [`BadRow`] unless the turns alternate as in `NEXT`, none is empty, and the last is the assistant's."""
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("no messages")
+    previous = "start"
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise BadRow(f"turn {number} is not an object with role and content")
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str):
+            raise BadRow(f"the content of turn {number} is not a string")
+        is_call = role == "assistant" and message.get("tool_calls")
+        current = "call" if is_call else role
+        if current not in NEXT[previous]:
+            raise BadRow(f"turn {number} is `{current}` after `{previous}`, expected {' or '.join(NEXT[previous])}")
+        if not is_call and is_blank(content):
+            raise BadRow(f"turn {number} ({role}) is empty")
+        previous = current
+    if previous not in ("assistant", "call"):
+        raise BadRow(f"the last turn is `{previous}`, not the assistant's")
+
+
+def _check_answers(row: dict[str, Any], answer_keys: tuple[str, ...]) -> None:
+    for key in answer_keys:
         check_messages(row["prompt"] + row[key])
-    if any(len(row[key]) != 1 for key in keys) or not row["prompt"]:
-        raise BadRow(f"{' and '.join(keys)} must be one turn each, after a prompt")
-    if len(keys) == 2 and row["chosen"] == row["rejected"]:
+    if not row["prompt"] or any(len(row[key]) != 1 for key in answer_keys):
+        raise BadRow(f"{' and '.join(answer_keys)} must be one turn each, after a prompt")
+    if "chosen" in answer_keys and row["chosen"] == row["rejected"]:
         raise BadRow("chosen equals rejected")
 
 
-def _check_text(text: str, special_tokens: tuple[str, ...]) -> None:
-    if len(text) > LONGEST_ROW:
+def _check_text(row_as_json: str, special_tokens: tuple[str, ...]) -> None:
+    if len(row_as_json) > LONGEST_ROW:
         raise BadRow(f"the row has more than {LONGEST_ROW:,} characters")
-    if token := _find_special(special_tokens).search(text):
-        raise BadRow(f"the text holds the special token {token[0]}")
-    if re.search("[\ud800-\udfff]", text):
-        raise BadRow("the text holds half a surrogate pair")
-    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
-        raise BadRow("the text holds a NUL character")
+    if token := _special_token_pattern(special_tokens).search(row_as_json):
+        raise BadRow(f"the text contains the special token {token[0]}")
+    if re.search("[\ud800-\udfff]", row_as_json):
+        raise BadRow("the text contains half a surrogate pair")
+    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", row_as_json):
+        raise BadRow("the text contains a NUL character")
+
+
+def is_blank(text: str) -> bool:
+    """Return True for a text of spaces and zero-width characters only."""
+    return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
+
+
+def read_label(row: dict[str, Any]) -> bool | None:
+    """Return True or False if `label` (LLaMA-Factory: `kto_tag`) calls the answer good or bad, else None."""
+    value = row.get("label", row.get("kto_tag"))
+    return LABELS.get(str(value).lower())
+
+
+def refuse_label(row: dict[str, Any]) -> None:
+    """Raise [`BadRow`] if an instruction row has a label: its answer may be a bad one."""
+    if read_label(row) is not None:
+        raise BadRow("the answer is labeled good or bad (kto), so it is no instruction; drop a label of other meaning")
+
+
+# --- Special tokens in text ---
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """Return the tokens that the tokenizer reads as structure wherever a text contains them."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+@cache
+def _special_token_pattern(tokens: tuple[str, ...]) -> re.Pattern:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join([SPECIAL_TOKEN, *map(re.escape, longest_first)]))
+
+
+def escape(row: dict[str, Any], special_tokens: tuple[str, ...] = ()) -> tuple[dict[str, Any], int]:
+    """Return `row` with spaces inside every text that looks like a special token, and how many there were.
+
+    A tokenizer reads `<|im_end|>` in a text as the end of the turn, and `<tool_call>` as the start of a call, so a row
+    could open turns and make calls itself. `<| im_end |>` and `< tool_call >` stay readable and are ordinary tokens.
+    Real calls are in `tool_calls`, never in the text, so texts of all roles are escaped.
+
+    Args:
+        special_tokens: Tokens of the tokenizer in use, in addition to `SPECIAL_TOKEN`.
+    """
+
+    def add_spaces(match: re.Match) -> str:
+        return " ".join(TOKEN_PARTS.fullmatch(match[0]).groups())
+
+    text, count = _special_token_pattern(special_tokens).subn(add_spaces, json.dumps(row, ensure_ascii=False))
+    return (json.loads(text), count) if count else (row, 0)
+
+
+# --- Placeholders, remarks, choice of turns ---
+
+
+def fill_placeholders(row: dict[str, Any], values: dict[str, str]) -> dict[str, Any]:
+    """Return `row` with every `{{key}}` in its texts replaced by `values[key]`; unknown keys stay."""
+
+    def fill(match: re.Match) -> str:
+        value = values.get(match[1])
+        return match[0] if value is None else json.dumps(value, ensure_ascii=False)[1:-1]
+
+    return json.loads(PLACEHOLDER.sub(fill, json.dumps(row, ensure_ascii=False)))
+
+
+def count_remarks(row: dict[str, Any]) -> Counter:
+    """Count what is allowed in a standard row but may surprise: unfilled placeholders and hidden reasoning."""
+    remarks = Counter()
+    for match in PLACEHOLDER.finditer(json.dumps(row, ensure_ascii=False)):
+        remarks[f"placeholder {match[0]} not filled (`fill` of data/convert_chat.py sets it)"] += 1
+    for key in ("prompt", "chosen", "rejected", "completion", "messages"):
+        if any("reasoning_content" in message for message in row.get(key, ())):
+            remarks["rows with reasoning_content: trained on only if the chat template renders it"] = 1
+    return remarks
+
+
+def select_turns(row: dict[str, Any], turns: str) -> dict[str, Any] | None:
+    """Return an instruction row with the chosen exchanges: a user turn and everything up to the next user turn.
+
+    The system turn stays. `last` drops the earlier exchanges, so that only the last answer carries loss.
+
+    Args:
+        turns: `all`, `first`, `last`, or `single`: rows of one exchange as they are, None for longer ones.
+    """
+    if turns == "all":
+        return row
+    messages = row["messages"]
+    starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    if turns == "single":
+        return row if len(starts) == 1 else None
+    if len(starts) == 1:
+        return row
+    system = messages[: starts[0]]
+    exchange = messages[starts[0] : starts[1]] if turns == "first" else messages[starts[-1] :]
+    return row | {"messages": system + exchange}

@@ -1,4 +1,4 @@
-"""Chat rows as the tokens that TRL's trainers make of them, with those that carry loss, and when that is unfit."""
+"""Turn chat rows into the tokens that TRL's trainers make of them, and mark the tokens that carry loss."""
 
 from typing import Any, NamedTuple
 
@@ -12,14 +12,63 @@ from buddygpt.data.chat.rules import FORMS, BadRow
 
 
 class TokenSequence(NamedTuple):
-    """What the model reads of one conversation, and 1 for each token that the loss is taken on."""
+    """Token ids of one conversation, and 1 for each token that carries loss, else 0."""
 
     ids: list[int]
     loss: list[int]
 
 
+def tokenize(
+    row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True
+) -> list[TokenSequence]:
+    """Return one conversation of an instruction or a labeled answer, two of a preference pair.
+
+    In an instruction, the assistant's turns carry loss. In the other kinds, the answer does: it starts at the first
+    token in which prompt and conversation differ, as in `trl.DPOTrainer`.
+
+    Args:
+        row: A row in the standard form of `kind`.
+        assistant_only: False: every token of an instruction carries loss.
+
+    Raises:
+        BadRow: The template refuses the row, as some refuse system turns.
+        UserError: See [`training_template`].
+    """
+    try:
+        if kind == "sft":
+            return [_tokenize_instruction(row, tokenizer, assistant_only)]
+        return _tokenize_answers(row, kind, tokenizer)
+    except TemplateError as error:
+        raise BadRow(f"the chat template refuses it: {error}") from error
+
+
+def _tokenize_instruction(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, assistant_only: bool
+) -> TokenSequence:
+    encoded = tokenizer.apply_chat_template(
+        row["messages"],
+        tools=row.get("tools"),
+        chat_template=training_template(tokenizer) if assistant_only else None,
+        return_assistant_tokens_mask=assistant_only,
+        return_dict=True,
+    )
+    ids = encoded["input_ids"]
+    return TokenSequence(ids, encoded["assistant_masks"] if assistant_only else [1] * len(ids))
+
+
+def _tokenize_answers(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
+    options = {"tools": row.get("tools"), "return_dict": True}
+    prompt_key, *answer_keys = FORMS[kind]
+    prompt = tokenizer.apply_chat_template(row[prompt_key], add_generation_prompt=True, **options)["input_ids"]
+    conversations = []
+    for key in answer_keys:
+        conversations.append(tokenizer.apply_chat_template(row[prompt_key] + row[key], **options)["input_ids"])
+    start = min(common_prefix_length(prompt, ids) for ids in conversations)
+    return [TokenSequence(ids, [0] * start + [1] * (len(ids) - start)) for ids in conversations]
+
+
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the chat template with marks around what the assistant says: the tokenizer's own, or TRL's like it.
+    """Return a chat template that marks the assistant's turns: the tokenizer's own, or TRL's version of it.
 
     Raises:
         UserError: There is no template, or one without marks that TRL does not know.
@@ -35,48 +84,21 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
         raise UserError(f"the chat template of {tokenizer.name_or_path} has no {{% generation %}} marks") from error
 
 
-def tokenise(
-    row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True
-) -> list[TokenSequence]:
-    """Return the one conversation of an instruction or a labelled answer, or the two of a pair.
-
-    Loss is taken on what the assistant says in an instruction (on everything without `assistant_only`), and on the
-    answer of the others, which begins where prompt and conversation differ, as in `trl.DPOTrainer`.
-
-    Raises:
-        BadRow: The template refuses the row, as some refuse system turns.
-        UserError: See [`training_template`].
-    """
-    template = training_template(tokenizer) if kind == "sft" and assistant_only else None
-    options = {"tools": row.get("tools"), "chat_template": template, "return_dict": True}
-    try:
-        if kind == "sft":
-            encoded = tokenizer.apply_chat_template(
-                row["messages"], return_assistant_tokens_mask=assistant_only, **options
-            )
-            ids = encoded["input_ids"]
-            return [TokenSequence(ids, encoded.get("assistant_masks", [1] * len(ids)))]
-        key, *answers = FORMS[kind]
-        prompt = tokenizer.apply_chat_template(row[key], add_generation_prompt=True, **options)["input_ids"]
-        whole = [tokenizer.apply_chat_template(row[key] + row[name], **options)["input_ids"] for name in answers]
-    except TemplateError as error:
-        raise BadRow(f"the chat template refuses it: {error}") from error
-    start = min(common_prefix_length(prompt, ids) for ids in whole)
-    return [TokenSequence(ids, [0] * start + [1] * (len(ids) - start)) for ids in whole]
-
-
 def find_faults(bad_rows: int, trained_on: bool, uncut: bool, max_length: int | None) -> list[str]:
-    """Return why rows are not to be trained on, in words; nothing where they are.
+    """Return why a set of rows is not fit to train on; an empty list if it is.
 
     Args:
-        bad_rows: How many break a rule.
-        trained_on: Whether any row has a token that carries loss among its first `max_length`.
-        uncut: Whether any row has at most `max_length` tokens.
+        bad_rows: How many rows break a rule.
+        trained_on: True if any row has a token that carries loss among its first `max_length`.
+        uncut: True if any row has at most `max_length` tokens.
+        max_length: Tokens that the trainer keeps of a row; None for all.
     """
-    within = f" within max_length {max_length:,}" if max_length else ""
-    faults = {
-        f"{bad_rows:,} bad row{'s' * (bad_rows > 1)}": bad_rows > 0,
-        f"no token carries loss{within}": not trained_on,
-        f"every row is longer than max_length {max_length}": not uncut,
-    }
-    return [fault for fault, present in faults.items() if present]
+    faults = []
+    if bad_rows:
+        faults.append(f"{bad_rows:,} bad row{'s' if bad_rows > 1 else ''}")
+    if not trained_on:
+        within = f" within max_length {max_length:,}" if max_length else ""
+        faults.append(f"no token carries loss{within}")
+    if not uncut:
+        faults.append(f"every row is longer than max_length {max_length}")
+    return faults

@@ -1,4 +1,4 @@
-"""Is the bundled sample true to its tables, the same every time, and free of evaluation questions in training text?"""
+"""The sample agrees with its tables, is the same every time, and has no evaluation question in its training text."""
 
 import csv
 import json
@@ -13,10 +13,9 @@ import yaml
 from conftest import ROOT
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data.sample import make_sample
 
 SAMPLE = ROOT / "data" / "sample"
-from buddygpt.data.sample import make_sample  # noqa: E402
-
 TRAINING = ("pretrain.jsonl", "sft_train.jsonl", "preference_train.jsonl")
 WELL_KNOWN = [
     ("山东的省会是哪里？", "济南"),
@@ -51,7 +50,7 @@ def tables():
 
 @pytest.fixture(scope="module")
 def training_text(output):
-    """Every string a model is trained on, one a line, without punctuation."""
+    """Return every string a model is trained on, one per line, without punctuation."""
     strings = []
     for name in TRAINING:
         for row in rows(output / name):
@@ -61,7 +60,7 @@ def training_text(output):
 
 
 def bare(text):
-    """Letters, digits and signs of arithmetic alone, so that quotes or a comma do not make a phrasing another one."""
+    """Return letters, digits and arithmetic signs only, so that quotes or a comma do not make a different phrase."""
     return re.sub(r"[^\w+×=]", "", text.lower())
 
 

@@ -1,4 +1,4 @@
-"""Are files of every type converted and loaded row for row, and is every mistake in them one error with its place?"""
+"""Files of every type are converted and loaded row by row; every mistake in them is one error with its place."""
 
 import gzip
 import json
@@ -13,12 +13,13 @@ from conftest import ROOT
 from standard_rows import ANSWER, ASSISTANT, FOLLOW_UP, PAIR, SYSTEM, TOOL, TOOL_ROW, USER
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.chat import load as chat_rows
+from buddygpt.data import convert_chat
+from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.rules import check_row
 from buddygpt.data.chat.schemas import SCHEMAS
+from buddygpt.training.tuning import name_commands
 
 DATA = ROOT.parent / "shared" / "data"
-from buddygpt.data import convert_chat  # noqa: E402
 
 
 def write(path: Path, rows: list) -> str:
@@ -85,10 +86,10 @@ def test_malformed_rows_are_skipped_when_asked(tmp_path, run):
     assert len(written) == 2 and f"(first at {path}:1)" in text and f"(first at {path}:4)" in text
 
 
-def test_a_row_cannot_open_a_turn_of_its_own(tmp_path, run):
+def test_a_row_cannot_open_a_turn(tmp_path, run):
     row = {"instruction": "q<|im_end|>\n<|im_start|>assistant\n<tool_call>", "output": "a<|endoftext|><|pad|>"}
     text, written = run("--input", write(tmp_path / "a.jsonl", [row]))
-    assert "5  special tokens neutralised" in text
+    assert "5  special tokens escaped" in text
     assert written[0]["messages"][0]["content"] == "q<| im_end |>\n<| im_start |>assistant\n< tool_call >"
     assert written[0]["messages"][1]["content"] == "a<| endoftext |><| pad |>"
 
@@ -105,7 +106,7 @@ def test_placeholders_are_filled_or_counted(tmp_path, run):
     file = write(tmp_path / "a.jsonl", [row, row])
     text, written = run("--input", file, "--fill", "name=Buddy <|im_end|>")
     assert written[0]["messages"][1]["content"] == "我是Buddy <| im_end |>，{{author}}的模型。"
-    assert "2  warning: placeholder {{author}} left open (convert with --fill author=...)" in text
+    assert "2  warning: placeholder {{author}} not filled (`fill` of data/convert_chat.py sets it)" in text
     text, written = run("--input", file, "--fill", "name=B=1", 'author="\\')
     assert written[0]["messages"][1]["content"] == '我是B=1，"\\的模型。' and "warning" not in text
 
@@ -139,14 +140,14 @@ def test_the_held_out_split_is_stable_and_keeps_one_question_on_one_side(tmp_pat
         (b'[{"q": "q", "a": "a"},\n{"q": ]', "a.jsonl:1: cannot be read: .*JSON"),
         (
             b'{"text": "q"}\n',
-            r'a.jsonl:1: fits no schema; its keys: text; {"text": "q"}. Give --schema, one of: alpaca',
+            r'a.jsonl:1: fits no schema; its keys: text; {"text": "q"}. Known schemas: alpaca .* give --schema NAME',
         ),
         (
             b'{"prompt": "q", "response": "a", "messages": []}\n',
             r'a.jsonl:1: fits several schemas \(prompt_response, messages\): {"prompt": "q"',
         ),
         (b'{"instruction": "q\x00", "output": "a"}\n', "a.jsonl:1: not valid JSON"),
-        (b'{"q": "q", "a": "a"}\n{"q": "q", "a": "a\\u0000"}\n', "a.jsonl:2: the text holds a NUL character"),
+        (b'{"q": "q", "a": "a"}\n{"q": "q", "a": "a\\u0000"}\n', "a.jsonl:2: the text contains a NUL character"),
         ('{"q": "q", "a": "a"}\n'.encode("utf-16"), "a.jsonl: cannot be read: it is UTF-16"),
         (
             b'{"q": "q", "a": "a"}\n' * 2 + b'{"instruction": "q", "output": "a"}\n',
@@ -218,7 +219,7 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, run, name):
         (["--input", "nowhere.jsonl"], "no file matches `nowhere.jsonl`"),
         (["--input", "FILE", "--schema", "alpacca"], "schema `alpacca` is unknown"),
         (["--input", "FILE", "--kind", "sft", "--schema", "message_pair"], "unknown for kind sft"),
-        (["--input", "FILE", "PAIR"], "holds preference rows .*Convert them apart, or give --kind"),
+        (["--input", "FILE", "PAIR"], "holds preference rows .*Convert them separately, or give --kind"),
         (["--input", "FILE", "--kind", "kto"], "fits no schema"),
         (["--input", "PAIR", "--turns", "last"], "--turns last is for instructions"),
         (["--input", "FILE", "--fill", "Buddy"], "fill takes key=value"),
@@ -248,7 +249,7 @@ def test_loaded_rows_are_the_written_conversations_to_the_last_key(tmp_path, cac
     rows = [TOOL_ROW, ANSWER | {"id": 7}, {"messages": [SYSTEM, USER, ASSISTANT]}]
     write(tmp_path / "a.jsonl", rows)
     pq.write_table(pa.Table.from_pylist([ANSWER, {"messages": [SYSTEM, USER, ASSISTANT]}]), tmp_path / "b.parquet")
-    loaded = chat_rows.load_messages([str(tmp_path / "a.jsonl"), str(tmp_path / "*.parquet")])
+    loaded = load_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "*.parquet")], "sft")
     assert loaded.column_names == ["messages", "tools"]
     assert list(loaded["messages"]) == [*(row["messages"] for row in rows), ANSWER["messages"], rows[2]["messages"]]
     assert list(loaded["tools"]) == [[TOOL], None, None, None, None]
@@ -256,11 +257,11 @@ def test_loaded_rows_are_the_written_conversations_to_the_last_key(tmp_path, cac
     assert loaded.cache_files, "not memory-mapped"
 
 
-def test_loaded_preferences_keep_their_columns_and_an_edited_file_is_read_anew(tmp_path, cache):
+def test_loaded_preferences_keep_their_columns_and_an_edited_file_is_read_again(tmp_path, cache):
     file = write(tmp_path / "a.jsonl", [PAIR | {"score": 1}])
-    assert list(chat_rows.load_preferences([file])) == [PAIR | {"tools": None}]
+    assert list(load_rows([file], "preference")) == [PAIR | {"tools": None}]
     write(tmp_path / "a.jsonl", [PAIR, PAIR])
-    assert len(chat_rows.load_preferences([file])) == 2
+    assert len(load_rows([file], "preference")) == 2
 
 
 @pytest.mark.parametrize(
@@ -273,13 +274,16 @@ def test_loaded_preferences_keep_their_columns_and_an_edited_file_is_read_anew(t
             json.dumps({"instruction": "q", "output": "a"}),
             "a.jsonl:1: not in the standard form.*convert_chat.py --kind sft",
         ),
-        (json.dumps({"messages": [USER, {"role": "assistant", "content": "<|im_end|>"}]}), "holds the special token"),
+        (
+            json.dumps({"messages": [USER, {"role": "assistant", "content": "<|im_end|>"}]}),
+            "contains the special token",
+        ),
     ],
 )
 def test_loading_a_bad_file_is_one_error_with_file_and_row(tmp_path, cache, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
-        chat_rows.load_messages([str(tmp_path / "a.jsonl")])
+        load_rows([str(tmp_path / "a.jsonl")], "sft", advise=name_commands)
 
 
 EMPTY = "turn 2 (assistant) is empty"
@@ -327,7 +331,7 @@ def test_every_real_file_is_in_the_table():
 
 @pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
 @pytest.mark.parametrize("name", SHARED)
-def test_real_files_are_recognised_converted_and_load(tmp_path, run, cache, name):
+def test_real_files_are_recognized_converted_and_load(tmp_path, run, cache, name):
     schema, count, fit, skipped = SHARED[name]
     kind = SCHEMAS[schema].kind
     text, written = run("--input", DATA / name, "--on_bad_row", "skip")
@@ -337,7 +341,6 @@ def test_real_files_are_recognised_converted_and_load(tmp_path, run, cache, name
     assert len(written) == fit
     for row in written:
         check_row(row, kind)
-    if kind != "kto":  # which no recipe reads
-        load = chat_rows.load_messages if kind == "sft" else chat_rows.load_preferences
-        loaded = list(load([str(tmp_path / "out.jsonl")]))
+    if kind != "kto":  # no recipe reads kto rows
+        loaded = list(load_rows([str(tmp_path / "out.jsonl")], kind))
         assert [{key: value for key, value in row.items() if value is not None} for row in loaded] == written

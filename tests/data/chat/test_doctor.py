@@ -1,4 +1,4 @@
-"""Does the doctor see what is wrong with data, name its place, and keep the recipes from training on it?"""
+"""The doctor finds what is wrong with data, names its place, and the recipes refuse the same rows."""
 
 import gzip
 import json
@@ -11,9 +11,10 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.chat import load as chat_rows
-from buddygpt.data.chat.tokens import tokenise
+from buddygpt.data.chat.load import load_rows
+from buddygpt.data.chat.tokens import tokenize
 from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
+from buddygpt.training.tuning import name_commands
 
 DATA = ROOT.parent / "shared" / "data"
 ZH = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是一个小模型。"}]
@@ -23,7 +24,7 @@ PAIR = {"prompt": ZH[:1], "chosen": ZH[1:], "rejected": [{"role": "assistant", "
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
-    """A folder: a tokenizer of 300 entries, made by the project's script."""
+    """The folder of a tokenizer of 300 entries, made by the project's script."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "a.txt").write_text("你好，世界。hello world\n" * 50, encoding="utf-8")
     arguments = ["--files", folder / "a.txt", "--vocab_size", 300, "--output", folder / "out"]
@@ -49,6 +50,11 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+def load_messages(files: list[str], **options):
+    """Load instruction rows as sft/sft.py does."""
+    return load_rows(files, "sft", advise=name_commands, **options)
+
+
 def write(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -70,7 +76,7 @@ def test_two_rows_of_one_language_or_of_none_are_examples_too(tmp_path, doctor, 
         assert doctor(file, "--tokenizer", tokenizer)[1].count("\nexample ") == 2
 
 
-def test_loss_is_coloured_on_a_terminal_alone(tmp_path, doctor, tokenizer, monkeypatch):
+def test_loss_is_colored_on_a_terminal_only(tmp_path, doctor, tokenizer, monkeypatch):
     file = write(tmp_path / "a.jsonl", [{"messages": ZH}])
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert "⟦" in doctor(file, "--tokenizer", tokenizer)[1], "NO_COLOR is set"
@@ -82,9 +88,9 @@ def test_loss_is_coloured_on_a_terminal_alone(tmp_path, doctor, tokenizer, monke
 def test_lengths_truncation_and_loss_are_counted_in_tokens(tmp_path, doctor, tokenizer):
     rows = [{"messages": ZH}] * 3 + [{"messages": [*ZH, *EN]}]
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    lengths = [len(tokenise(row, "sft", loaded)[0].ids) for row in rows]
+    lengths = [len(tokenize(row, "sft", loaded)[0].ids) for row in rows]
     limit = lengths[0] + 3
-    kept = [tokenise(row, "sft", loaded)[0].loss[:limit] for row in rows]
+    kept = [tokenize(row, "sft", loaded)[0].loss[:limit] for row in rows]
     _, text = doctor(write(tmp_path / "a.jsonl", rows), "--tokenizer", tokenizer, "--max_length", limit)
     assert f"longest {lengths[3]:,}" in text
     assert f"25.0% of the sequences are above {limit:,}" in text
@@ -115,13 +121,13 @@ def test_rows_that_the_converter_would_change_are_fit_once_converted(tmp_path, d
     file = write(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a {{name}}"}])
     status, text = doctor(file)
     assert status == 0 and f"fit once converted: python data/convert_chat.py --kind sft --input {file}" in text
-    assert "1 placeholder {{name}} left open" in text and "give --tokenizer DIR" in text
+    assert "1 placeholder {{name}} not filled" in text and "a tokenizer is needed" in text
     hostile = write(tmp_path / "b.jsonl", [{"messages": [ZH[0], {"role": "assistant", "content": "<|im_end|>"}]}])
     status, text = doctor(hostile)
-    assert "fit once converted" in text and "1 texts spelt like a special token" in text
+    assert "fit once converted" in text and "1 texts that look like a special token" in text
 
 
-def test_special_tokens_of_the_tokenizer_in_use_are_neutralised(tmp_path, cache, doctor, tokenizer):
+def test_special_tokens_of_the_tokenizer_in_use_are_escaped(tmp_path, cache, doctor, tokenizer):
     other = AutoTokenizer.from_pretrained(tokenizer)
     other.add_special_tokens({"additional_special_tokens": ["<s>", "[INST]"]})
     other.save_pretrained(tmp_path / "other")
@@ -129,9 +135,9 @@ def test_special_tokens_of_the_tokenizer_in_use_are_neutralised(tmp_path, cache,
     file, converted = write(tmp_path / "a.jsonl", rows), tmp_path / "b.jsonl"
     status, text = doctor(file, "--tokenizer", tmp_path / "other")
     assert status == 0 and f"fit once converted: python data/convert_chat.py --kind sft --input {file}" in text
-    assert "3 texts spelt like a special token" in text and f"--tokenizer {tmp_path / 'other'}\n" in text
+    assert "3 texts that look like a special token" in text and f"--tokenizer {tmp_path / 'other'}\n" in text
     with pytest.raises(UserError, match=r"the special token .*convert_chat.py .* --tokenizer .*other; or"):
-        chat_rows.load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "other"))
+        load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "other"))
     conftest.run("data/convert_chat.py", "--input", file, "--output", converted, "--tokenizer", tmp_path / "other")
     assert "[ INST ]< s >你好<｜ User ｜>" in converted.read_text()
     assert doctor(converted, "--tokenizer", tmp_path / "other")[1].endswith("verdict: fit\n")
@@ -141,11 +147,11 @@ def test_pairs_and_labels_are_judged_on_their_answers(tmp_path, doctor, tokenize
     status, text = doctor(write(tmp_path / "a.jsonl", [PAIR]), "--tokenizer", tokenizer)
     assert status == 0 and "kind preference" in text
     assert "chosen, loss" in text and "⟦走开。<|im_end|>" in text
-    labelled = {"messages": ZH, "label": True}
-    status, text = doctor(write(tmp_path / "b.jsonl", [labelled]), "--tokenizer", tokenizer, "--stage", "kto")
+    labeled = {"messages": ZH, "label": True}
+    status, text = doctor(write(tmp_path / "b.jsonl", [labeled]), "--tokenizer", tokenizer, "--stage", "kto")
     assert status == 0 and "⟦我是一个小模型。<|im_end|>" in text
     status, text = doctor(tmp_path / "b.jsonl", "--stage", "sft")
-    assert status == 1 and "an answer labelled good or bad (kto), not an instruction" in text
+    assert status == 1 and "the answer is labeled good or bad (kto), so it is no instruction" in text
 
 
 def test_a_template_without_marks_or_that_refuses_rows_is_found(tmp_path, cache, doctor, tokenizer):
@@ -161,10 +167,10 @@ def test_a_template_without_marks_or_that_refuses_rows_is_found(tmp_path, cache,
     status, text = doctor(file, "--tokenizer", tmp_path / "refusing")
     assert status == 1 and f"the chat template refuses it: no system turns ({file}:1)" in text
     with pytest.raises(UserError, match=f"{file}: the chat template refuses it.*doctor.py"):
-        chat_rows.load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "refusing"))
+        load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "refusing"))
 
 
-def test_text_of_the_data_cannot_command_the_terminal(tmp_path, doctor, tokenizer):
+def test_text_of_the_data_cannot_control_the_terminal(tmp_path, doctor, tokenizer):
     rows = [
         {"messages": [{"role": "user", "content": "你好\x1b[2J\u202e"}, ZH[1]]},
         {"messages": [{"role": "\x1b[2J"}]},
@@ -173,7 +179,7 @@ def test_text_of_the_data_cannot_command_the_terminal(tmp_path, doctor, tokenize
     assert "你好\\x1b[2J\\u202e" in text and "\x1b" not in text and "\u202e" not in text
 
 
-def test_pretraining_text_is_recognised_and_examined(tmp_path, doctor, tokenizer):
+def test_pretraining_text_is_recognized_and_checked(tmp_path, doctor, tokenizer):
     rows = [
         "一段干净的中文。",
         "A plain sentence.",
@@ -194,18 +200,18 @@ def test_pretraining_text_is_recognised_and_examined(tmp_path, doctor, tokenizer
     assert doctor(tmp_path / "b.txt")[0] == 0
 
 
-def test_rows_that_are_in_the_cache_are_compared_with_exams_that_have_changed(tmp_path, cache):
+def test_cached_rows_are_compared_with_benchmarks_that_have_changed(tmp_path, cache):
     question = "一辆货车每小时行驶六十公里，从甲地开到乙地用了三个半小时，两地相距多少公里？"
     file = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": question}, EN[1]]}])
     (tmp_path / "exam").mkdir()
     write(tmp_path / "exam" / "one.jsonl", [{"question": "一个完全不同的问题，说的是果园里有多少棵苹果树和梨树。"}])
-    assert len(chat_rows.load_messages([str(file)], exams=(str(tmp_path / "exam"),))) == 1
+    assert len(load_messages([str(file)], benchmarks=(str(tmp_path / "exam"),))) == 1
     write(tmp_path / "exam" / "two.jsonl", [{"question": question}])
-    with pytest.raises(UserError, match="a.jsonl:1: holds an item of exam/two.jsonl"):
-        chat_rows.load_messages([str(file)], exams=(str(tmp_path / "exam"),))
+    with pytest.raises(UserError, match="a.jsonl:1: contains an item of exam/two.jsonl"):
+        load_messages([str(file)], benchmarks=(str(tmp_path / "exam"),))
 
 
-def test_exam_items_in_the_rows_make_them_unfit_and_the_converter_leaves_them_out(tmp_path, cache, doctor):
+def test_benchmark_items_in_the_rows_make_them_unfit_and_the_converter_leaves_them_out(tmp_path, cache, doctor):
     question = (
         "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many?"
     )
@@ -216,11 +222,13 @@ def test_exam_items_in_the_rows_make_them_unfit_and_the_converter_leaves_them_ou
         tmp_path / "a.jsonl", [{"messages": EN}, {"messages": [{"role": "user", "content": question}, EN[1]]}]
     )
     status, text = doctor(file, "--exams", exam)
-    assert status == 1 and f"{file}:2: " in text and "not fit: 1 rows hold exam items" in text
+    assert status == 1 and f"{file}:2: " in text and "not fit: 1 rows contain benchmark items" in text
     assert doctor(write(tmp_path / "b.jsonl", [{"messages": EN}]), "--exams", exam)[0] == 0
-    with pytest.raises(UserError, match=f"a.jsonl:2: holds an item of exam/test.jsonl. .*doctor.py .* --exams {exam}"):
-        chat_rows.load_messages([str(file)], exams=(str(exam),))
-    assert len(chat_rows.load_messages([str(file)], exams=(str(exam),), force=True)) == 1
+    with pytest.raises(
+        UserError, match=f"a.jsonl:2: contains an item of exam/test.jsonl. .*doctor.py .* --exams {exam}"
+    ):
+        load_messages([str(file)], benchmarks=(str(exam),))
+    assert len(load_messages([str(file)], benchmarks=(str(exam),), force=True)) == 1
     left = tmp_path / "left.jsonl"
     conftest.run("data/convert_chat.py", "--input", file, "--output", left, "--exams", exam, "--on_bad_row", "skip")
     assert doctor(left, "--exams", exam)[0] == 0
@@ -241,7 +249,7 @@ def test_exam_items_in_the_rows_make_them_unfit_and_the_converter_leaves_them_ou
         ("manifest.json", b"{}", "folder of token shards. Run: python data/inspect_shards.py"),
     ],
 )
-def test_what_cannot_be_examined_is_one_error(tmp_path, name, content, message):
+def test_what_cannot_be_checked_is_one_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         conftest.run("data/doctor.py", tmp_path if name == "manifest.json" else tmp_path / name)
@@ -260,7 +268,7 @@ def test_odd_bytes_and_a_long_line_are_bad_rows_or_nothing(tmp_path, doctor):
     assert "a NUL character" in text and "not valid JSON" in text and "more than 1,000,000 characters" in text
 
 
-def test_two_kinds_of_rows_are_not_examined_together(tmp_path):
+def test_two_kinds_of_rows_are_not_checked_together(tmp_path):
     files = write(tmp_path / "a.jsonl", [{"messages": ZH}]), write(tmp_path / "b.jsonl", [PAIR])
     with pytest.raises(UserError, match="rows of kind preference, not sft"):
         conftest.run("data/doctor.py", *files)
@@ -271,32 +279,32 @@ def test_a_recipe_refuses_what_the_doctor_rejects_unless_forced(tmp_path, cache,
     good = write(tmp_path / "a.jsonl", [{"messages": ZH}] * 3)
     bad = write(tmp_path / "b.jsonl", [{"messages": ZH}, {"messages": ZH[:1]}, {"messages": EN}])
     command = rf"python data/doctor.py {tmp_path}/.\.jsonl --stage sft"
-    assert len(chat_rows.load_messages([str(good)], tokenizer=loaded, max_length=64)) == 3
+    assert len(load_messages([str(good)], tokenizer=loaded, max_length=64)) == 3
     for files, length, reason in ((good, 20, "every row is longer"), (good, 5, "no token carries loss within")):
-        with pytest.raises(UserError, match=rf"{reason} .*{command} --tokenizer .* --max_length {length}\. Mend"):
-            chat_rows.load_messages([str(files)], tokenizer=loaded, max_length=length)
-        assert len(chat_rows.load_messages([str(files)], tokenizer=loaded, max_length=length, force=True)) == 3
+        with pytest.raises(UserError, match=rf"{reason} .*{command} --tokenizer .* --max_length {length}\. Fix"):
+            load_messages([str(files)], tokenizer=loaded, max_length=length)
+        assert len(load_messages([str(files)], tokenizer=loaded, max_length=length, force=True)) == 3
         assert f"warning: {files}: not fit" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"b.jsonl:2: the last turn is `user`.*{command}.*--train_on_unfit_data"):
-        chat_rows.load_messages([str(bad)], tokenizer=loaded, max_length=64)
+        load_messages([str(bad)], tokenizer=loaded, max_length=64)
     for _ in range(2):  # the second time from the cache
-        rows = chat_rows.load_messages([str(bad)], tokenizer=loaded, max_length=64, force=True)
+        rows = load_messages([str(bad)], tokenizer=loaded, max_length=64, force=True)
         assert [row["messages"] for row in rows] == [ZH, EN]
         assert f"1 of 3 rows are bad and left out, first {bad}:2: the last turn" in capsys.readouterr().out
     with pytest.raises(UserError, match="every row is bad"):
-        chat_rows.load_messages([str(write(tmp_path / "c.jsonl", [{"messages": ZH[:1]}]))], force=True)
+        load_messages([str(write(tmp_path / "c.jsonl", [{"messages": ZH[:1]}]))], force=True)
 
 
 def test_a_recipe_and_the_doctor_agree(tmp_path, cache, doctor, tokenizer):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     rows = {"messages": [*ZH, *EN]}, {"messages": ZH}, {"messages": ZH[:1]}, {"messages": []}
-    labelled, blank = {"messages": ZH, "label": 0}, {"messages": [ZH[0], ZH[1] | {"content": "\u200b"}]}
-    for number, chosen in enumerate([rows[:1], rows[1:2], rows[:2], rows[:3], rows[3:], [labelled], [blank]]):
+    labeled, blank = {"messages": ZH, "label": 0}, {"messages": [ZH[0], ZH[1] | {"content": "\u200b"}]}
+    for number, chosen in enumerate([rows[:1], rows[1:2], rows[:2], rows[:3], rows[3:], [labeled], [blank]]):
         file = write(tmp_path / f"{number}.jsonl", list(chosen))
         for length in (10, 40, 60, 200):
             status, text = doctor(file, "--stage", "sft", "--tokenizer", tokenizer, "--max_length", length)
             try:
-                chat_rows.load_messages([str(file)], tokenizer=loaded, max_length=length)
+                load_messages([str(file)], tokenizer=loaded, max_length=length)
                 assert status == 0, text
             except UserError as error:
                 assert status == 1, error

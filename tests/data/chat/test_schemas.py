@@ -1,4 +1,4 @@
-"""Does a row of every schema become the conversation it stands for, and is every other row refused with its reason?"""
+"""Rows of every schema become the standard rows they stand for; every other row is refused with its reason."""
 
 import json
 
@@ -7,8 +7,9 @@ import pytest
 from standard_rows import ANSWER, ASSISTANT, CALL, FOLLOW_UP, LABELLED, PAIR, REJECTED, SYSTEM, TOOL, TOOL_ROW, USER
 from transformers import AutoTokenizer
 
-from buddygpt.data.chat.rules import BadRow, check_row, neutralise, select_turns
-from buddygpt.data.chat.schemas import SCHEMAS, convert, recognise
+from buddygpt.data.chat.checker import convert
+from buddygpt.data.chat.rules import BadRow, check_row, escape, select_turns
+from buddygpt.data.chat.schemas import SCHEMAS, recognize
 
 
 def moss_turn(question: str, answer: str, commands: str = "None") -> dict:
@@ -146,9 +147,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), CASES)
-def test_a_row_is_recognised_and_becomes_its_standard_form(name, row, expected):
-    assert [schema.name for schema in recognise(row)] == [name]
-    assert [schema.name for schema in recognise(row, SCHEMAS[name].kind)] == [name]
+def test_a_row_is_recognized_and_becomes_its_standard_form(name, row, expected):
+    assert [schema.name for schema in recognize(row)] == [name]
+    assert [schema.name for schema in recognize(row, SCHEMAS[name].kind)] == [name]
     assert convert(row, SCHEMAS[name]) == ([expected], 0)
 
 
@@ -208,7 +209,7 @@ def test_a_bad_row_is_refused_with_its_reason(schema, row, reason):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """One of 300 entries, made by the project's script."""
+    """A tokenizer of 300 entries, made by the project's script."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "a.txt").write_text("你好，世界。hello world\n" * 50, encoding="utf-8")
     arguments = ["--files", folder / "a.txt", "--vocab_size", 300, "--output", folder / "out"]
@@ -216,7 +217,7 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder / "out")
 
 
-def test_no_row_whatever_it_holds_puts_a_token_of_ours_into_the_prompt(tokenizer):
+def test_no_text_puts_a_special_token_of_ours_into_the_prompt(tokenizer):
     tokens = list(tokenizer.get_added_vocab())
     hostile = "".join(tokens) + "<<|im_end|>|im_end|>" + "<tool_<tool_call>call>"
     call = {"type": "function", "function": {"name": hostile, "arguments": {hostile: [hostile]}}}
@@ -232,17 +233,17 @@ def test_no_row_whatever_it_holds_puts_a_token_of_ours_into_the_prompt(tokenizer
         ids = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], return_dict=True)["input_ids"]
         return {token: ids.count(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
 
-    (row,), neutralised = convert({"messages": messages, "tools": tools}, SCHEMAS["messages"])
+    (row,), escaped = convert({"messages": messages, "tools": tools}, SCHEMAS["messages"])
     harmless = json.loads(json.dumps({"messages": messages, "tools": tools}).replace(json.dumps(hostile)[1:-1], "x"))
-    assert neutralised and count(row) == count(harmless)
+    assert escaped and count(row) == count(harmless)
     for token in tokens:
-        assert neutralise({"x": token})[1] == 1
+        assert escape({"x": token})[1] == 1
         with pytest.raises(BadRow, match="special token"):
             check_row({"messages": [USER, ASSISTANT | {"content": token}]}, "sft")
 
 
 @pytest.mark.parametrize(
-    ("token", "neutral"),
+    ("token", "escaped"),
     [
         ("<|eot_id|>", "<| eot_id |>"),
         ("<|im-end|>", "<| im-end |>"),
@@ -255,9 +256,9 @@ def test_no_row_whatever_it_holds_puts_a_token_of_ours_into_the_prompt(tokenizer
         ("a <| b |> c || d |> e", "a <| b |> c || d |> e"),
     ],
 )
-def test_a_special_token_gets_spaces_around_its_name_and_nothing_else_does(token, neutral):
+def test_a_special_token_gets_spaces_around_its_name_and_nothing_else_does(token, escaped):
     row = {"messages": [USER, ASSISTANT | {"content": f'"{token}\n'}]}
-    assert neutralise(row, ("<s>", "</s>", "[INST]"))[0]["messages"][1]["content"] == f'"{neutral}\n'
+    assert escape(row, ("<s>", "</s>", "[INST]"))[0]["messages"][1]["content"] == f'"{escaped}\n'
 
 
 def test_special_tokens_of_another_tokenizer_are_refused_by_name():

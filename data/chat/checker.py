@@ -1,0 +1,223 @@
+"""The one check of chat rows. data/convert_chat.py, data/doctor.py and the recipes use it, so they always agree.
+
+schema = find_schema(path)
+checker = RowChecker(schema.kind)
+for row in read_rows(path):
+    checked = checker.check(row, schema)  # rows in standard form, or why the row is bad
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from buddygpt.cli.errors import UserError
+from buddygpt.data.chat.rules import FORMS, BadRow, check_row, escape, refuse_label
+from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
+from buddygpt.data.text.rows import Row, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from buddygpt.data.chat.tokens import TokenSequence
+    from buddygpt.data.text.steps.decontaminate import BenchmarkIndex
+
+ROWS_TO_RECOGNIZE = 100  # rows of a file that must agree on its schema
+EMPTY_ROW = "the row is empty"
+
+
+@dataclass
+class CheckedRow:
+    """One row of a file after the check: rows in standard form, or the fault of a bad row.
+
+    `benchmark_items` and `sequences` have one entry per standard row if the checker was asked for them.
+    """
+
+    standard: list[dict[str, Any]] = field(default_factory=list)
+    fault: str = ""
+    escaped: int = 0  # texts that looked like special tokens
+    benchmark_items: list[str] = field(default_factory=list)  # `BENCHMARK/FILE:ROW: BEGINNING`, or "" for none
+    sequences: list[list["TokenSequence"]] = field(default_factory=list)
+
+    @property
+    def reason_to_refuse(self) -> str:
+        """The fault, or the benchmark file whose item the row contains; "" for a good row."""
+        for item in self.benchmark_items:
+            if item:
+                return f"contains an item of {item.split(':')[0]}"
+        return self.fault
+
+
+class RowChecker:
+    """Brings rows of one kind into the standard form and checks them.
+
+    Args:
+        kind: `sft`, `kto` or `preference`.
+        special_tokens: Tokens to escape, or to refuse in rows without a schema, in addition to `SPECIAL_TOKEN`.
+        benchmarks: Files, globs or folders of benchmarks whose items to look for in the rows.
+        tokenizer: Also tokenize the rows with it.
+
+    Raises:
+        UserError: A benchmark is missing or cannot be read.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        special_tokens: tuple[str, ...] = (),
+        benchmarks: Sequence[str] = (),
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ):
+        self.kind = kind
+        self.special_tokens = special_tokens
+        self.index = open_benchmarks(benchmarks) if benchmarks else None
+        self.tokenizer = tokenizer
+
+    def check(self, row: Row, schema: Schema | None) -> CheckedRow:
+        """Check one row of a file.
+
+        Args:
+            schema: The schema to convert it from. None: it must be in the standard form already.
+        """
+        checked = CheckedRow()
+        try:
+            if row.error:
+                raise BadRow(row.error)
+            # Conversion escapes special tokens; a row that is not converted must have none.
+            if schema:
+                standard, checked.escaped = convert(row.content, schema, self.special_tokens)
+            else:
+                check_row(row.content, self.kind, self.special_tokens)
+                standard = [row.content]
+            # The chat template may refuse a row, too.
+            if self.tokenizer:
+                from buddygpt.data.chat.tokens import tokenize  # imports torch, which conversion does not need
+
+                checked.sequences = [tokenize(each, self.kind, self.tokenizer) for each in standard]
+        except BadRow as error:
+            return CheckedRow(fault=str(error))
+        checked.standard = standard
+        if self.index:
+            checked.benchmark_items = [self.find_item(row_text(each, self.kind)) for each in standard]
+        return checked
+
+    def find_item(self, text: str) -> str:
+        """Return the first benchmark item that a text contains, or ""."""
+        items = self.index.find(text) if self.index else []
+        return items[0] if items else ""
+
+
+def convert(
+    row: dict[str, Any], schema: Schema, special_tokens: tuple[str, ...] = ()
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the standard rows that a row stands for, and how many special tokens were escaped in them.
+
+    Raises:
+        BadRow: The row does not have the keys or types of the schema, or breaks a rule.
+    """
+    if not row:
+        raise BadRow(EMPTY_ROW)
+    if schema.kind == "sft":
+        refuse_label(row)
+    if missing := schema.keys - row.keys():
+        raise BadRow(f"no key {' and '.join(sorted(missing))}, unlike the schema {schema.name}")
+    try:
+        rows = schema.read(row)
+    except BadRow:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadRow(f"does not have the types of the schema {schema.name}") from error
+
+    standard, escaped = [], 0
+    for each in rows if isinstance(rows, list) else [rows]:
+        each, count = escape(each, special_tokens)
+        standard.append(each)
+        escaped += count
+    for each in standard:
+        check_row(each, schema.kind, special_tokens)
+    return standard, escaped
+
+
+def row_text(row: dict[str, Any], kind: str) -> str:
+    """Return the texts of all turns of a standard row, one below the other."""
+    return "\n".join(turn["content"] for key in FORMS[kind] for turn in row[key])
+
+
+def open_benchmarks(benchmarks: Sequence[str]) -> "BenchmarkIndex":
+    """Return an index of the items of benchmarks, in memory. Raises [`UserError`] as `build_index`."""
+    from buddygpt.data.text.steps.decontaminate import build_index
+
+    with TemporaryDirectory() as folder:  # the index keeps its files open after they are deleted
+        return build_index(list(benchmarks), Path(folder))
+
+
+# --- The schema of a file ---
+
+
+class SchemaError(UserError):
+    """The rows of a file do not agree on one schema. Naming the schema is a way out."""
+
+
+def find_schema(path: Path, kind: str | None = None) -> Schema:
+    """Return the schema of a file: the one that its first rows fit. Rows that fit none may stand between.
+
+    Args:
+        kind: Only schemas of this kind.
+
+    Raises:
+        SchemaError: A row fits several schemas, or another one than the rows before; or no row fits any.
+        UserError: The file has no readable row.
+    """
+    first_row, unreadable, found = None, None, None
+    for row in islice(read_rows(path), ROWS_TO_RECOGNIZE):
+        if row.error or not row.content:
+            unreadable = unreadable or row
+            continue
+        first_row = first_row or row
+        matches = recognize(row.content, kind)
+        if len(matches) > 1:
+            names = ", ".join(entry.name for entry in matches)
+            raise SchemaError(f"{path}:{row.number}: fits several schemas ({names}): {excerpt(row.content)}")
+        if matches:
+            found = found or matches[0]
+            _require_same(path, row, found, matches)
+    if found:
+        return found
+    if first_row:
+        keys = ", ".join(first_row.content)
+        raise SchemaError(
+            f"{path}:{first_row.number}: fits no schema; its keys: {keys}; {excerpt(first_row.content)}. "
+            f"Known schemas: {list_schemas(kind)}"
+        )
+    if unreadable:
+        raise UserError(f"{path}:{unreadable.number}: {unreadable.error or EMPTY_ROW}")
+    raise UserError(f"{path} is empty")
+
+
+def require_schema(path: Path, row: Row, schema: Schema, kind: str | None = None) -> None:
+    """Raise [`SchemaError`] if a later row of a file fits another schema than the rows before."""
+    if not row.error:
+        _require_same(path, row, schema, recognize(row.content, kind))
+
+
+def _require_same(path: Path, row: Row, schema: Schema, matches: list[Schema]) -> None:
+    if matches and schema not in matches:
+        raise SchemaError(
+            f"{path}:{row.number}: a row of schema {matches[0].name} after rows of {schema.name}: "
+            f"{excerpt(row.content)}. Split the file"
+        )
+
+
+def list_schemas(kind: str | None = None) -> str:
+    """Return the names and keys of the schemas of one kind, or of all."""
+    known = [entry for entry in SCHEMAS.values() if kind in (None, entry.kind)]
+    return "; ".join(f"{entry.name} ({', '.join(sorted(entry.keys))})" for entry in known)
+
+
+def excerpt(row: Any) -> str:
+    """Return the beginning of a row as JSON, for an error of one line."""
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}…"

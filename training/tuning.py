@@ -1,0 +1,76 @@
+"""The arguments that the TRL recipes (sft/sft.py, rlhf/dpo.py) share, and what follows from them."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+from buddygpt.cli.checkpoints import checkpoint_sha256
+from buddygpt.cli.files import file_sha256, find_files
+
+
+@dataclass
+class TuningArguments:
+    train_files: list[str] = field(metadata={"help": "jsonl or parquet files of rows as described above, or globs."})
+    eval_files: list[str] = field(default_factory=list, metadata={"help": "Held-out rows of the same form."})
+    sample_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Questions to answer at each evaluation."}
+    )
+    exams: list[str] = field(
+        default_factory=list, metadata={"help": "Folders of benchmarks. A row that contains an item of one is bad."}
+    )
+    train_on_unfit_data: bool = field(
+        default=False,
+        metadata={"help": "Leave bad rows out, and train even if data/doctor.py calls the rows not fit."},
+    )
+
+
+def chat_prompts(questions: list[str]) -> list[list[dict[str, str]]]:
+    """Return each question as a chat of one user turn."""
+    return [[{"role": "user", "content": question}] for question in questions]
+
+
+def row_checks(
+    args: TuningArguments, training_args: SFTConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return the keyword arguments with which a recipe loads its rows."""
+    return {
+        "tokenizer": tokenizer,
+        "max_length": training_args.max_length,
+        "benchmarks": args.exams,
+        "force": args.train_on_unfit_data,
+        "advise": name_commands,
+    }
+
+
+def name_commands(
+    files: list[str],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int | None,
+    benchmarks: Sequence[str],
+) -> str:
+    """Return what to do about rows that are not fit: the commands that show, fix or leave out the bad ones."""
+    stage = {"sft": "sft", "preference": "dpo"}[kind]
+    names = shlex.join(files)
+    options = f" --tokenizer {shlex.quote(tokenizer.name_or_path)}" if tokenizer else ""
+    if benchmarks:
+        options += f" --exams {shlex.join(benchmarks)}"
+    limit = f" --max_length {max_length}" if max_length else ""
+    return (
+        f"See: python data/doctor.py {names} --stage {stage}{options}{limit}. "
+        f"Fix or convert the rows: python data/convert_chat.py --kind {kind} --input {names} --output NEW.jsonl"
+        f"{options}; or train without the bad rows: --train_on_unfit_data true"
+    )
+
+
+def describe_run(recipe: str, args: TuningArguments, model_args: ModelConfig) -> dict[str, Any]:
+    """Return what the recipe adds to `run.json`: its arguments, and the hashes of what it starts from."""
+    origin = {
+        "base_sha256": checkpoint_sha256(model_args.model_name_or_path),
+        "data_sha256": [file_sha256(path) for path in find_files(args.train_files)],
+    }
+    return {"recipe": recipe, "arguments": vars(args), "origin": origin}
