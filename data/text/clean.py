@@ -90,7 +90,7 @@ def _read_step(entry: Any, where: str) -> Step:
     if isinstance(entry, str):
         entry = {entry: None}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise UserError(f"{where}: `{entry}` is no operator; write `- name` or `- name: {{parameter: value}}`")
+        raise UserError(f"{where}: `{entry}` is not an operator; write `- name` or `- name: {{parameter: value}}`")
     ((name, given),) = entry.items()
     operators = MAPPERS | MEASURES
     if name not in operators:
@@ -100,7 +100,7 @@ def _read_step(entry: Any, where: str) -> Step:
     if not isinstance(given, dict):
         raise UserError(f"{where}: `{given}` are not parameters; write `{{parameter: value}}`")
 
-    # The function's type hints say which parameters there are. A measure has bounds besides.
+    # The function's type hints say which parameters there are. A measure also has bounds.
     function = operators[name]
     parameters = get_type_hints(function)
     result = parameters.pop("return")
@@ -132,7 +132,7 @@ def _read_step(entry: Any, where: str) -> Step:
 
 
 def _check_value(value: Any, hint: type, where: str) -> None:
-    """Raise UserError if the value does not have the type. An int is a float too; a bool is no number."""
+    """Raise UserError if the value does not have the type. An int is also a float; a bool is not a number."""
     if get_origin(hint) is list:
         (item,) = get_args(hint)
         if not isinstance(value, list) or not value:

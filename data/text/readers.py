@@ -127,7 +127,7 @@ def _below_minimum(source: Source, document: Document) -> str:
     """Return the rule that drops the document, `low_...`, or an empty string if it passes every threshold."""
     for key, least in source.minimums.items():
         if document.text and key not in document.metadata:
-            raise ValueError(f"`{key}` has a minimum, and is no number here")
+            raise ValueError(f"`{key}` has a minimum but is not a number here")
         if not document.metadata.get(key, least) >= least:  # not `<`, because NaN is dropped too
             return f"low_{key}"
     return ""

@@ -114,7 +114,7 @@ def read_rows(
                 bar.update(start + raw.tell() - bar.n)
                 yield _select(row, text_key, keep)
     except Exception as error:
-        # Errors that damaged files cause. Remote file systems have many others, so from a URL all count.
+        # These are the errors of damaged files. A remote file system may raise any other.
         known = (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, csv.Error)
         if not isinstance(error, known) and not is_url(path):
             raise
@@ -127,7 +127,7 @@ def _select(row: Row, text_key: Sequence[str] | None, keep: Sequence[str]) -> Ro
     if row.error:
         return row
     if not isinstance(row.content, dict):
-        return Row(row.number, None, f"the row is no object but {type(row.content).__name__}")
+        return Row(row.number, None, f"the row is not an object but {type(row.content).__name__}")
     if text_key is None:
         return row
     if not row.content:  # a blank line, or an empty cell of a parquet file

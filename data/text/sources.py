@@ -173,7 +173,7 @@ def _as_mapping(entry: Any) -> dict[str, Any]:
     """Return the keys of an entry. A bare string is the name of a reader, the name of its data set, or a path."""
     if isinstance(entry, str):
         for reader in load_readers().values():
-            if entry in (reader.name, reader.hub):
+            if entry == reader.name or (reader.hub and entry == reader.hub):
                 return {"reader": reader.name}
         return {"path": entry}
     if not isinstance(entry, dict):
@@ -225,17 +225,24 @@ def _read_source(given: dict[str, Any], defaults: dict[str, Any], taken: Collect
 
 
 def _check_entry(given: dict[str, Any], reader: Reader) -> SourceEntry:
-    """Return the entry. Raises ValueError if the reader does not take a key, or a value is wrong."""
-    keys = [key for key in USE if key not in SOME_READERS_ONLY] + reader.options + list(reader.minimums)
+    """Return the entry.
+
+    Raises:
+        ValueError: The reader does not take a key, or a value is wrong.
+    """
+    common_keys = [key for key in USE if key not in SOME_READERS_ONLY]
+    keys = [*common_keys, *reader.options, *reader.minimums]
     entry = SourceEntry()
+    minimums: dict[str, Any] = {}
     for key, value in given.items():
         is_column_minimum = reader.name == COLUMNS and str(key).startswith("min_")
         if key not in keys and not is_column_minimum:
             raise ValueError(f"reader `{reader.name}` takes no key `{key}`; it takes: {', '.join(keys)}")
+        # Assign the values one by one, so that an error can name its key. All thresholds are in one attribute.
         attribute, content = key, value
         if is_column_minimum or key in reader.minimums:
-            metadata = reader.minimums.get(key, key.removeprefix("min_"))
-            attribute, content = "minimums", {**(entry.minimums or {}), metadata: value}
+            minimums[reader.minimums.get(key, key.removeprefix("min_"))] = value
+            attribute, content = "minimums", minimums
         try:
             setattr(entry, attribute, content)
         except StrictDataclassError as error:
@@ -246,15 +253,15 @@ def _check_entry(given: dict[str, Any], reader: Reader) -> SourceEntry:
 def _find_paths(entry: SourceEntry, reader: Reader) -> tuple[list[str], str | None]:
     """Return the paths of the entry, or those of the reader on the Hub, and their language if it is known."""
     if entry.path:
-        # The user's files may be in any language of the data set, so only a single one is certain.
-        only = list(reader.files)[0] if len(reader.files) == 1 else None
-        return _as_list(entry.path), entry.language or only
+        # Files of the user may be in any language of the data set, so the language is certain if it has only one.
+        only_language = list(reader.files)[0] if len(reader.files) == 1 else None
+        return _as_list(entry.path), entry.language or only_language
     if not reader.hub:
-        raise ValueError(f"reader `{reader.name}` knows no place on the Hub; name the files as `path`")
+        raise ValueError(f"reader `{reader.name}` is not on the Hub; set `path` to its files")
     language = entry.language or list(reader.files)[0]
     if language not in reader.files:
         known = ", ".join(reader.files)
-        raise ValueError(f"reader `{reader.name}` knows {known} on the Hub; for others name a `path`")
+        raise ValueError(f"reader `{reader.name}` has {known} on the Hub; for another language set `path`")
     return [f"hf://datasets/{reader.hub}/{reader.files[language]}"], language
 
 

@@ -134,7 +134,7 @@ def test_the_held_out_split_is_stable_and_keeps_one_question_on_one_side(tmp_pat
         (b"\n\n", "a.jsonl:1: the row is empty"),
         (b'{"instruction": "q", "output": "a"}\n{"instruction": \n', r"a.jsonl:2: not valid JSON"),
         (b'{"instruction": "q", "output": "a"}\n\n', r"a.jsonl:2: the row is empty"),
-        (b'{"instruction": "q", "output": "a"}\n"text"\n', r"a.jsonl:2: the row is no object but str"),
+        (b'{"instruction": "q", "output": "a"}\n"text"\n', r"a.jsonl:2: the row is not an object but str"),
         (b'{"instruction": "\xff", "output": "a"}\n', r"a.jsonl:1: not valid UTF-8"),
         (b'[{"q": "q", "a": "a"},\n{"q": "\xff", "a": "a"}]', "a.jsonl:2: .*not valid UTF-8"),
         (b'[{"q": "q", "a": "a"},\n{"q": ]', "a.jsonl:1: cannot be read: .*JSON"),

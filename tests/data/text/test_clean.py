@@ -1,4 +1,4 @@
-"""Does each operator change or drop what it should, and leave alone what only looks like it? Is the report true?"""
+"""Tests of cleaning: operators change or drop what they should and leave look-alikes alone, and the report is true."""
 
 import gzip
 import json
@@ -279,7 +279,7 @@ def test_profiles_are_plain_data(name):
         ("steps: [{remove_spans: {patterns: a}}]", "patterns is `a`; give a list of str"),
         ("steps: [{convert_chinese: {config: x2y}}]", "convert_chinese: x2y"),
         ("steps: [{text_length: 3}]", "text_length: `3` are not parameters"),
-        ("steps: [{a: 1, b: 2}]", "is no operator; write"),
+        ("steps: [{a: 1, b: 2}]", "is not an operator; write"),
         ("steps: {a: 1}", "a profile has one key, `steps`, with a list"),
         ("steps: []\nmore: 1", "a profile has one key, `steps`"),
         ("steps: [", r"p\.yaml is not valid YAML: .* line 1"),
@@ -403,7 +403,8 @@ def test_the_report_says_what_was_counted(tmp_path):
         "| text_length_below | 5 (20.83%) | 5 (25.00%) |  |",
         "| remove_links | 77 | 4 (16.67%) | 4 (20.00%) |  |",
         "| zh | 12 (50.00%) | 12 (60.00%) |  |",
-        "### text_length_below\n\nNumber of characters. `min` is 5 in text, 100 in zh-web.\n\nweb.jsonl:0: 2\n\n```text\n太短",
+        "### text_length_below\n\nNumber of characters. `min` is 5 in text, 100 in zh-web.\n\n"
+        "web.jsonl:0: 2\n\n```text\n太短",
         "### low_score\n\nweb.jsonl:0: 0.5\n\n```text\n不好",
         "### exam_cmmlu\n\nweb.jsonl:0\n\n```text\n考题\n```\n\nBenchmark item:\n\n```text\n下列哪一项\n```",
         "### duplicate\n\nweb.jsonl:0\n\n```text\n又来\n```\n\nCopy of a.jsonl:7\n\n```text\n来\n```",

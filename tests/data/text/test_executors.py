@@ -84,10 +84,10 @@ def test_failed_jobs_on_slurm_are_reported_and_submitted_again(config, monkeypat
         write_command(tmp_path / "bin" / command, text)
     prepare(path, monkeypatch)
     scripts = [Path(script) for script in re.findall(r"job 5: (\S+\.slurm), \d+ tasks", capsys.readouterr().out)]
-    with pytest.raises(UserError, match=r"1\.jsonl:1: the row is no object"):
+    with pytest.raises(UserError, match=r"1\.jsonl:1: the row is not an object"):
         run_on_slurm(scripts[:1], monkeypatch)
     prepare(path, monkeypatch)
-    assert f"clean failed: {tmp_path / '1.jsonl'}:1: the row is no object" in capsys.readouterr().out
+    assert f"clean failed: {tmp_path / '1.jsonl'}:1: the row is not an object" in capsys.readouterr().out
     write_command(tmp_path / "bin" / "squeue", "exit 1")
     with pytest.raises(UserError, match=r"cannot ask `squeue` whether the jobs in \S+/jobs are still running"):
         prepare(path, monkeypatch)
@@ -127,7 +127,7 @@ def test_ray_gives_the_same_bytes(config, monkeypatch, tmp_path):
     try:
         assert content(prepare(config("out", executor="ray", workers=2), monkeypatch)) == whole
         (tmp_path / "1.jsonl").write_text("3\n")
-        with pytest.raises(UserError, match=r"1\.jsonl:1: the row is no object but int"):
+        with pytest.raises(UserError, match=r"1\.jsonl:1: the row is not an object but int"):
             prepare(config("bad", executor="ray", workers=2), monkeypatch)
     finally:
         ray.shutdown()

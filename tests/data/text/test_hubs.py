@@ -1,4 +1,4 @@
-"""Is text read from the Hub, from ModelScope and from stores, through their own clients, as local files are?"""
+"""Tests of remote sources: the Hub, ModelScope and stores are read through their clients like local files."""
 
 import functools
 import gzip

@@ -288,10 +288,10 @@ def test_a_stopped_run_resumes_and_another_config_starts_from_scratch(tmp_path, 
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, r"a\.jsonl:2: not valid UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"texts": "b"}\n', {}, r"a\.jsonl:2: no column `text`; there are: texts"),
         ("a.jsonl", b'{"text": ["a"]}\n', {}, r"a\.jsonl:1: column `text` holds list, not text"),
-        ("a.jsonl", b'"a"\n', {}, r"a\.jsonl:1: the row is no object but str"),
+        ("a.jsonl", b'"a"\n', {}, r"a\.jsonl:1: the row is not an object but str"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', {}, r"a\.jsonl:1: column `text` holds half a surrogate pair"),
         ("a.csv", b"id,text\n1,a, b\n", {}, r"a\.csv:2: the row is longer than the header"),
-        ("a.json", b'[{"text": "a"}, 3]', {}, r"a\.json:2: the row is no object but int"),
+        ("a.json", b'[{"text": "a"}, 3]', {}, r"a\.json:2: the row is not an object but int"),
         ("a.json", b'[{"text": "a"}', {}, r"a\.json: cannot be read: row 1: not valid JSON"),
         ("a.csv", b"id,body\n1,a\n", {}, r"a\.csv: cannot be read: no column `text`; there are: id, body"),
         ("a.csv", b"id,text\n1,a\n2\n", {}, r"a\.csv:3: the row ends before column `text`"),
@@ -348,7 +348,7 @@ def test_a_mistake_in_a_worker_is_one_line_and_status_2(tmp_path, tokenizer_fold
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.rstrip().endswith(
-        f"error: {tmp_path / 'b.jsonl'}:1: the row is no object but int. Fix it, or set `on_bad_row: skip`."
+        f"error: {tmp_path / 'b.jsonl'}:1: the row is not an object but int. Fix it, or set `on_bad_row: skip`."
     )
 
 

@@ -1,4 +1,4 @@
-"""Is every row of an unusual or damaged file read, or named by its place, in memory that does not grow?"""
+"""Tests of rows: unusual and damaged files are read or named with their line, in memory that does not grow."""
 
 import gzip
 import hashlib
@@ -88,7 +88,7 @@ def test_unusual_files_are_read(data, contents, tmp_path):
         ("a.jsonl", b'{"text": "a"}\n' + b"\x00" * 9 + b"\n", 2, "not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', 2, "not valid JSON: Unexpected UTF-8 BOM"),
         ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', 1, "not valid JSON: Extra data"),
-        ("a.jsonl", b"[" * 200_000 + b"\n", 1, "the row is no object|nested|recursion"),
+        ("a.jsonl", b"[" * 200_000 + b"\n", 1, "the row is not an object|nested|recursion"),
         ("a.jsonl", b'{"text": ' + b"1" * 9999 + b"}\n", 1, "not valid JSON: Exceeds the limit"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', 2, "no column `text`; there are: body"),
         ("a.json", b'[{"text": "a"}, {"body": "b"}]', 2, "no column `text`; there are: body"),

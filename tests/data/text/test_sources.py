@@ -1,4 +1,4 @@
-"""Does every row of every public set become the text it holds, and is every mistake in an entry named?"""
+"""Tests of sources: every row of every public data set becomes its text, and errors name the wrong key or row."""
 
 import csv
 import json
@@ -280,13 +280,17 @@ def test_entries_become_sources(tmp_path, monkeypatch):
         ({"path": "x.jsonl", "txt_sample_by": "word"}, "txt_sample_by is `word`; use document or line"),
         ({"path": "x.jsonl", "name": "a/b"}, "name is `a/b`; use letters"),
         ({"path": []}, r"path is `\[\]`; use a path"),
-        ({}, "reader `columns` knows no place on the Hub; name the files as `path`"),
-        ({"reader": "wanjuan"}, "reader `wanjuan` knows no place on the Hub"),
-        ({"reader": "wikipedia", "language": "fr"}, "reader `wikipedia` knows zh, en on the Hub; for others name a"),
+        ({}, "reader `columns` is not on the Hub; set `path` to its files"),
+        ({"reader": "wanjuan"}, "reader `wanjuan` is not on the Hub"),
+        (
+            {"reader": "wikipedia", "language": "fr"},
+            "reader `wikipedia` has zh, en on the Hub; for another",
+        ),
         (3, "`3` is neither a path nor a mapping"),
         ("nowhere/*.jsonl", "no file matches `nowhere/"),
         ("nobody/no-set", "no file matches `nobody/no-set`; a data set of the Hub is `hf://datasets/nobody/no-set`"),
         ({"path": " "}, "path is ` `; use a path"),
+        ("", "path is ``; use a path"),
         ("*", r"entry 1: notes.md: unknown type; use one of .jsonl, .*, or these as .gz or .zst"),
         ("memory://nowhere/*.jsonl", "no file matches `memory://nowhere/"),
         ("nosuch://x", "nosuch://x: cannot be read: Protocol not known: nosuch"),
@@ -318,8 +322,8 @@ def test_a_name_or_a_file_that_occurs_twice_is_named(tmp_path, monkeypatch):
         ("baike-qa", {"title": 3, "answer": "b"}, r"x\.jsonl:1: not a row of `baike-qa`"),
         ("zhihu-kol", ZHIHU | {"METADATA": "{"}, r"x\.jsonl:1: Expecting property name"),
         ("wanjuan", {"content": ["a"]}, r"x\.jsonl:1: the text holds list, not text"),
-        ("columns", {"text": "a", "score": "high"}, r"x\.jsonl:1: `score` has a minimum, and is no number here"),
-        ("columns", {"text": "a"}, r"x\.jsonl:1: `score` has a minimum, and is no number here"),
+        ("columns", {"text": "a", "score": "high"}, r"x\.jsonl:1: `score` has a minimum but is not a number here"),
+        ("columns", {"text": "a"}, r"x\.jsonl:1: `score` has a minimum but is not a number here"),
     ],
 )
 def test_a_row_of_another_form_stops_the_run_or_is_counted(reader, row, message, tmp_path):
