@@ -119,6 +119,7 @@ def evaluated(model, tokenizer, sample, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_option_text_scores_are_the_likelihoods_of_answers_with_their_end(evaluated, model, tokenizer):
     for name, end in {"bare": "\n", "chat": "<|im_end|>"}.items():
         correct = 0
@@ -134,6 +135,7 @@ def test_option_text_scores_are_the_likelihoods_of_answers_with_their_end(evalua
     assert correct == 6  # the model knows all eight facts; two answers of the exam are wrong
 
 
+@pytest.mark.slow
 def test_letter_scores_are_the_likelihoods_of_the_letters_after_the_examples(evaluated, model, tokenizer):
     rows = samples(evaluated, "bare", "sample_exam_letter")
     examples = rows[0]["arguments"]["gen_args_0"]["arg_0"]
@@ -145,6 +147,7 @@ def test_letter_scores_are_the_likelihoods_of_the_letters_after_the_examples(eva
         assert [float(response[0][0]) for response in row["resps"]] == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_free_form_answers_are_greedy_and_compared_without_final_punctuation(evaluated, model, tokenizer):
     for row in samples(evaluated, "chat", "sample_qa"):
         (message,) = row["doc"]["prompt"]
@@ -156,6 +159,7 @@ def test_free_form_answers_are_greedy_and_compared_without_final_punctuation(eva
     assert scores(evaluated)["chat"]["sample_qa"]["exact_match"]["chance"] is None
 
 
+@pytest.mark.slow
 def test_pairs_are_compared_with_their_end_and_after_several_turns(evaluated, model, tokenizer):
     rows = samples(evaluated, "chat", "sample_pairs")
     for row in rows:
@@ -171,6 +175,7 @@ def test_pairs_are_compared_with_their_end_and_after_several_turns(evaluated, mo
     assert (longer, not_longer) == (7, 1)  # "10" against "狗" is longer too
 
 
+@pytest.mark.slow
 def test_bits_per_byte_equal_a_computation_over_windows_after_the_separator(evaluated, model, tokenizer):
     total = 0.0
     for text in DOCUMENTS:
@@ -187,6 +192,7 @@ def test_bits_per_byte_equal_a_computation_over_windows_after_the_separator(eval
     assert measured["ci95"] is None and measured["n"] == 2
 
 
+@pytest.mark.slow
 def test_report_agrees_with_lm_eval_and_shows_subjects_chance_and_intervals(evaluated):
     (path,) = (evaluated / "results" / "chat").glob("results_*.json")
     results = json.loads(path.read_text(encoding="utf-8"))
@@ -210,6 +216,7 @@ def test_interval_is_wilsons_and_chance_inside_it_is_marked():
     assert not report.at_chance(report.proportion(3, 10, None))
 
 
+@pytest.mark.slow
 def test_local_benchmarks_run_offline_under_lm_evals_task_names(evaluated, tmp_path, monkeypatch):
     facts = list(FACTS.items())
     for split, rows in {"dev": facts[:2], "test": facts[2:]}.items():
@@ -257,6 +264,7 @@ def test_local_exams_names_what_is_wrong(files, match, tmp_path, monkeypatch):
     assert not (tmp_path / "tasks").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -286,6 +294,7 @@ def test_run_eval_names_what_is_wrong_before_any_model_runs(arguments, match, ev
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_chat_needs_a_chat_template(evaluated, tmp_path, monkeypatch):
     for path in (evaluated / "checkpoint").iterdir():
         if path.is_file() and path.suffix != ".jinja":
@@ -294,6 +303,7 @@ def test_chat_needs_a_chat_template(evaluated, tmp_path, monkeypatch):
         run_eval(monkeypatch, "--checkpoints", f"a={tmp_path}", "--chat", "a", "--tasks", "sample_qa")
 
 
+@pytest.mark.slow
 def test_a_report_without_results_is_one_line_and_exit_status_2(tmp_path):
     command = [sys.executable, EVAL / "report.py", "--results", tmp_path, "--output", tmp_path / "report.md"]
     done = subprocess.run(command, capture_output=True, text=True)

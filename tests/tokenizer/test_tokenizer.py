@@ -104,6 +104,7 @@ def test_frequent_characters_get_an_entry():
     assert byte_level_bpe.choose_characters(counts, len(byte_level_bpe.FIXED_ENTRIES) + 2, 2)[1] == built[:2]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_is_limited_by_max_bytes(tmp_path):
     words = ["".join(random.Random(i).choices([chr(0x4E00 + k) for k in range(3000)], k=2)) for i in range(20_000)]
@@ -134,6 +135,7 @@ def test_special_tokens_are_distinct_and_whole(tokenizer):
     assert tokenizer.decode(call, skip_special_tokens=True) == "<tool_call>{}</tool_call>"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reads_the_folder_and_trains_the_same_bytes(folder):
     script = (
         "import sys; from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained(sys.argv[1]);"

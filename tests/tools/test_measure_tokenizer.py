@@ -50,6 +50,7 @@ def test_mistakes_are_named(arguments, message, monkeypatch):
         run(measure_tokenizer, monkeypatch, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
 def test_real_chinese_takes_fewer_tokens_than_characters(tmp_path, monkeypatch, capsys):
     files, qwen = DATA / "pretrain" / "wikipedia_cn_sample.json", DATA / "tokenizers" / "qwen2.5"

@@ -132,6 +132,7 @@ def test_tokenizers_that_cannot_be_pruned_are_named(model, message, tmp_path, mo
     assert not (tmp_path / "cut").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="needs shared/data")
 def test_qwen_is_pruned_to_a_chinese_vocabulary(tmp_path, monkeypatch, capsys):
     file, qwen = DATA / "pretrain" / "wanjuan_zh_web_sample.jsonl.gz", DATA / "tokenizers" / "qwen2.5"
