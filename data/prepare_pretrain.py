@@ -163,7 +163,7 @@ def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> bool:
         print(f"{output} was already made from this config and these files")
         return True
 
-    # Do the work, from where an earlier run of the same plan was stopped.
+    # Run the stages. Tasks that an earlier run of the same plan completed are skipped.
     work = open_work_folder(partial, plan, tokenizer)
     stages = [
         *cleaning_stages(args, sources, plan, work),
@@ -180,23 +180,27 @@ def cleaning_stages(args: PretrainDataArguments, sources: list[Source], plan: Pl
     source_by_name = {source.name: source for source in sources}
     assignments = [(source_by_name[name], tuple(files)) for name, files in plan.assignments]
     profiles = {source.name: load_profile(source.clean) for source in sources}
+
+    # Every filter keeps examples of what it drops, for the report.
     stages = []
     steps = [
         SourceReader(assignments, args.on_bad_row, ExampleWriter(work / "examples" / "read")),
         Cleaner(profiles, ExampleWriter(work / "examples" / "clean")),
     ]
+    # Benchmark questions are indexed first, in a separate stage, and looked up after cleaning.
     if args.decontaminate:
         from buddygpt.data.text.steps.decontaminate import BenchmarkIndexer, Decontaminator
 
         index = work / "benchmarks"
         stages.append(Stage("index", [BenchmarkIndexer(args.decontaminate, index)], 1))
         steps.append(Decontaminator(index, ExampleWriter(work / "examples" / "benchmarks")))
+
     counts = CountWriter(work / "counts" / "clean", steps)
     return [*stages, Stage("clean", [*steps, DocumentWriter(work / "documents"), counts], len(assignments))]
 
 
 def duplicate_stages(args: PretrainDataArguments, plan: Plan, work: Path, output: Path) -> list[Stage]:
-    """Return the stages that find the duplicates among WORK/documents, and those of documents in `output`."""
+    """Return the stages that find duplicates in WORK/documents: of each other, and of documents in `output`."""
     if args.deduplicate == "none":
         return []
     from buddygpt.data.text.steps import deduplicate

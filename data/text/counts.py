@@ -4,13 +4,13 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 Kind = Literal["read", "dropped", "changed_chars", "changed", "language", "written"]
-KINDS: tuple[Kind, ...] = ("read", "dropped", "changed_chars", "changed", "language", "written")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 HELD_OUT = "held_out"  # counted as dropped, but set aside for evaluation, not lost
 
 
@@ -72,6 +72,7 @@ class RowCounts:
         """Read what [`RowCounts.to_json`] returned."""
         counts = cls()
         for label, count in labels.items():
+            # `changed_chars` comes before its prefix `changed` in KINDS, so the first match is right.
             kind = next(kind for kind in KINDS if f"{label}_".startswith(f"{kind}_"))
             counts.add(kind, label[len(kind) + 1 :], count)
         return counts

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import fsspec
 import numpy as np
 import orjson
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.pipeline.filters.base_filter import BaseFilter
@@ -140,7 +140,7 @@ class DuplicateSignature(MinhashDedupSignature):
         self.factors, self.offsets = random.randint(0, 2**32, (2, BUCKETS * HASHES), dtype=np.uint32)
         self.factors |= np.uint32(1)  # x -> factor x + offset permutes the numbers below 2^32 if the factor is odd
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
         number = self.index.known + rank
         self.index.sketches(number).parent.mkdir(parents=True, exist_ok=True)
         with open(self.index.sketches(number), "wb") as self.file:
@@ -299,7 +299,7 @@ class DuplicateFilter(BaseFilter):
         self.counts = RowCounts()
         self.first_by_id: dict[str, int] = {}  # id of a duplicate: number of the first document of its cluster
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         self.first_by_id = self._read_duplicates(rank)
         yield from super().run(data, rank, world_size)
 

@@ -208,6 +208,13 @@ def test_dropped_documents_name_the_document_that_is_kept(tmp_path):
     assert originals(tmp_path / "second", 1) == [None, earlier]
 
 
+def test_duplicates_are_dropped_also_if_an_earlier_step_drops_documents(tmp_path):
+    kept(tmp_path, "exact", [["甲", "乙", "乙", "丙", "甲"]])
+    documents = list(DocumentReader(tmp_path / "documents")(None, 0, 1))
+    left = DuplicateFilter("exact", tmp_path)(iter(documents[1:2] + documents[3:]), 0, 1)
+    assert [document.text for document in left] == ["乙", "丙"]
+
+
 def test_an_incomplete_index_is_refused(tmp_path):
     kept(tmp_path, "exact", [["甲"]])
     for method, known in (("minhash", 1), ("exact", 2)):
