@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most like `name`, or None if none is close."""
+    """Return the known name that is most similar to `name`, or None if none is close."""
     matches = difflib.get_close_matches(name, known, n=1)
     return matches[0] if matches else None
 
@@ -33,13 +33,13 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not any(sign in str(error) for sign in DISK_FULL_MESSAGES):
+        if not any(message in str(error) for message in DISK_FULL_MESSAGES):
             raise
         _exit_with(f"the disk is full ({error}). Free some space and run the same command again")
 
 
 def _exit_with(message: object) -> NoReturn:
-    # The first process to exit takes down the others, so the other ranks give rank 0 time to print its message.
+    # The launcher kills all processes when the first one exits: let rank 0 print the message before the others exit.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)
     print("error: " + " ".join(str(message).split()), file=sys.stderr)

@@ -27,9 +27,9 @@ def is_data_file(name: Path | str) -> bool:
 
 
 def find_files(patterns: list[str]) -> list[Path]:
-    """Return the files that names, globs and folders stand for, each once, sorted within a pattern.
+    """Return the files that match names, glob patterns and folders, each file once, sorted within a pattern.
 
-    A folder stands for all its visible data files at any depth.
+    A folder matches all visible data files in it, at any depth.
 
     Raises:
         UserError: A pattern matches no file.
