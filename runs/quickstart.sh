@@ -21,11 +21,11 @@ if [ -e "$OUT/summary.json" ]; then
     rm -rf "$OUT"
 fi
 
-# One thread per core, at most four: a model this small does not profit from more.
+# One thread per core, at most four: more would not speed up a model this small.
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))} TOKENIZERS_PARALLELISM=false
 
-# `stage NAME COMMAND` runs and times a command. `recipe SCRIPT` trains with `accelerate launch`.
+# Defines `stage NAME COMMAND`, which runs and times a command, and `recipe SCRIPT`, which runs `accelerate launch`.
 . runs/stages.sh
 
 # config FOLDER: copy FOLDER/configs/quickstart.yaml to $OUT with the paths of this model, and print the copy's path.
@@ -35,7 +35,7 @@ config() {
     echo "$OUT/$1.yaml"
 }
 
-# 1. Generate text, instructions, preference pairs and a multiple-choice exam from tables of facts -> $OUT/sample
+# 1. Generate text, instructions, preference pairs and test questions from tables of facts -> $OUT/sample
 stage sample python data/sample/make_sample.py --output "$OUT/sample"
 
 # 2. Train a tokenizer on the text -> $OUT/tokenizer

@@ -33,7 +33,7 @@ def train_byte_level_bpe(texts: list[str], vocab_size: int, min_frequency: int, 
         texts: Pieces of text, all in memory.
         vocab_size: Number of entries, at least `len(FIXED_ENTRIES)`.
         min_frequency: Characters and pairs of tokens that occur less often get no entry.
-        max_token_length: Longest entry in characters; Chinese entries may have a third as many.
+        max_token_length: Longest entry, in characters. Chinese entries have at most a third of that.
     """
     characters, prefixes = choose_characters(count_characters(texts), vocab_size, min_frequency)
     n_merges = vocab_size - len(FIXED_ENTRIES) - len(prefixes)
@@ -61,7 +61,7 @@ def choose_characters(counts: np.ndarray, vocab_size: int, min_frequency: int) -
 
     Returns:
         The characters, including all of ASCII, and the entries that build them: prefixes of their UTF-8 bytes, two
-        or more bytes long, shorter ones first.
+        or more bytes long. A prefix comes after the shorter prefixes that it extends.
     """
     threshold = max(min_frequency, counts.sum() / (10 * vocab_size))
     characters = [chr(code) for code in range(128)]  # ASCII characters are single bytes and need no further entry

@@ -47,7 +47,7 @@ class TokenizerArguments:
     )
     max_token_length: int = field(
         default=32,
-        metadata={"help": "Longest entry in characters, a third as many for Chinese. Keeps boilerplate out."},
+        metadata={"help": "Longest entry in characters, a third of it for Chinese. Keeps boilerplate out."},
     )
     model_max_length: int = field(
         default=32768, metadata={"help": "The tokenizer warns about longer texts but does not truncate them."}
