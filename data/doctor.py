@@ -159,14 +159,15 @@ class Doctor:
             return
         self.findings.remarks["texts that look like a special token; the converter escapes them"] += checked.escaped
         keys = FORMS[self.findings.kind]
-        for number, standard in enumerate(checked.standard):
+        for standard, sequences, item in zip(
+            checked.standard, checked.sequences, checked.benchmark_items, strict=True
+        ):
+            # The file needs conversion if a key differs. Null and empty count as missing.
             changed = any((row.content.get(key) or None) != standard.get(key) for key in (*keys, "tools"))
             self.findings.not_standard += changed
             self.findings.remarks.update(count_remarks(standard))
             question = next(turn["content"] for turn in standard[keys[0]] if turn["role"] == "user")
             self.findings.add_seen("questions", fingerprint(question.strip()), place)
-            sequences = checked.sequences[number] if self.tokenizer else []
-            item = checked.benchmark_items[number] if checked.benchmark_items else ""
             self._add(place, row_text(standard, self.findings.kind), sequences, item)
 
     def add_text(self, path: Path, row: Row) -> None:

@@ -1,10 +1,10 @@
-"""Rows as the recipes take them, for the tests of what becomes one."""
+"""Rows in the standard forms, for the tests of chat data."""
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM, REJECTED = {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}
 ANSWER = {"messages": [USER, ASSISTANT]}
 FOLLOW_UP = {"messages": [SYSTEM, USER, REJECTED, {"role": "user", "content": "r"}, ASSISTANT]}
-LABELLED = {"prompt": [USER], "completion": [ASSISTANT], "label": False}
+LABELED = {"prompt": [USER], "completion": [ASSISTANT], "label": False}
 PAIR = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [REJECTED]}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": None}}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}

@@ -33,14 +33,14 @@ EMPTY_ROW = "the row is empty"
 class CheckedRow:
     """One row of a file after the check: rows in standard form, or the fault of a bad row.
 
-    `benchmark_items` and `sequences` have one entry per standard row if the checker was asked for them.
+    `sequences` and `benchmark_items` have one entry per standard row, empty if the checker was not asked for them.
     """
 
     standard: list[dict[str, Any]] = field(default_factory=list)
     fault: str = ""
     escaped: int = 0  # texts that looked like special tokens
-    benchmark_items: list[str] = field(default_factory=list)  # `BENCHMARK/FILE:ROW: BEGINNING`, or "" for none
     sequences: list[list["TokenSequence"]] = field(default_factory=list)
+    benchmark_items: list[str] = field(default_factory=list)  # `BENCHMARK/FILE:ROW: BEGINNING`, or "" for none
 
     @property
     def reason_to_refuse(self) -> str:
@@ -82,10 +82,10 @@ class RowChecker:
         Args:
             schema: The schema to convert it from. None: it must be in the standard form already.
         """
+        if row.error:
+            return CheckedRow(fault=row.error)
         checked = CheckedRow()
         try:
-            if row.error:
-                raise BadRow(row.error)
             # Conversion escapes special tokens; a row that is not converted must have none.
             if schema:
                 standard, checked.escaped = convert(row.content, schema, self.special_tokens)
@@ -93,16 +93,19 @@ class RowChecker:
                 check_row(row.content, self.kind, self.special_tokens)
                 standard = [row.content]
             # The chat template may refuse a row, too.
-            if self.tokenizer:
-                from buddygpt.data.chat.tokens import tokenize  # imports torch, which conversion does not need
-
-                checked.sequences = [tokenize(each, self.kind, self.tokenizer) for each in standard]
+            for each in standard:
+                checked.sequences.append(self._tokenize(each) if self.tokenizer else [])
         except BadRow as error:
             return CheckedRow(fault=str(error))
+        for each in standard:
+            checked.benchmark_items.append(self.find_item(row_text(each, self.kind)) if self.index else "")
         checked.standard = standard
-        if self.index:
-            checked.benchmark_items = [self.find_item(row_text(each, self.kind)) for each in standard]
         return checked
+
+    def _tokenize(self, standard: dict[str, Any]) -> list["TokenSequence"]:
+        from buddygpt.data.chat.tokens import tokenize  # imports torch, which conversion does not need
+
+        return tokenize(standard, self.kind, self.tokenizer)
 
     def find_item(self, text: str) -> str:
         """Return the first benchmark item that a text contains, or ""."""
@@ -171,6 +174,7 @@ def find_schema(path: Path, kind: str | None = None) -> Schema:
         SchemaError: A row fits several schemas, or another one than the rows before; or no row fits any.
         UserError: The file has no readable row.
     """
+    # Every row that fits a schema must fit the same one.
     first_row, unreadable, found = None, None, None
     for row in islice(read_rows(path), ROWS_TO_RECOGNIZE):
         if row.error or not row.content:
@@ -186,6 +190,8 @@ def find_schema(path: Path, kind: str | None = None) -> Schema:
             _require_same(path, row, found, matches)
     if found:
         return found
+
+    # Say why there is none.
     if first_row:
         keys = ", ".join(first_row.content)
         raise SchemaError(

@@ -224,14 +224,14 @@ def preference_pairs(tables: list[Table], conversations: dict, seed: int, heldou
     training pair has.
     """
     rng = random.Random(f"{seed}/preference_{'eval' if heldout else 'train'}")
-    asked = heldout_questions(tables, PREFERENCE_EVAL_ROWS, rng)  # for training, only to advance `rng` as always
-    if not heldout:
+    asked = heldout_questions(tables, PREFERENCE_EVAL_ROWS, rng)
+    if not heldout:  # the call above still advances `rng`; without it the sample would change
         asked = [(fact, template) for fact in facts_of(tables) for template in rng.sample(fact.relation.questions, 2)]
     pairs = []
     for number, (fact, template) in enumerate(rng.sample(asked, len(asked))):
         question, answer = fact.ask(template)
         block = conversations[fact.table.language]
-        # Even values of the column are wrong answers for training, odd ones for evaluation.
+        # Every second wrong value is for training, the others are for evaluation.
         wrong = rng.choice(fact.wrong_answers()[1 if heldout else 0 :: 2])
         space = "" if fact.table.language == "zh" else " "
         repetitive = space.join([answer] * rng.randint(4, 7))
@@ -259,7 +259,7 @@ def exam(table: Table, seed: int) -> dict[str, list[dict]]:
     splits = {split: [] for split in EXAM_SPLITS}
     for split, rows in splits.items():
         chosen = list(itertools.islice(facts, EXAM_SPLITS[split]))
-        # The right answers take the four letters in turn, then in random order.
+        # The right answers are spread evenly over the four letters, in random order.
         first = rng.randrange(4)
         places = rng.sample([(first + i) % 4 for i in range(len(chosen))], len(chosen))
         for fact, place in zip(chosen, places, strict=True):

@@ -79,7 +79,7 @@ def test_skipped_rows_are_counted_by_reason(tmp_path, run):
     assert f"turn 2 (assistant) is empty (first at {tmp_path / 'a.jsonl'}:4)" in text
 
 
-def test_malformed_rows_are_skipped_when_asked(tmp_path, run):
+def test_malformed_rows_are_skipped_on_request(tmp_path, run):
     path = Path(write(tmp_path / "a.jsonl", alpaca_rows(2)))
     path.write_bytes(b"{cut\n" + path.read_bytes() + b"\xff\n")
     text, written = run("--input", path, "--on_bad_row", "skip")
@@ -170,7 +170,7 @@ def test_a_bad_file_is_one_error_and_leaves_no_output(tmp_path, run, content, me
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_line_ends_a_byte_order_mark_and_u2028_are_no_rows_and_no_text(tmp_path, run):
+def test_line_ends_byte_order_marks_and_u2028_do_not_change_the_rows(tmp_path, run):
     rows = alpaca_rows(2)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
@@ -192,13 +192,13 @@ def test_a_truncated_gzip_is_one_error_and_leaves_no_output(tmp_path, run):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl.gz"]
 
 
-def test_rows_of_a_named_schema_are_read_and_all_others_are_bad(tmp_path, run):
+def test_with_a_named_schema_rows_of_other_schemas_are_bad(tmp_path, run):
     file = write(tmp_path / "a.jsonl", [*alpaca_rows(2), ANSWER])
     text, written = run("--input", file, "--schema", "alpaca", "--on_bad_row", "skip")
     assert len(written) == 2 and "no key instruction and output" in text
 
 
-def test_rows_that_are_of_two_kinds_are_what_says_more_unless_the_kind_is_given(tmp_path, run):
+def test_a_row_of_two_kinds_is_a_pair_unless_the_kind_is_given(tmp_path, run):
     file = write(
         tmp_path / "a.jsonl", [{"messages": [USER, ASSISTANT], "prompt": "q", "chosen": "a", "rejected": "b"}]
     )
@@ -207,7 +207,7 @@ def test_rows_that_are_of_two_kinds_are_what_says_more_unless_the_kind_is_given(
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.csv", "a.txt", "a.csv.gz"])
-def test_a_file_that_is_not_what_its_name_says(tmp_path, run, name):
+def test_a_file_of_another_type_than_its_name_says_is_an_error(tmp_path, run, name):
     (tmp_path / name).write_bytes(b'instruction,output\nq,a,"unfinished')
     with pytest.raises(UserError, match="cannot be read|unknown type"):
         run("--input", str(tmp_path / name))
@@ -245,7 +245,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_loaded_rows_are_the_written_conversations_to_the_last_key(tmp_path, cache):
+def test_loaded_rows_have_every_key_of_the_written_conversations(tmp_path, cache):
     rows = [TOOL_ROW, ANSWER | {"id": 7}, {"messages": [SYSTEM, USER, ASSISTANT]}]
     write(tmp_path / "a.jsonl", rows)
     pq.write_table(pa.Table.from_pylist([ANSWER, {"messages": [SYSTEM, USER, ASSISTANT]}]), tmp_path / "b.parquet")
@@ -287,7 +287,7 @@ def test_loading_a_bad_file_is_one_error_with_file_and_row(tmp_path, cache, cont
 
 
 EMPTY = "turn 2 (assistant) is empty"
-SHARED = {  # file: schema, rows read, rows written; the others by reason
+SHARED = {  # file: schema, rows read, rows written, skipped rows by reason
     "sft/alpaca_chinese_part00.jsonl.gz": ("alpaca", 6000, 5996, {EMPTY: 4}),
     "sft/alpaca_en_demo.json": ("alpaca", 999, 999, {}),
     "sft/alpaca_zh_demo.json": ("alpaca", 1000, 1000, {}),

@@ -60,7 +60,7 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
-def test_good_rows_are_fit_and_an_example_of_each_language_shows_the_loss(tmp_path, doctor, tokenizer):
+def test_good_rows_are_fit_and_examples_of_both_languages_show_the_loss(tmp_path, doctor, tokenizer):
     file = write(tmp_path / "a.jsonl", [{"messages": ZH}, {"messages": EN}])
     status, text = doctor(file, "--tokenizer", tokenizer)
     assert status == 0 and text.endswith("verdict: fit\n")
@@ -70,7 +70,7 @@ def test_good_rows_are_fit_and_an_example_of_each_language_shows_the_loss(tmp_pa
     assert "⟦A small model.<|im_end|>⟧" in text and "\x1b" not in text
 
 
-def test_two_rows_of_one_language_or_of_none_are_examples_too(tmp_path, doctor, tokenizer):
+def test_there_are_two_examples_even_if_all_rows_have_one_language(tmp_path, doctor, tokenizer):
     for rows in ([ZH] * 3, [EN] * 3, [[*ZH, *EN]] * 3, [ZH, [*ZH, *EN], ZH]):
         file = write(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
         assert doctor(file, "--tokenizer", tokenizer)[1].count("\nexample ") == 2
@@ -117,7 +117,7 @@ def test_copies_of_rows_and_of_questions_are_found_across_files(tmp_path, doctor
     assert f"duplicates   2 questions seen before ({second}:1, 2)" in text
 
 
-def test_rows_that_the_converter_would_change_are_fit_once_converted(tmp_path, doctor):
+def test_rows_that_need_conversion_are_fit_once_converted(tmp_path, doctor):
     file = write(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a {{name}}"}])
     status, text = doctor(file)
     assert status == 0 and f"fit once converted: python data/convert_chat.py --kind sft --input {file}" in text
@@ -255,7 +255,7 @@ def test_what_cannot_be_checked_is_one_error(tmp_path, name, content, message):
         conftest.run("data/doctor.py", tmp_path if name == "manifest.json" else tmp_path / name)
 
 
-def test_odd_bytes_and_a_long_line_are_bad_rows_or_nothing(tmp_path, doctor):
+def test_odd_bytes_and_a_long_line_are_bad_rows_or_harmless(tmp_path, doctor):
     lines = [
         b"\xef\xbb\xbf" + json.dumps({"q": "q", "a": "a\u2028b"}, ensure_ascii=False).encode() + b"\r",
         b'{"q": "q", "a": "a\x00"}',

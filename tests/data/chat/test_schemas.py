@@ -4,7 +4,7 @@ import json
 
 import conftest
 import pytest
-from standard_rows import ANSWER, ASSISTANT, CALL, FOLLOW_UP, LABELLED, PAIR, REJECTED, SYSTEM, TOOL, TOOL_ROW, USER
+from standard_rows import ANSWER, ASSISTANT, CALL, FOLLOW_UP, LABELED, PAIR, REJECTED, SYSTEM, TOOL, TOOL_ROW, USER
 from transformers import AutoTokenizer
 
 from buddygpt.data.chat.checker import convert
@@ -43,7 +43,7 @@ CASES = [
         TOOL_ROW,
     ),
     ("sharegpt", {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ANSWER),
-    (  # minimind-3: everything is a string, tools are the system turn's
+    (  # minimind-3: everything is a string, the tools are in the system turn
         "sharegpt",
         {
             "conversations": [
@@ -97,12 +97,12 @@ CASES = [
         },
         FOLLOW_UP,
     ),
-    ("messages_label", {"messages": [USER, ASSISTANT], "label": False}, LABELLED),
-    ("sharegpt_label", {"conversations": [USER, ASSISTANT], "label": False}, LABELLED),
-    ("kto", {"prompt": "q", "completion": "a", "label": False}, LABELLED),
-    ("kto", LABELLED, LABELLED),
-    ("kto", {"prompt": "q", "completion": "a", "label": "False"}, LABELLED),  # as a .csv file has it
-    ("messages_label", {"messages": [USER, ASSISTANT], "label": 0}, LABELLED),
+    ("messages_label", {"messages": [USER, ASSISTANT], "label": False}, LABELED),
+    ("sharegpt_label", {"conversations": [USER, ASSISTANT], "label": False}, LABELED),
+    ("kto", {"prompt": "q", "completion": "a", "label": False}, LABELED),
+    ("kto", LABELED, LABELED),
+    ("kto", {"prompt": "q", "completion": "a", "label": "False"}, LABELED),  # as a .csv file has it
+    ("messages_label", {"messages": [USER, ASSISTANT], "label": 0}, LABELED),
     ("prompt_reject", {"prompt": "q", "chosen": "a", "reject": "b"}, PAIR),
     ("instruction_preference", {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, PAIR),
     ("hc3", {"question": "q", "human_answers": ["b", "c"], "chatgpt_answers": ["a"]}, PAIR),
@@ -174,7 +174,7 @@ def test_every_schema_has_a_case():
         ("moss", {"chat": {"turn_1": moss_turn("q", "a", 'Search("x")')}}, "commands plugins"),
         ("seed_tasks", {"instruction": "q", "instances": []}, "no instances"),
         ("hc3", {"question": "q", "human_answers": [], "chatgpt_answers": ["a"]}, "one side has no answers"),
-        ("kto", LABELLED | {"label": "good"}, "label is neither true nor false"),
+        ("kto", LABELED | {"label": "good"}, "label is neither true nor false"),
         ("dialogue_pair", {"chosen": "a", "rejected": "b"}, "no turn that opens"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "content is neither a string"),
         ("messages", {"messages": [USER, "a"]}, "a turn is not an object"),
@@ -256,7 +256,7 @@ def test_no_text_puts_a_special_token_of_ours_into_the_prompt(tokenizer):
         ("a <| b |> c || d |> e", "a <| b |> c || d |> e"),
     ],
 )
-def test_a_special_token_gets_spaces_around_its_name_and_nothing_else_does(token, escaped):
+def test_only_special_tokens_get_spaces_around_their_names(token, escaped):
     row = {"messages": [USER, ASSISTANT | {"content": f'"{token}\n'}]}
     assert escape(row, ("<s>", "</s>", "[INST]"))[0]["messages"][1]["content"] == f'"{escaped}\n'
 
@@ -266,10 +266,10 @@ def test_special_tokens_of_another_tokenizer_are_refused_by_name():
         check_row({"messages": [USER, ASSISTANT | {"content": "a</s>"}]}, "sft", ("<s>", "</s>"))
 
 
-def test_turns_are_chosen():
+def test_exchanges_are_selected():
     first, last = FOLLOW_UP["messages"][1:3], FOLLOW_UP["messages"][3:]
     assert select_turns(FOLLOW_UP, "all") == FOLLOW_UP
     assert select_turns(FOLLOW_UP, "single") is None and select_turns(ANSWER, "single") == ANSWER
     assert select_turns(FOLLOW_UP, "first") == {"messages": [SYSTEM, *first]}
     assert select_turns(FOLLOW_UP, "last") == {"messages": [SYSTEM, *last]}
-    assert select_turns(TOOL_ROW, "last") == TOOL_ROW, "a tool's answer is no new question"
+    assert select_turns(TOOL_ROW, "last") == TOOL_ROW, "a tool result does not start an exchange"
