@@ -11,6 +11,7 @@ command resumes a stopped run.
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
@@ -101,39 +102,38 @@ def main() -> None:
         raise UserError("dtype: bfloat16 and fp16: true contradict each other; remove one of them")
     set_seed(training_args.seed)
 
-    # Data: blocks to train on, and held-out blocks, also by source.
+    # Data. Text of several sources is evaluated source by source.
     tokenizer = load_tokenizer(args.tokenizer)
-    train_blocks = open_blocks(args.train_data, args, tokenizer)
-    eval_blocks = open_blocks(args.eval_data, args, tokenizer) if args.eval_data else None
-    eval_by_source = split_by_source(eval_blocks) if args.eval_data else {}
+    blocks = {"train": open_blocks(args.train_data, args, tokenizer)}
+    eval_by_source: dict[str, BlockDataset] = {}
+    if args.eval_data:
+        blocks["eval"] = open_blocks(args.eval_data, args, tokenizer)
+        eval_by_source = split_by_source(blocks["eval"])
     if args.verify_data and training_args.process_index == 0:
-        train_blocks.verify()
-        if args.eval_data:
-            eval_blocks.verify()
+        for dataset in blocks.values():
+            dataset.verify()
 
-    # Model. A base model ends a text with the document separator, a chat model ends a turn with eos: generation stops
-    # at either.
+    # Model. A base model ends a text with the document separator and a chat model ends a turn with eos, so generation
+    # stops at either.
     model = load_model(args, tokenizer)
-    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, train_blocks.eos_id})
+    model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, blocks["train"].eos_id})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    # The order of the blocks depends on the step that the run resumes from, if data was added since.
+    # Order of the blocks. A resumed run keeps the order it had, even if data was appended meanwhile.
     start = find_start(training_args, model)
-    stream, data_history = open_stream(train_blocks, training_args, start)
+    stream, data_history = open_stream(blocks["train"], training_args, start)
 
-    # Trainer.
-    tokens_per_byte = {"train": train_blocks.tokens_per_byte}
-    if args.eval_data:
-        tokens_per_byte["eval"] = eval_blocks.tokens_per_byte
-    for source, blocks in eval_by_source.items():
-        tokens_per_byte[f"eval_{source}"] = blocks.tokens_per_byte
+    # Trainer. Tokens per byte turn each loss into bits per byte. Flash attention needs the bounds of the documents.
+    tokens_per_byte = {split: dataset.tokens_per_byte for split, dataset in blocks.items()}
+    for source, dataset in eval_by_source.items():
+        tokens_per_byte[f"eval_{source}"] = dataset.tokens_per_byte
     needs_bounds = args.isolate_documents and "flash" in model.config._attn_implementation
     trainer = PretrainTrainer(
         model=model,
         args=training_args,
         data_collator=partial(collate_blocks, with_bounds=needs_bounds),
         train_dataset=stream,
-        eval_dataset=eval_by_source or eval_blocks,
+        eval_dataset=eval_by_source or blocks.get("eval"),
         processing_class=tokenizer,
         tokens_per_byte=tokens_per_byte,
         optimizer_cls_and_kwargs=optimizer,
@@ -148,11 +148,11 @@ def main() -> None:
         "isolate_documents": args.isolate_documents,
         "data_seed": stream.order.seed,
         "optimizer": args.optimizer,
-        "eval_manifest_sha256": file_sha256(eval_blocks.folder / MANIFEST) if args.eval_data else None,
+        "eval_manifest_sha256": file_sha256(blocks["eval"].folder / MANIFEST) if args.eval_data else None,
         "base_sha256": checkpoint_sha256(args.model_name_or_path) if args.model_name_or_path else None,
     }
     run_card = {"recipe": "pretrain", "arguments": vars(args), "origin": origin, "data_history": data_history}
-    # Only pretraining balances the experts. SFT and DPO leave the biases fixed, as DeepSeek-V3 does at the end.
+    # Only pretraining balances the experts; SFT and DPO keep the biases fixed, as DeepSeek-V3 does at the end.
     bias_update_speed = getattr(model.config, "bias_update_speed", 0)
     run_training(trainer, args.sample_prompts, run_card, bias_update_speed, trainer.describe_step, start)
 
@@ -174,7 +174,9 @@ def split_by_source(blocks: BlockDataset) -> dict[str, BlockDataset]:
     }
 
 
-def open_stream(blocks: BlockDataset, training_args: TrainingArguments, start: Start) -> tuple[BlockStream, list]:
+def open_stream(
+    blocks: BlockDataset, training_args: TrainingArguments, start: Start
+) -> tuple[BlockStream, list[dict[str, Any]]]:
     """Return the blocks that the whole run reads, in order, and the history of its data for the run card.
 
     Sets `max_steps` if the run is measured in epochs.
