@@ -1,4 +1,4 @@
-"""The correctness gate: checks that any causal language model of transformers should pass. See `__main__.py`."""
+"""Correctness checks that any causal language model of transformers should pass. Run `python -m buddygpt.check`."""
 
 from .checks import CHECKS, Row, run_check
 from .subject import Subject, open_subject, reduce_config

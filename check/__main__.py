@@ -1,11 +1,11 @@
-"""The correctness gate: is a causal language model what it says it is?
+"""Check that a causal language model computes what it should.
 
-    python -m buddygpt.check buddygpt-0.1b              # a preset: its real size, random weights
-    python -m buddygpt.check buddygpt-0.1b --reduced    # the same structure in a few thousand parameters, seconds
+    python -m buddygpt.check buddygpt-0.1b              # a preset in its real size, with random weights
+    python -m buddygpt.check buddygpt-0.1b --reduced    # the same structure with a few thousand parameters; seconds
     python -m buddygpt.check outputs/base               # a checkpoint
     python -m buddygpt.check Qwen/Qwen3-0.6B            # any causal language model of transformers
 
-Exit status: 0 all checks hold (or do not apply), 1 one fails, 2 there is no such model.
+Exit status: 0 if all checks pass or do not apply, 1 if one fails, 2 if there is no such model.
 """
 
 import argparse
@@ -31,9 +31,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="preset, config JSON, checkpoint folder or Hub repository")
     parser.add_argument("--reduced", action="store_true", help="check a small model of the same structure")
-    parser.add_argument("--vocab_size", type=int, help="another vocabulary, for random weights")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default: 0)")
-    parser.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK", help="run these checks alone")
+    parser.add_argument("--vocab_size", type=int, help="replace the vocabulary size of a model with random weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of random weights and inputs (default: 0)")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, metavar="CHECK", help="run only these checks")
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with MODEL")
     return parser.parse_args()
 
@@ -56,15 +56,18 @@ def main() -> None:
     subject = open_subject(
         arguments.model, arguments.reduced, arguments.vocab_size, arguments.seed, arguments.trust_remote_code
     )
+
     rows = []
     with tqdm(arguments.only or CHECKS, unit="check", leave=False) as names:
         for name in names:
             names.set_postfix_str(name)
             rows.append(run_check(name, subject))
     print_table(rows)
+
     counts = {status: sum(row.status == status for row in rows) for status in ("pass", "FAIL", "n/a")}
+    reduced = " (reduced)" if arguments.reduced else ""
     print(
-        f"{arguments.model}{' (reduced)' * arguments.reduced}, {subject.model.num_parameters():,} parameters: "
+        f"{arguments.model}{reduced}, {subject.model.num_parameters():,} parameters: "
         f"{counts['pass']} hold, {counts['FAIL']} fail, {counts['n/a']} do not apply; "
         f"{time.perf_counter() - start:.0f} s"
     )

@@ -1,4 +1,4 @@
-"""The model under test: where its config and weights come from, its reduced shape, and its inputs."""
+"""The model under test: its config, weights and inputs, and its reduced form."""
 
 import copy
 import inspect
@@ -17,16 +17,16 @@ from buddygpt.model.presets import PRESETS, load_config
 class Subject:
     """A model under test, in float32 on the CPU.
 
-    Without `weights` they are random, and wilder than training starts from, because small, symmetric weights hide
-    faults: matrices have a standard deviation of `hidden_size ** -0.5`, and norms, biases and the routers' selection
-    biases are moved from their ones and zeros.
+    Without `weights` the weights are random, and larger than at the start of training, because small and symmetric
+    weights hide faults: matrices have a standard deviation of `hidden_size ** -0.5`, and norms, biases and selection
+    biases get noise added to their ones and zeros.
 
     Args:
-        config: The model's config.
-        build: Makes a new model of a config, as training would start from. None: what `AutoModelForCausalLM` makes.
+        config: Config of the model.
+        build: Makes a newly initialized model of a config. None: `AutoModelForCausalLM.from_config`.
         weights: Checkpoint folder or Hub name. None: random weights.
-        seed: Of random weights and inputs.
-        trust_remote_code: Whether code beside the config or weights may run.
+        seed: Seed of random weights and inputs.
+        trust_remote_code: Run code that comes with the config or weights.
     """
 
     def __init__(
@@ -37,25 +37,28 @@ class Subject:
         seed: int = 0,
         trust_remote_code: bool = False,
     ):
-        self.config, self.weights, self.seed = config, weights, seed
-        self.trust_remote_code = trust_remote_code
+        self.config = config
         self.build = build or self._build_by_config
+        self.weights = weights
+        self.seed = seed
+        self.trust_remote_code = trust_remote_code
 
     def _build_by_config(self, config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
 
     def fresh_model(self) -> PreTrainedModel:
-        """A new model as training would start from."""
+        """Return a newly initialized model, as at the start of training."""
         torch.manual_seed(self.seed)
         return self.build(copy.deepcopy(self.config)).eval()
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model all checks share. They leave its weights, mode and settings as they found them."""
+        """The model that all checks share. They restore its weights, mode and settings."""
         if self.weights is not None:
             return AutoModelForCausalLM.from_pretrained(
                 self.weights, config=self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
             ).eval()
+
         config = copy.deepcopy(self.config)
         text_config = config.get_text_config()
         text_config.initializer_range = text_config.hidden_size**-0.5
@@ -63,7 +66,8 @@ class Subject:
         model = self.build(config).eval()
         with torch.no_grad():
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                if (isinstance(tensor, torch.nn.Parameter) and tensor.ndim == 1) or name.endswith("correction_bias"):
+                is_norm_or_bias = isinstance(tensor, torch.nn.Parameter) and tensor.ndim == 1
+                if is_norm_or_bias or name.endswith("correction_bias"):
                     tensor.add_(torch.randn_like(tensor), alpha=0.1)
         return model
 
@@ -73,31 +77,31 @@ class Subject:
 
     @cached_property
     def saved(self) -> Path:
-        """A temporary folder that `model` has been saved to."""
+        """A temporary folder that holds the saved `model`."""
         folder = Path(self._folder.name) / "saved_model"
         self.model.save_pretrained(folder)
         return folder
 
     def reload(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The saved model, loaded again."""
+        """Load the saved model."""
         return type(self.model).from_pretrained(self.saved, dtype=dtype).eval()
 
     def takes(self, argument: str) -> bool:
-        """Whether the model's `forward` names this argument."""
+        """Return True if the model's `forward` names this argument."""
         return argument in inspect.signature(self.model.forward).parameters
 
     def ids(self, rows: int, length: int, seed: int = 0) -> torch.Tensor:
-        """Random token ids (rows, length), each row different."""
+        """Return random token ids (rows, length)."""
         generator = torch.Generator().manual_seed(self.seed + seed)
         return torch.randint(self.config.get_text_config().vocab_size, (rows, length), generator=generator)
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Logits (B, T, V) in float32, without a cache unless asked for."""
-        return self.model(ids, **{"use_cache": False} | kwargs).logits.float()
+        """Return float32 logits (B, T, V), computed without a cache."""
+        return self.model(ids, use_cache=False, **kwargs).logits.float()
 
     def gradients(self, *batches: tuple[torch.Tensor, torch.Tensor], **kwargs) -> tuple[float, dict]:
-        """Add up the model's own loss over batches of (ids, labels). Returns it and each parameter's gradient."""
+        """Return the model's own loss and each parameter's gradient, summed over batches of (ids, labels)."""
         losses = []
         for ids, labels in batches:
             loss = self.model(ids, labels=labels, use_cache=False, **kwargs).loss
@@ -106,8 +110,11 @@ class Subject:
         return sum(losses), self.take_gradients()
 
     def take_gradients(self) -> dict[str, torch.Tensor | None]:
-        """The gradients that the parameters hold, by name. They hold none then."""
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
+        """Return the parameters' gradients by name, and remove them from the parameters."""
+        gradients = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                gradients[name] = parameter.grad
         self.model.zero_grad(set_to_none=True)
         return gradients
 
@@ -115,75 +122,110 @@ class Subject:
 def open_subject(
     name: str, reduced: bool = False, vocab_size: int | None = None, seed: int = 0, trust_remote_code: bool = False
 ) -> Subject:
-    """Find the model that a user names.
+    """Open the model that a user names.
 
     Args:
-        name: A preset or a config JSON (random weights), a checkpoint folder or a Hub repository (its weights).
+        name: A preset or a config JSON (random weights), or a checkpoint folder or Hub repository (its own weights).
         reduced: Check a small model of the same structure, with random weights.
-        vocab_size: Another vocabulary, for random weights.
+        vocab_size: Replace the vocabulary size of a model with random weights.
         seed, trust_remote_code: See [`Subject`].
 
     Raises:
         UserError: There is no such model, it is not a causal language model, or it needs `trust_remote_code`.
     """
-    random = reduced or name in PRESETS or name.endswith(".json")
-    if vocab_size is not None and not random:
-        raise UserError(f"--vocab_size {vocab_size} does not go with the weights of {name}; add --reduced or drop it")
+    has_random_weights = reduced or name in PRESETS or name.endswith(".json")
+    if vocab_size is not None and not has_random_weights:
+        raise UserError(
+            f"vocab_size {vocab_size} does not fit the weights of {name}: leave it out, or check a reduced model"
+        )
+    overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
     try:
-        overrides = {} if vocab_size is None else {"vocab_size": vocab_size}
         config = load_config(name, trust_remote_code=trust_remote_code, **overrides)
-        config = reduce_config(config) if reduced else config
-        subject = Subject(config, None, None if random else name, seed, trust_remote_code)
-        subject.model  # noqa: B018 - built here, so that what cannot be built is the user's mistake
+        if reduced:
+            config = reduce_config(config)
+        subject = Subject(
+            config,
+            weights=None if has_random_weights else name,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+        subject.model  # noqa: B018 - build it here, so that a model that cannot be built is a user error
         return subject
     except Exception as error:
-        raise UserError(f"MODEL {name} cannot be opened: {error}") from error
+        raise UserError(f"cannot open the model {name}: {error}") from error
 
 
 def reduce_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Shrink a config to a few thousand parameters and keep its structure: dense and expert layers, groups of heads
-    and of experts, experts per token, ranks where there are ranks. Fields go by their standard names."""
+    """Return a config of a few thousand parameters with the same structure.
+
+    It keeps the kinds of layers, the groups of heads and of experts, the experts per token, and which ranks are used.
+    Fields are recognized by their standard names.
+    """
     old = config.to_dict()
-    new = _reduced_depth(old) | _reduced_attention(old) | _reduced_experts(old)
-    new |= {"intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-    new["vocab_size"] = vocab_size = min(old["vocab_size"], 512)
+    vocab_size = min(old["vocab_size"], 512)
+    new = {
+        **_reduced_depth(old),
+        **_reduced_attention(old),
+        **_reduced_experts(old),
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "vocab_size": vocab_size,
+    }
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(old.get(name), int) and old[name] >= vocab_size:
             new[name] = vocab_size - 1
-    known = {name: value for name, value in new.items() if old.get(name) is not None}
-    return type(config).from_dict(old | known)
+
+    reduced = dict(old)
+    for name, value in new.items():
+        if old.get(name) is not None:  # the architecture has this field and uses it
+            reduced[name] = value
+    return type(config).from_dict(reduced)
 
 
 def _reduced_depth(old: dict) -> dict:
-    """Two layers, or as many as it takes to see every kind. Lists with an entry per layer are cut."""
-    layers, dense = old["num_hidden_layers"], old.get("first_k_dense_replace") or 0
-    if dense >= layers:
-        depth, dense = 2, 2
+    """Return two layers, or as many as needed to include every kind of layer. Cut lists with one entry per layer."""
+    layers = old["num_hidden_layers"]
+    dense_layers = old.get("first_k_dense_replace") or 0
+    if dense_layers >= layers:  # no layer has experts
+        depth = dense_layers = 2
     else:
-        depth = max(2, dense + 1)
-    kinds = old.get("layer_types") or [None]
-    depth = min(layers, max(depth, *(kinds.index(kind) + 1 for kind in set(kinds))))
-    lists = {name: value[:depth] for name, value in old.items() if isinstance(value, list) and len(value) == layers}
-    return lists | {"num_hidden_layers": depth, "first_k_dense_replace": dense, "max_window_layers": depth}
+        depth = max(2, dense_layers + 1)
+    for kind in set(old.get("layer_types") or []):
+        depth = max(depth, old["layer_types"].index(kind) + 1)
+    depth = min(layers, depth)
+
+    new = {"num_hidden_layers": depth, "first_k_dense_replace": dense_layers, "max_window_layers": depth}
+    for name, value in old.items():
+        if isinstance(value, list) and len(value) == layers:
+            new[name] = value[:depth]
+    return new
 
 
 def _reduced_attention(old: dict) -> dict:
-    """As many query heads per key/value head as before, of 16 (16 + 8 in latent attention)."""
+    """Keep the ratio of query heads to key/value heads. Heads are 16 wide (16 + 8 in latent attention)."""
     heads = old["num_attention_heads"]
     kv_heads = old.get("num_key_value_heads") or heads
     new_kv_heads = 4 if kv_heads == heads else min(kv_heads, 2)
     new_heads = new_kv_heads * heads // kv_heads
-    sizes = {"num_attention_heads": new_heads, "num_key_value_heads": new_kv_heads, "hidden_size": 16 * new_heads}
+    new = {"num_attention_heads": new_heads, "num_key_value_heads": new_kv_heads, "hidden_size": 16 * new_heads}
     if old.get("kv_lora_rank") is None:
-        return sizes | {"head_dim": 16}
-    ranks = {"kv_lora_rank": 24, "q_lora_rank": 40, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
-    return sizes | ranks | {"head_dim": 8, "qk_head_dim": 24}
+        new["head_dim"] = 16
+    else:
+        new |= {"kv_lora_rank": 24, "q_lora_rank": 40, "v_head_dim": 12}
+        new |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "head_dim": 8, "qk_head_dim": 24}
+    return new
 
 
 def _reduced_experts(old: dict) -> dict:
-    """As many groups and experts per token as before, and twice the experts that a token needs."""
-    groups, chosen_groups = old.get("n_group") or 1, old.get("topk_group") or 1
+    """Keep the number of groups and of experts per token. Twice as many experts as a token needs, at least 4."""
+    groups = old.get("n_group") or 1
+    chosen_groups = old.get("topk_group") or 1
     chosen = old.get("num_experts_per_tok") or 1
-    experts = groups * max(2, -(-2 * chosen // chosen_groups))
-    names = ("n_routed_experts", "num_experts", "num_local_experts", "n_soft_experts")
-    return {name: min(old[name], max(experts, 4)) for name in names if old.get(name) is not None}
+    experts_per_group = max(2, -(-2 * chosen // chosen_groups))  # rounded up
+    experts = max(groups * experts_per_group, 4)
+    new = {}
+    for name in ("n_routed_experts", "num_experts", "num_local_experts", "n_soft_experts"):
+        if old.get(name) is not None:
+            new[name] = min(old[name], experts)
+    return new

@@ -1,4 +1,4 @@
-"""Models with one fault each, most of them found in published code, for the gate to catch."""
+"""Models with one fault each, most of them found in published code, which the checks must detect."""
 
 from functools import wraps
 
@@ -11,7 +11,7 @@ from buddygpt.model import modeling_buddygpt as modeling
 
 
 class Broken(BuddyGPTForCausalLM):
-    """A BuddyGPT whose modules of class `original` are of class `broken` instead."""
+    """A BuddyGPT model whose modules of class `original` become modules of class `broken`."""
 
     original: type[nn.Module] | None = None
     broken: type[nn.Module] | None = None
@@ -25,7 +25,7 @@ class Broken(BuddyGPTForCausalLM):
 
 
 def with_broken(original: type[nn.Module], broken: type[nn.Module]) -> type[Broken]:
-    """The class of models that have `broken` in place of `original`."""
+    """Return a class of models that use `broken` instead of `original`."""
     return type("Broken", (Broken,), {"original": original, "broken": broken, "__module__": Broken.__module__})
 
 
@@ -67,7 +67,7 @@ class SequenceSoftMoE(modeling.BuddyGPTSoftMoE):
 
 
 class CountingRotaryEmbedding(modeling.BuddyGPTRotaryEmbedding):
-    """Positions are counted from 0, whatever position_ids say."""
+    """Positions count from 0; the values of position_ids are ignored."""
 
     def forward(self, hidden_states, position_ids):
         return super().forward(hidden_states, torch.arange(position_ids.shape[1]).expand_as(position_ids))
@@ -82,14 +82,14 @@ class SharpOnlyInSdpa(modeling.BuddyGPTAttention):
 
 
 class LoudEagerExperts(modeling.BuddyGPTExperts):
-    """A factor too many where the experts run one by one."""
+    """The output is doubled if the experts run one by one."""
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs) * (2 if self.config._experts_implementation == "eager" else 1)
 
 
 class CallDependentMLP(modeling.BuddyGPTMLP):
-    """Running it again, as checkpointing does, gives something else: it counts its calls."""
+    """Running it again, as checkpointing does, gives another result, because it counts its calls."""
 
     calls = 0
 
@@ -108,7 +108,7 @@ class Bfloat16RotaryEmbedding(modeling.BuddyGPTRotaryEmbedding):
 
 
 class NoisyMLP(modeling.BuddyGPTMLP):
-    """Noise that no seed governs."""
+    """Random noise that ignores the seed."""
 
     generator = torch.Generator()
 
@@ -118,7 +118,7 @@ class NoisyMLP(modeling.BuddyGPTMLP):
 
 
 class MeanOfEachStep(Broken):
-    """The loss is each step's own mean: num_items_in_batch is ignored, and short rows weigh as much as long ones."""
+    """num_items_in_batch is ignored: the loss is the mean of each step, so short rows weigh as much as long ones."""
 
     @wraps(BuddyGPTForCausalLM.forward)
     def forward(self, *args, num_items_in_batch=None, **kwargs):
@@ -126,7 +126,7 @@ class MeanOfEachStep(Broken):
 
 
 class UnshiftedLoss(Broken):
-    """The loss asks for the token that is read, not for the next."""
+    """The loss is that of the current token instead of the next one."""
 
     @wraps(BuddyGPTForCausalLM.forward)
     def forward(self, *args, labels=None, **kwargs):
@@ -136,7 +136,7 @@ class UnshiftedLoss(Broken):
 
 
 class IgnoredPositions(Broken):
-    """position_ids are accepted and dropped, so that packed documents see each other."""
+    """position_ids are accepted and ignored, so packed documents see each other."""
 
     @wraps(BuddyGPTForCausalLM.forward)
     def forward(self, *args, position_ids=None, **kwargs):
@@ -144,7 +144,7 @@ class IgnoredPositions(Broken):
 
 
 class IgnoredMask(Broken):
-    """attention_mask is accepted and dropped, so that padding is read."""
+    """attention_mask is accepted and ignored, so padding is read."""
 
     @wraps(BuddyGPTForCausalLM.forward)
     def forward(self, *args, attention_mask=None, **kwargs):
@@ -170,7 +170,7 @@ class ForgetfulCache(Broken):
 
 
 class UntiedWhenLoaded(Broken):
-    """Loading leaves the head with a copy of the embedding."""
+    """After loading, the head is a copy of the embedding."""
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -180,7 +180,7 @@ class UntiedWhenLoaded(Broken):
 
 
 class WildStart(Broken):
-    """The embedding starts with a standard deviation of 1, as torch would have it."""
+    """The embedding is initialized with a standard deviation of 1, torch's default."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -34,7 +34,7 @@ def make_model(seed: int = 0, **fields) -> BuddyGPTForCausalLM:
     torch.manual_seed(seed)
     model = BuddyGPTForCausalLM(BuddyGPTConfig(**SIZES | {"initializer_range": 0.2} | fields))
     for name, parameter in model.named_parameters():
-        if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a bias or norm in the wrong place
+        if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a misplaced bias or norm
             torch.nn.init.normal_(parameter, mean=0.5, std=0.2)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias") and model.config.scoring_func == "sigmoid":

@@ -1,4 +1,4 @@
-"""Does the gate let good models through, and does it stop each broken one at the right check?"""
+"""Good models pass all checks, and each broken model fails at the right check."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ STOCK = {
 
 
 def failures(subject: Subject) -> dict[str, str]:
-    """The checks that fail, but for those that take seconds: a new process, and flex_attention, which compiles."""
+    """Run all checks except the slow ones (a new process; flex_attention, which compiles) and return the failures."""
     subject.model._supports_flex_attn = False
     rows = [run_check(name, subject) for name in CHECKS if name != "fresh_process"]
     assert sum(row.status == "n/a" for row in rows) <= 2
@@ -46,7 +46,7 @@ def test_flex_attention_passes(name):
     assert run_check("attention_backends", open_subject(name, reduced=True)).status == "pass"
 
 
-TWINS = {
+BROKEN_MODELS = {
     "mla-without-transpose": (
         with_broken(modeling.BuddyGPTLatentAttention, broken.HeadsAsTime),
         "buddygpt-0.3b-mla",
@@ -100,14 +100,14 @@ TWINS = {
 }
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", BROKEN_MODELS)
 def test_each_fault_is_caught_by_its_check_alone(name):
-    build, preset, expected = TWINS[name]
+    build, preset, expected = BROKEN_MODELS[name]
     config = reduce_config(load_config(preset, **GROUPS if name == "router-sums-indices" else {}))
     assert failures(Subject(config, build)).keys() == expected
 
 
-def test_top_1_with_normalised_weights_leaves_the_router_without_gradient():
+def test_top_1_with_normalized_weights_leaves_the_router_without_gradient():
     config = Qwen3MoeConfig(num_experts=4, num_experts_per_tok=1, norm_topk_prob=True, moe_intermediate_size=32)
     found = failures(Subject(reduce_config(config)))
     assert found.keys() == {"parameter_gradients"} and "mlp.gate.weight" in found["parameter_gradients"]
@@ -132,21 +132,21 @@ def test_a_check_that_raises_has_failed():
     assert row.status == "FAIL" and row.note.startswith("TypeError") and "labels" in row.note
 
 
-def test_nothing_holds_of_a_model_that_gives_no_numbers():
+def test_a_model_with_nan_logits_fails_every_check_of_them():
     subject = Subject(reduce_config(load_config("debug")))
     subject.model.model.norm.weight.data[0] = torch.nan
     others = {"fresh_process", "experts_backends", "router_choice", "initial_loss", "determinism"}
     assert failures(subject).keys() >= CHECKS.keys() - others
 
 
-def test_saved_code_that_is_not_the_models_fails_in_a_fresh_process():
+def test_saved_code_that_differs_from_the_model_fails_in_a_fresh_process():
     build = with_broken(modeling.BuddyGPTLatentAttention, broken.HeadsAsTime)
     build.__name__ = "BuddyGPTForCausalLM"  # so that the saved class is found; its attention has no fault
     row = run_check("fresh_process", Subject(reduce_config(load_config("buddygpt-0.3b-mla")), build))
     assert row.status == "FAIL" and row.measure.value > 1
 
 
-def gate(monkeypatch, *arguments: object) -> int:
+def run_command(monkeypatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
         main()
@@ -155,7 +155,7 @@ def gate(monkeypatch, *arguments: object) -> int:
 
 def test_checkpoint_folder_through_the_command(monkeypatch, capsys, tmp_path):
     AutoModelForCausalLM.from_config(STOCK["qwen2"]).save_pretrained(tmp_path / "qwen2")
-    assert gate(monkeypatch, tmp_path / "qwen2", "--only", "fresh_process", "experts_backends") == 0
+    assert run_command(monkeypatch, tmp_path / "qwen2", "--only", "fresh_process", "experts_backends") == 0
     output = capsys.readouterr().out
     assert "fresh_process           pass" in output and "experts_backends        n/a" in output
     assert "1 hold, 0 fail, 1 do not apply" in output
@@ -164,17 +164,17 @@ def test_checkpoint_folder_through_the_command(monkeypatch, capsys, tmp_path):
 def test_exit_status_of_a_failure(monkeypatch, capsys):
     subject = Subject(reduce_config(load_config("debug")), broken.WildStart)
     monkeypatch.setattr(__main__, "open_subject", lambda *options: subject)
-    assert gate(monkeypatch, "wild", "--only", "initial_loss") == 1
+    assert run_command(monkeypatch, "wild", "--only", "initial_loss") == 1
     assert "initial_loss            FAIL" in capsys.readouterr().out
 
 
-def test_vocabulary_is_a_choice(monkeypatch, capsys):
-    assert gate(monkeypatch, "minimind-26m", "--vocab_size", 100, "--only", "initial_loss", "--seed", 3) == 0
+def test_vocabulary_size_can_be_replaced(monkeypatch, capsys):
+    assert run_command(monkeypatch, "minimind-26m", "--vocab_size", 100, "--only", "initial_loss", "--seed", 3) == 0
     assert open_subject("debug", vocab_size=100).config.vocab_size == 100
 
 
 def test_help_explains_every_check(monkeypatch, capsys):
-    assert gate(monkeypatch, "--help") == 0
+    assert run_command(monkeypatch, "--help") == 0
     output = capsys.readouterr().out
     assert all(f"\n  {name} " in output for name in CHECKS)
 
@@ -182,13 +182,13 @@ def test_help_explains_every_check(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (None, "cannot be opened"),
+        (None, "cannot open the model"),
         ({"model_type": "buddygpt", "num_attention_heads": 4, "num_key_value_heads": 3}, r"\(4\).*\(3\)"),
         ({"model_type": "t5"}, "T5Config"),
         ({"model_type": "unheard_of"}, "unheard_of"),
     ],
 )
-def test_wrong_model_is_the_users_mistake(monkeypatch, tmp_path, fields, message):
+def test_wrong_model_is_a_user_error(monkeypatch, tmp_path, fields, message):
     path = tmp_path / "model.json"
     if fields is not None:
         path.write_text(json.dumps(fields))
@@ -197,8 +197,8 @@ def test_wrong_model_is_the_users_mistake(monkeypatch, tmp_path, fields, message
         main()
 
 
-def test_vocabulary_of_a_checkpoint_is_not_a_choice(tmp_path):
-    with pytest.raises(UserError, match="--vocab_size 5 does not go with the weights"):
+def test_vocabulary_size_of_a_checkpoint_cannot_be_replaced(tmp_path):
+    with pytest.raises(UserError, match="vocab_size 5 does not fit the weights"):
         open_subject(str(tmp_path), vocab_size=5)
 
 
