@@ -1,4 +1,4 @@
-"""Users' mistakes become one line and exit status 2, whatever raised them."""
+"""Mistakes of users give one line and exit status 2, from wherever they are raised."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def test_command_line_overrides_yaml_overrides_defaults(monkeypatch, tmp_path):
     [
         ("name: a\nsizes: 2", [], "unknown key `sizes` in the config file; did you mean `size`?"),
         ("name: a", ["--sise", "2"], "unknown argument `--sise`; did you mean `size`?"),
-        ("name: a", ["--siz", "2"], "unknown argument `--siz`"),  # abbreviations are not guessed
+        ("name: a", ["--siz", "2"], "unknown argument `--siz`"),  # no abbreviations
         ("name: a", ["--size", "two"], "invalid int value: 'two'"),
         ("name: a\nkind: huge", [], "`kind` in the config file is huge, must be one of small, large"),
         ("name: a", ["--kind", "huge"], "'huge'"),
@@ -73,12 +73,12 @@ def test_errors_end_with_a_status_and_one_line(error, status, line, capsys):
 
     with pytest.raises(SystemExit) as stop:
         run_script(main)
-    told = capsys.readouterr().err
-    assert stop.value.code == status and told.startswith(line) and told.count("\n") == bool(line)
+    printed = capsys.readouterr().err
+    assert stop.value.code == status and printed.startswith(line) and printed.count("\n") == bool(line)
 
 
-def test_the_first_process_of_a_machine_speaks_first(monkeypatch, capsys):
-    """The others give it time: its end ends them. If it has no error, they speak."""
+def test_the_first_process_of_a_machine_prints_first(monkeypatch, capsys):
+    """The launcher kills all processes when one exits, so the others wait before they print."""
     waited = []
 
     def main():

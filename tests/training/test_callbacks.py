@@ -1,4 +1,4 @@
-"""Is the speed that is shown the one a stopwatch and pencil give, and is what goes wrong named, with its step?"""
+"""Speed is measured correctly, alarms name the step that went wrong, and steps can be traced and replayed."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_a_block_is_traced_to_its_documents(blocks):
         "block 1 = documents 3-6, zh.jsonl:4 to zh.jsonl:7; "
         "b.ds (en): block 20 = documents 0-1, en.jsonl:1 to en.jsonl:2"
     )
-    for index in range(len(blocks)):  # what the passages say against the tokens themselves
+    for index in range(len(blocks)):  # compare the passages with the tokens
         separators = int((blocks[index]["input_ids"] == 0).sum())
         passages = list(trace_block(blocks, index))
         ended = sum(each.last - each.first for each in passages) + (blocks[index]["input_ids"][-1] == 0)
@@ -61,7 +61,7 @@ def test_a_block_is_traced_to_its_documents(blocks):
             assert numbers == list(range(each.first, each.last + 1))
 
 
-def test_few_blocks_are_named_of_many(blocks):
+def test_of_many_blocks_only_the_first_are_named(blocks):
     line = describe_blocks(blocks, list(range(20)))
     assert line.count("block ") == 8 and line.endswith("and 12 more blocks") and "\n" not in line
 
@@ -77,8 +77,8 @@ class InOrder(torch.utils.data.Sampler):
         return self.rows
 
 
-def watched(folder, dataset, steps: int, prepare=None, variant="gqa", **arguments) -> tuple[Trainer, list[str]]:
-    """Train a tiny model under watch; return the trainer and its warnings."""
+def train_watched(folder, dataset, steps: int, prepare=None, variant="gqa", **arguments) -> tuple[Trainer, list[str]]:
+    """Train a tiny model with our callbacks; return the trainer and its warnings."""
     model = make_model(**VARIANTS[variant] | dict(vocab_size=64, tie_word_embeddings=False))
     args = TrainingArguments(
         output_dir=str(folder),
@@ -110,22 +110,22 @@ def watched(folder, dataset, steps: int, prepare=None, variant="gqa", **argument
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_healthy_run_gives_no_warning(tmp_path, blocks, accumulate, capsys):
-    trainer, warnings = watched(tmp_path, blocks, 60, gradient_accumulation_steps=accumulate)
+    trainer, warnings = train_watched(tmp_path, blocks, 60, gradient_accumulation_steps=accumulate)
     assert warnings == [] and "warning" not in capsys.readouterr().err
     logged = [row for row in trainer.state.log_history if "loss" in row]
     assert all(row["tokens_per_second"] > 0 and 0 <= row["data_wait"] < 1 for row in logged)
-    assert logged[-1]["eta_seconds"] == 0 and "mfu" not in logged[-1]  # the peak of a processor is not known
+    assert logged[-1]["eta_seconds"] == 0 and "mfu" not in logged[-1]  # the peak of a CPU is unknown
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_nan_is_traced_to_the_block_that_brought_it(tmp_path, blocks, accumulate, capsys):
+def test_nan_is_traced_to_the_block_that_caused_it(tmp_path, blocks, accumulate, capsys):
     poison, order = 37, order_of(blocks)
     dataset = Poisoned(blocks.folder, 32, poison)
 
     def make_token_63_nan(trainer):
         trainer.model.get_input_embeddings().weight.data[63] = math.nan
 
-    _, warnings = watched(tmp_path, dataset, 20, make_token_63_nan, gradient_accumulation_steps=accumulate)
+    _, warnings = train_watched(tmp_path, dataset, 20, make_token_63_nan, gradient_accumulation_steps=accumulate)
     rows = 2 * accumulate
     step = next(step for step in range(1, 21) if poison in order.which_blocks(step, rows))
     assert len(warnings) == 1 and warnings[0].startswith(f"step {step}: the loss is nan")
@@ -137,7 +137,7 @@ def test_nan_is_traced_to_the_block_that_brought_it(tmp_path, blocks, accumulate
 
 
 class Poisoned(BlockDataset):
-    """Token 63 stands in one block only."""
+    """Blocks with token 63 in one of them only."""
 
     def __init__(self, folder, block_size, poisoned: int):
         super().__init__(folder, block_size)
@@ -151,14 +151,14 @@ class Poisoned(BlockDataset):
         return block
 
 
-def test_an_infinite_gradient_is_found_at_its_own_step(tmp_path, blocks):
+def test_an_infinite_gradient_is_reported_at_its_step(tmp_path, blocks):
     def overflow(trainer):
         original = trainer._get_grad_norm
         trainer._get_grad_norm = lambda *args, **kwargs: (
             torch.tensor(math.inf) if trainer.state.global_step == 7 else original(*args, **kwargs)
         )
 
-    _, warnings = watched(tmp_path, blocks, 20, overflow)
+    _, warnings = train_watched(tmp_path, blocks, 20, overflow)
     assert len(warnings) == 1 and re.match(r"step 8: the loss is \d.*, the gradient norm inf", warnings[0])
 
 
@@ -169,7 +169,7 @@ def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
             original(*args, **kwargs) + extra.get(trainer.state.global_step, 0)
         )
 
-    _, warnings = watched(tmp_path, blocks, 64, spike, logging_steps=7)
+    _, warnings = train_watched(tmp_path, blocks, 64, spike, logging_steps=7)
     assert [warning.split(":")[0] for warning in warnings] == ["step 51", "step 59"]
     read = order_of(blocks).which_blocks(51, 2)
     assert "loss spike" in warnings[0] and all(f"block {index} =" in warnings[0] for index in read)
@@ -177,7 +177,7 @@ def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The meter's clock, which only `clock.sleep` moves: a busy machine changes nothing."""
+    """A clock for ThroughputCallback that only `clock.sleep` moves, so that the load of the machine has no effect."""
 
     class Clock:
         now = 0.0
@@ -199,7 +199,7 @@ def test_a_slow_loader_is_reported(tmp_path, blocks, clock):
             clock.sleep(0.05)
             return super().__getitem__(index)
 
-    trainer, warnings = watched(tmp_path, Slow(blocks.folder, 32), 12, logging_steps=2)
+    trainer, warnings = train_watched(tmp_path, Slow(blocks.folder, 32), 12, logging_steps=2)
     assert len(warnings) == 1 and "waiting for data" in warnings[0]
     logged = [row["data_wait"] for row in trainer.state.log_history if "loss" in row]
     assert statistics.median(logged) > 0.5
@@ -210,7 +210,7 @@ def test_an_expert_without_tokens_is_named(tmp_path, blocks):
         routers = [module for module in trainer.model.modules() if hasattr(module, "e_score_correction_bias")]
         routers[1].e_score_correction_bias[3] = -100.0
 
-    _, warnings = watched(tmp_path, blocks, 45, shut_out, variant="gqa-moe", logging_steps=15)
+    _, warnings = train_watched(tmp_path, blocks, 45, shut_out, variant="gqa-moe", logging_steps=15)
     assert len(warnings) == 1 and "no token reached expert 3 of MoE layer 1 in steps 1 to 15" in warnings[0]
 
 
@@ -218,7 +218,7 @@ def test_an_expert_without_tokens_is_named(tmp_path, blocks):
 
 
 def test_speed_counts_real_tokens_and_no_pauses(tmp_path, blocks, clock):
-    """Half of every row is padding, steps take 50 ms, and each evaluation a second."""
+    """Half of every row is padding, a step takes 50 ms and an evaluation one second."""
 
     class HalfPadded(BlockDataset):
         def __getitem__(self, index):
@@ -231,14 +231,14 @@ def test_speed_counts_real_tokens_and_no_pauses(tmp_path, blocks, clock):
         trainer.evaluate = lambda *args, **kwargs: (clock.sleep(1), evaluate(*args, **kwargs))[1]
 
     dataset = HalfPadded(blocks.folder, 32)
-    trainer, _ = watched(tmp_path, dataset, 8, slow_down, logging_steps=4, eval_strategy="steps", eval_steps=2)
+    trainer, _ = train_watched(tmp_path, dataset, 8, slow_down, logging_steps=4, eval_strategy="steps", eval_steps=2)
     for row in (row for row in trainer.state.log_history if "loss" in row):
         assert row["tokens_per_second"] == pytest.approx(2 * 16 / 0.05)
 
 
 def test_mfu_is_work_over_time_over_peak(tmp_path, blocks, monkeypatch):
     monkeypatch.setattr("buddygpt.training.callbacks.throughput.find_peak", lambda trainer: 1e9)
-    trainer, _ = watched(tmp_path, blocks, 10)
+    trainer, _ = train_watched(tmp_path, blocks, 10)
     for row in (row for row in trainer.state.log_history if "loss" in row):
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(trainer.model.config, 32) / 1e9)
 
@@ -290,7 +290,7 @@ def test_held_out_text_is_measured_by_source(run_of_two_sources):
         bits = metrics[f"eval_{source}_loss"] * part.tokens / part.text_bytes / math.log(2)
         assert metrics[f"eval_{source}_bits_per_byte"] == pytest.approx(bits)
     samples = (run_of_two_sources / "run" / "samples.md").read_text("utf-8")
-    assert samples.count("## step 4\n") == 1  # once, not once a source
+    assert samples.count("## step 4\n") == 1  # once, not once per source
     assert "广东省的省会是" in samples and "The capital of France is" in samples
 
 
@@ -306,26 +306,28 @@ def test_the_run_card_says_how_fast_and_how_large(run_of_two_sources):
 
 
 @pytest.mark.parametrize("step, weights", [(1, 0), (3, 0), (5, 4)])
-def test_a_step_is_replayed_as_it_was(run_of_two_sources, workspace, capsys, step, weights):
+def test_a_replay_shows_the_step_as_it_was(run_of_two_sources, workspace, capsys, step, weights):
     output = run_of_two_sources / "run"
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     pretrain(run_of_two_sources, workspace, "--replay-step", step)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-    found = re.search(r"step (\d+) on the weights after step (\d+): loss (\S+), gradient norm (\S+)", told)
+    found = re.search(r"step (\d+) on the weights after step (\d+): loss (\S+), gradient norm (\S+)", printed)
     assert (int(found[1]), int(found[2])) == (step, weights)
     state = json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())
     logged = next(row for row in state["log_history"] if row["step"] == step and "loss" in row)
-    if step == weights + 1:  # with the very weights that the step had
+    if step == weights + 1:  # the step had the same weights
         assert float(found[3]) == pytest.approx(logged["loss"], abs=1e-3)
         assert float(found[4]) == pytest.approx(logged["grad_norm"], abs=1e-3)
-    rows = re.findall(r"^loss (\S+)  \S+ \((?:zh|en)\): block (\d+) = documents \d+-\d+, \S+:\d+", told, re.MULTILINE)
+    rows = re.findall(
+        r"^loss (\S+)  \S+ \((?:zh|en)\): block (\d+) = documents \d+-\d+, \S+:\d+", printed, re.MULTILINE
+    )
     losses = [float(loss) for loss, _ in rows]
     assert len(rows) == 4 and losses == sorted(losses, reverse=True)
     assert statistics.mean(losses) == pytest.approx(float(found[3]), abs=1e-3)
 
 
-def test_a_step_that_is_not_there_cannot_be_replayed(run_of_two_sources, workspace, tmp_path):
+def test_a_missing_step_cannot_be_replayed(run_of_two_sources, workspace, tmp_path):
     with pytest.raises(UserError, match="replay_step is 9, the run's steps are 1 to 8"):
         pretrain(run_of_two_sources, workspace, "--replay-step", 9)
     with pytest.raises(UserError, match=r"holds no run\.json"):
@@ -341,8 +343,13 @@ def test_a_step_that_is_not_there_cannot_be_replayed(run_of_two_sources, workspa
         (False, ["--report_to", "tensorboard"], ["tensorboard"]),
     ],
 )
-def test_trackio_is_the_default_where_it_is_installed(monkeypatch, tmp_path, installed, words, expected):
+def test_trackio_is_the_default_if_it_is_installed(monkeypatch, tmp_path, installed, words, expected):
     monkeypatch.setattr("buddygpt.training.run.find_spec", lambda name: installed or None)
     monkeypatch.setattr("sys.argv", ["script.py", "--output_dir", str(tmp_path), *words])
     (args,) = parse_arguments(TrainingArguments, defaults=recipe_defaults())
     assert args.report_to == expected and not args.logging_nan_inf_filter
+
+
+def test_recipes_use_these_defaults(base, chat_model):
+    for folder in (base, chat_model):
+        assert not json.loads((folder / "run.json").read_text())["training_arguments"]["logging_nan_inf_filter"]

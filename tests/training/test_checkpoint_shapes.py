@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny_models import VARIANTS, make_model
@@ -55,6 +56,15 @@ def test_a_tied_head_may_be_saved_twice(tmp_path):
     folder = save_checkpoint(model, tmp_path)
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     write_checksums(folder)
+    assert last_checkpoint(tmp_path, model) == str(folder)
+
+
+def test_the_full_shapes_of_weights_sharded_by_zero3_are_compared(tmp_path):
+    """DeepSpeed leaves an empty tensor in each parameter and its full shape in `ds_shape`."""
+    folder = save_checkpoint(make_model(), tmp_path)
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
     assert last_checkpoint(tmp_path, model) == str(folder)
 
 

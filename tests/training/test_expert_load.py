@@ -1,4 +1,4 @@
-"""Are tokens per expert counted as they were routed, and does moving the selection bias even them out?"""
+"""Tokens per expert are counted as they were routed, and moving the selection bias balances them."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def make_trainer(folder, steps: int, speed: float, **arguments) -> tuple[Trainer
 
 
 def routing(model, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Tokens per expert of each layer, from what the model itself records."""
+    """Return the tokens per expert of each layer, from the router indices of the model."""
     indices = model.model(ids, output_router_indices=True, use_cache=False).router_indices
     return [layer.flatten().bincount(minlength=8) for layer in indices]
 
@@ -52,7 +52,7 @@ def test_evaluation_is_not_counted(tmp_path):
     assert not callback.step.any() and not callback.logged.any()
 
 
-def test_moving_the_bias_evens_the_load(tmp_path):
+def test_moving_the_bias_balances_the_load(tmp_path):
     trainer, _ = make_trainer(tmp_path, steps=160, speed=0.004, logging_steps=8)
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]

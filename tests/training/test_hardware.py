@@ -1,4 +1,4 @@
-"""Is a run what its hardware config asks for: really several processes, or else stopped with one line?
+"""A run gets the hardware that its config requests, or stops with one line.
 
 What needs a GPU is shown with torch's answers replaced; what runs on two processes runs on two processes.
 """
@@ -50,7 +50,7 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_every_hardware_config(config):
-    loaded = load_config_from_file(str(config))  # refuses keys that it does not know
+    loaded = load_config_from_file(str(config))  # raises on unknown keys
     several = {"zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP", "cpu": "NO", "single_gpu": "NO"}
     assert loaded.distributed_type == several.get(config.stem, "MULTI_GPU")
     assert (loaded.num_processes > 1) == (loaded.distributed_type != "NO")
@@ -58,7 +58,7 @@ def test_accelerate_reads_every_hardware_config(config):
 
 
 def test_two_machines_under_slurm_train_as_one_process(workspace, tmp_path):
-    """DDP over gloo through runs/slurm.sh, Slurm's commands played by shell scripts, both machines by this one."""
+    """DDP over gloo through runs/slurm.sh; shell scripts replace Slurm's commands, and this machine acts as two."""
     fakes = {
         "scontrol": "echo localhost",
         "srun": 'for node in 1 0; do SLURM_NODEID=$node "${@:2}" & tasks+=($!); done; wait ${tasks[0]} && wait $!',
@@ -95,11 +95,11 @@ def test_two_machines_under_slurm_train_as_one_process(workspace, tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++")
 def test_zero2_on_two_processes_trains_as_one(workspace, tmp_path):
-    """The config of the real runs but for processes and processor; where another run was killed while compiling."""
+    """The config of real runs, on two CPU processes, after another run was killed while compiling."""
     config = config_with(tmp_path, "zero2.yaml", num_processes=2, use_cpu=True)
     command = ["accelerate", "launch", "--config_file", config, "pretrain/pretrain.py"]
     arguments = [*pretrain_arguments(workspace), "--max_steps", 3, "--logging_steps", 1, "--save_steps", 3]
-    arguments += ["--max_grad_norm", 0.5]  # DeepSpeed is to take it from here
+    arguments += ["--max_grad_norm", 0.5]  # DeepSpeed must take it from the recipe
     zero2 = ["--per_device_train_batch_size", 2, "--bf16", "true", "--output_dir", workspace / "zero2"]
     launch([sys.executable, "-c", CLAIM], XDG_CACHE_HOME=str(tmp_path)).check_returncode()
     (folder,) = tmp_path.glob("buddygpt/torch_extensions/*")
@@ -117,8 +117,8 @@ def test_zero2_on_two_processes_trains_as_one(workspace, tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(workspace / "zero2")) is BuddyGPTForCausalLM
 
 
-def silent_cases(tmp_path: Path) -> dict[str, tuple[list[object], dict[str, str], str]]:
-    """Launchers that accelerate turns into something else without a word: command, environment, our line."""
+def silent_fallbacks(tmp_path: Path) -> dict[str, tuple[list[object], dict[str, str], str]]:
+    """Return launches that accelerate silently changes: command, environment, part of our error."""
     multi_cpu = config_with(tmp_path, "cpu_ddp.yaml", distributed_type="MULTI_CPU")
     fsdp = config_with(tmp_path, "fsdp2.yaml", num_processes=2, mixed_precision="no")
     (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
@@ -139,16 +139,16 @@ def silent_cases(tmp_path: Path) -> dict[str, tuple[list[object], dict[str, str]
 
 
 @pytest.mark.parametrize("case", ["one of two", "two alone", "fsdp", "zero2"])
-def test_what_accelerate_would_pass_over_in_silence_stops_the_run(case, workspace, tmp_path):
-    command, environment, message = silent_cases(tmp_path)[case]
+def test_silent_fallbacks_of_accelerate_stop_the_run(case, workspace, tmp_path):
+    command, environment, message = silent_fallbacks(tmp_path)[case]
     result = launch([*command, *pretrain_arguments(workspace), "--output_dir", tmp_path / "run"], **environment)
-    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))  # one process speaks
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))  # only one process prints it
     assert message in line and result.returncode != 0
     assert not list((tmp_path / "run").glob("*"))
 
 
 def arguments_on(monkeypatch, device: str, **changes: object) -> SimpleNamespace:
-    """What `require_hardware` reads of the arguments, as they would be on a machine with GPUs; none is here."""
+    """Return what `require_hardware` reads from the arguments, as on a machine with GPUs: the tests have none."""
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "Tesla T4")
@@ -162,7 +162,7 @@ def test_bf16_on_a_gpu_that_only_emulates_it(monkeypatch):
     bf16 = arguments_on(monkeypatch, "cuda", bf16=True, mixed_precision="bf16")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    for major, supported in ((7, False), (8, True)):  # T4 and V100; A100. The answer itself is torch's
+    for major, supported in ((7, False), (8, True)):  # T4 and V100; A100. torch decides
         monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
         if supported:
             require_hardware(bf16)
@@ -190,9 +190,9 @@ def test_one_process_that_sees_several_gpus(monkeypatch, capsys):
         require_hardware(arguments)
 
 
-def test_a_gpu_asked_for_and_none_found(monkeypatch):
+def test_a_gpu_requested_but_not_found(monkeypatch):
     arguments = arguments_on(monkeypatch, "cpu")
-    require_hardware(arguments)  # plain python asks for nothing
+    require_hardware(arguments)  # plain python requests no device
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     with pytest.raises(UserError, match="a GPU was requested .* but torch finds none"):
         require_hardware(arguments)
@@ -200,7 +200,7 @@ def test_a_gpu_asked_for_and_none_found(monkeypatch):
     require_hardware(arguments)
 
 
-def test_accelerate_and_the_recipe_ask_for_different_precision(monkeypatch, tmp_path):
+def test_accelerate_and_the_recipe_request_different_precision(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(UserError, match="requests mixed_precision: bf16, the recipe no: make them agree"):
         require_hardware(TrainingArguments(str(tmp_path), use_cpu=True, bf16=False))
@@ -216,30 +216,30 @@ def test_flash_attention_that_is_not_installed(implementation, workspace, monkey
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         ({"use_liger_kernel": True}, "use_liger_kernel was requested, but has no effect on a `buddygpt`"),
         ({"mixed_precision": "fp8"}, "mixed precision fp8 was requested, but this is fp16"),
         ({"fsdp": True}, "FSDP was requested, but this is NO"),
     ],
 )
-def test_what_the_trainer_does_not_have(asked, message):
-    """A stand-in for the trainer: these need GPUs, or packages for them."""
+def test_requests_that_the_trainer_does_not_fulfil(requested, message):
+    """A fake trainer, because these need GPUs or packages for them."""
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="NO"), mixed_precision="fp16")
     model = torch.nn.Linear(1, 1)
     model.config = SimpleNamespace(model_type="buddygpt")
-    args = {"deepspeed": None, "fsdp": None, "mixed_precision": "fp16", "use_liger_kernel": False} | asked
+    args = {"deepspeed": None, "fsdp": None, "mixed_precision": "fp16", "use_liger_kernel": False} | requested
     trainer = SimpleNamespace(args=SimpleNamespace(**args), accelerator=accelerator, model=model)
     with pytest.raises(UserError, match=message):
         require_strategy(trainer)
     if args["use_liger_kernel"]:
         model.rotate = type(
             "Rope", (), {"__module__": "liger_kernel.ops", "__call__": lambda self: None}
-        )()  # as Liger's
+        )()  # as Liger does
         require_strategy(trainer)
 
 
-def test_slurm_queues_the_job_again_when_its_time_is_up(tmp_path):
+def test_slurm_requeues_the_job_at_the_time_limit(tmp_path):
     fakes = {
         "scontrol": '[ "$1" != requeue ] && echo host0 || echo "$@" > requeued',
         "srun": "kill -USR1 $PPID; sleep 1",
@@ -254,8 +254,8 @@ def test_slurm_queues_the_job_again_when_its_time_is_up(tmp_path):
     assert launch(["bash", "runs/slurm.sh", "a.py"], SLURM_JOB_NODELIST="").returncode == 2
 
 
-def test_a_run_that_compiles_keeps_its_lock(tmp_path):
-    """Only where nobody else is starting are locks of compilations left-overs."""
+def test_the_lock_of_a_running_build_is_kept(tmp_path):
+    """Lock files are stale only if no other run is starting."""
     environment = {"XDG_CACHE_HOME": str(tmp_path)}
     compiles = "import os, pathlib; f = pathlib.Path(os.environ['TORCH_EXTENSIONS_DIR'], 'op'); f.mkdir(); "
     compiles += (
@@ -272,7 +272,7 @@ def test_a_run_that_compiles_keeps_its_lock(tmp_path):
     lock = next(tmp_path.glob("buddygpt/torch_extensions/*/op/lock"))
     launch([sys.executable, "-c", CLAIM], **environment).check_returncode()
     assert lock.exists()
-    first.stdin.write("\n")  # it trains now, and its compilations are over
+    first.stdin.write("\n")  # it has compiled everything and trains now
     first.stdin.flush()
     first.stdout.readline()
     launch([sys.executable, "-c", CLAIM], **environment).check_returncode()

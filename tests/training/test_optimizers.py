@@ -1,4 +1,4 @@
-"""Muon with AdamW learns, resumes to the bit and obeys its scheduler; what cannot run is refused in one line."""
+"""Muon with AdamW learns, resumes bit for bit and follows its scheduler; optimizers that cannot run are refused."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def make_arguments(folder, **kwargs):
 
 
 def make_rows(count=64, length=32):
-    """Rows of a language with little choice: each token is one of three functions of the one before it."""
+    """Return rows of an easy language: each token is one of three functions of the previous one."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, 97, (count, length), generator=generator)
     choices = torch.randint(3, (count, length), generator=generator)
@@ -41,7 +41,7 @@ def train(folder, optimizer, resume=None, **kwargs):
 
 @pytest.mark.parametrize("variant", ["gqa-bias", "mla-moe", "soft-moe"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_who_gets_muon(variant, tied, tmp_path):
+def test_which_parameters_muon_gets(variant, tied, tmp_path):
     fields = dict(attention_bias=True) if variant == "gqa-bias" else VARIANTS[variant]
     model = make_model(**fields, tie_word_embeddings=tied)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -56,10 +56,10 @@ def test_who_gets_muon(variant, tied, tmp_path):
     assert set(matrices + others) == set(decayed) & set(names.values())
 
 
-def test_updates_are_muons_and_adamws_of_the_same_size():
-    model, twin = make_model(), make_model()
+def test_updates_equal_those_of_muon_and_adamw_and_have_the_same_size():
+    model, reference_model = make_model(), make_model()
     optimizer = muon_adamw(model, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
-    matrices, others, vectors = split_parameters(twin)
+    matrices, others, vectors = split_parameters(reference_model)
     groups = [dict(params=others, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
     references = [
         Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
@@ -68,7 +68,7 @@ def test_updates_are_muons_and_adamws_of_the_same_size():
     ids = make_rows()[0]["input_ids"][None]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for step in range(3):
-        for each in (model, twin):
+        for each in (model, reference_model):
             each.zero_grad()
             each(ids, labels=ids).loss.backward()
         for each in (optimizer, *references):
@@ -76,11 +76,11 @@ def test_updates_are_muons_and_adamws_of_the_same_size():
         if step == 0:
             moved = {name: (p - before[name]).square().mean().sqrt() for name, p in model.named_parameters()}
             sizes = [moved[name].item() for name in moved if name.endswith("proj.weight")]
-            assert min(sizes) > 0.1 * 0.01 and max(sizes) < 0.4 * 0.01  # 0.2 x lr, and a little decay
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+            assert min(sizes) > 0.1 * 0.01 and max(sizes) < 0.4 * 0.01  # 0.2 x lr, plus weight decay
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference_model.parameters(), strict=True))
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(tmp_path):
+def test_a_resumed_run_is_bit_identical(tmp_path):
     kwargs = dict(lr_scheduler_type="cosine", warmup_steps=2, save_strategy="steps", save_steps=4)
     whole = train(tmp_path / "run", "muon", **kwargs)
     again = train(tmp_path / "run", "muon", resume=str(tmp_path / "run/checkpoint-4"), **kwargs)
@@ -102,8 +102,10 @@ def test_bfloat16_accumulation_and_clipping(kwargs, tmp_path):
 
 
 def test_muon_learns_at_least_as_fast_as_adamw():
-    """Each at the better of two learning rates, the debug recipe's and twice that, on rows that are read once. (At
-    1e-3 AdamW is ahead: its first steps are as large as the rate, Muon's a fifth of it.)"""
+    """Each at the better of two learning rates, that of the debug recipe and twice that, on rows that are read once.
+
+    At 1e-3 AdamW is ahead: its first steps are as large as the rate, those of Muon a fifth of it.
+    """
     rows = torch.stack([row["input_ids"] for row in make_rows(480, 64)])
 
     def final_loss(name, lr):
@@ -123,10 +125,10 @@ def test_muon_learns_at_least_as_fast_as_adamw():
         return sum(losses[-10:]) / 10
 
     best = {name: min(final_loss(name, lr) for lr in (4e-3, 8e-3)) for name in ("muon", "adamw")}
-    assert best["muon"] <= best["adamw"] < 1.5, best  # ln 3 = 1.10 is the least, ln 95 = 4.55 a guess
+    assert best["muon"] <= best["adamw"] < 1.5, best  # the best possible is ln 3 = 1.10, a guess gives ln 95 = 4.55
 
 
-def test_what_cannot_run_is_refused(tmp_path, monkeypatch):
+def test_optimizers_that_cannot_run_are_refused(tmp_path, monkeypatch):
     args = make_arguments(tmp_path, optim="adafactor")
     with pytest.raises(UserError, match="adafactor"):
         choose_optimizer("muon", args)

@@ -1,4 +1,4 @@
-"""Documents stay apart in the recipe's own batches; every speed switch runs, and none changes what is learned."""
+"""Isolated documents do not attend to each other; every speed switch runs, and none changes the losses."""
 
 import functools
 import sys
@@ -16,17 +16,17 @@ from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.blocks import collate_blocks, document_bounds
 from buddygpt.model.liger_kernels import SWITCHES, apply_liger_kernel_to_buddygpt
 from buddygpt.model.modeling_buddygpt import BuddyGPTForCausalLM
-from buddygpt.training import liger as launch_liger
+from buddygpt.training import liger as liger_module
 from buddygpt.training.liger import register_liger
 
 # --- isolated documents ---
 
 
 def first_call(monkeypatch, workspace, folder, *options):
-    """A model that the recipe trains, and what it is called with first."""
+    """Return the model that the recipe trains, and the keyword arguments of its first call."""
     calls, forward = [], BuddyGPTForCausalLM.forward
 
-    @functools.wraps(forward)  # `Trainer` goes by its signature
+    @functools.wraps(forward)  # `Trainer` inspects the signature
     def spy(self, *args, **kwargs):
         calls.append((self, kwargs))
         return forward(self, *args, **kwargs)
@@ -40,7 +40,7 @@ def first_call(monkeypatch, workspace, folder, *options):
 
 @torch.no_grad()
 def leak_and_effect(model, kwargs, eos_id):
-    """Change each row's first document: how far do logits move after its end, and inside it?"""
+    """Change the first document of a row; return how far the logits move after its end, and inside it."""
     ids = kwargs["input_ids"]
     row = next(row for row in range(len(ids)) if 8 < (ids[row] == eos_id).int().argmax() < 50)
     end = int((ids[row] == eos_id).int().argmax()) + 1
@@ -52,9 +52,7 @@ def leak_and_effect(model, kwargs, eos_id):
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
-def test_no_attention_crosses_documents_when_isolated_and_some_does_when_not(
-    backend, workspace, tmp_path, monkeypatch
-):
+def test_attention_crosses_documents_only_if_they_are_not_isolated(backend, workspace, tmp_path, monkeypatch):
     for isolate in ("true", "false"):
         options = ["--isolate_documents", isolate, "--attn_implementation", backend]
         model, kwargs = first_call(monkeypatch, workspace, tmp_path / isolate, *options)
@@ -63,8 +61,8 @@ def test_no_attention_crosses_documents_when_isolated_and_some_does_when_not(
         assert leak == 0 if isolate == "true" else leak > 1e-3
 
 
-def test_flash_attention_is_told_the_documents_of_a_batch_of_several_rows(monkeypatch):
-    """transformers' own path to flash attention, with a kernel of variable lengths written out in its place."""
+def test_flash_attention_gets_the_documents_of_a_batch_of_several_rows(monkeypatch):
+    """transformers' path to flash attention, with a plain implementation of the variable-length kernel."""
     lengths = []
 
     def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **kwargs):
@@ -88,11 +86,11 @@ def test_flash_attention_is_told_the_documents_of_a_batch_of_several_rows(monkey
         expected = model(**collate_blocks(blocks), use_cache=False).logits
         model.config._attn_implementation = "flash_attention_2"
         found = model(**collate_blocks(blocks, with_bounds=True), use_cache=False).logits
-    assert set(map(str, lengths)) == {"([9, 7, 4, 12], 12)"} and len(lengths) == 3  # once in each layer
+    assert set(map(str, lengths)) == {"([9, 7, 4, 12], 12)"} and len(lengths) == 3  # once per layer
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_the_recipe_hands_the_bounds_to_flash_attention_only(workspace, tmp_path, monkeypatch):
+def test_the_recipe_passes_the_bounds_to_flash_attention_only(workspace, tmp_path, monkeypatch):
     isolate = ["--isolate_documents", "true"]
     _, kwargs = first_call(monkeypatch, workspace, tmp_path / "sdpa", *isolate)
     assert {"attention_mask", "cu_seq_lens_q"}.isdisjoint(kwargs) and "position_ids" in kwargs
@@ -121,10 +119,10 @@ def test_switches_run_and_learn_the_same(workspace, tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
-def test_evaluation_asks_for_no_logits(workspace, tmp_path, monkeypatch):
+def test_evaluation_computes_no_logits(workspace, tmp_path, monkeypatch):
     shapes, forward = [], BuddyGPTForCausalLM.forward
 
-    @functools.wraps(forward)  # `Trainer` goes by its signature
+    @functools.wraps(forward)  # `Trainer` inspects the signature
     def spy(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
         if kwargs.get("labels") is not None and not self.training:
@@ -157,8 +155,8 @@ def fused_cross_entropy(hidden, weight, target, reduction, chunk_mem_const):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    """liger-kernel's names and signatures over plain torch: what is tested is which module gets which kernel."""
+def fake_liger(monkeypatch):
+    """The names and signatures of liger-kernel over plain torch, to test which module gets which kernel."""
     norm, mlp, calls = SimpleNamespace(), SimpleNamespace(), []
 
     def counted(name, function):
@@ -186,9 +184,9 @@ def stand_in(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", ["gqa", "qk-norm", "mla-moe"])
-def test_liger_replaces_the_modules_of_one_model(variant, stand_in):
+def test_liger_replaces_the_modules_of_one_model(variant, fake_liger):
     fields = VARIANTS.get(variant, dict(use_qk_norm=True) if variant == "qk-norm" else {})
-    _, calls = stand_in
+    _, calls = fake_liger
     plain, model, ids = make_model(**fields).train(), make_model(**fields).train(), random_ids(2, 20)
     apply_liger_kernel_to_buddygpt(model)
     losses = [each(ids, labels=ids, use_cache=False).loss for each in (plain, model)]
@@ -204,12 +202,12 @@ def test_liger_replaces_the_modules_of_one_model(variant, stand_in):
         torch.testing.assert_close(other.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
     calls.clear()
     make_model(**fields).train()(ids, labels=ids, use_cache=False)
-    assert not calls  # another model is as it was
+    assert not calls  # other models are not patched
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_each_liger_kernel_can_be_left_out(switch, stand_in):
-    _, calls = stand_in
+def test_each_liger_kernel_can_be_left_out(switch, fake_liger):
+    _, calls = fake_liger
     model, ids = make_model().train(), random_ids(2, 12)
     apply_liger_kernel_to_buddygpt(model, **{switch: False})
     model(ids, labels=ids, use_cache=False)
@@ -217,15 +215,15 @@ def test_each_liger_kernel_can_be_left_out(switch, stand_in):
     assert set(calls) == {"rms_norm", "rope", "swiglu", "loss"} - {missing}
 
 
-def test_the_switch_is_entered_into_ligers_table_or_refused(stand_in, tmp_path, monkeypatch):
-    table, _ = stand_in
+def test_the_switch_is_entered_into_ligers_table_or_refused(fake_liger, tmp_path, monkeypatch):
+    table, _ = fake_liger
     args = TrainingArguments(str(tmp_path), use_cpu=True, use_liger_kernel=True)
     register_liger(TrainingArguments(str(tmp_path), use_cpu=True))
     with pytest.raises(UserError, match="needs liger-kernel and triton"):
-        monkeypatch.setattr(launch_liger, "is_liger_kernel_available", lambda: False)
+        monkeypatch.setattr(liger_module, "is_liger_kernel_available", lambda: False)
         register_liger(args)
-    monkeypatch.setattr(launch_liger, "is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr(launch_liger, "find_spec", lambda name: name)
+    monkeypatch.setattr(liger_module, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(liger_module, "find_spec", lambda name: name)
     with pytest.raises(UserError, match="needs a GPU, this run is on cpu"):
         register_liger(args)
     assert not table
@@ -238,7 +236,7 @@ def test_the_switch_is_entered_into_ligers_table_or_refused(stand_in, tmp_path, 
 
 
 @pytest.mark.skipif(import_utils.is_liger_kernel_available(), reason="liger-kernel is installed")
-def test_the_recipe_refuses_liger_where_it_is_missing(workspace, tmp_path):
+def test_the_recipe_refuses_liger_if_it_is_not_installed(workspace, tmp_path):
     with pytest.raises(UserError, match="use_liger_kernel: true needs"):
         run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--use_liger_kernel", "true")
 
