@@ -43,14 +43,14 @@ CEVAL = Benchmark("ceval", "ceval-valid", "val", "{subject}_{split}.csv", "quest
 
 
 @dataclass
-class ExamArguments:
+class BenchmarkArguments:
     cmmlu: str | None = field(default=None, metadata={"help": "Folder of CMMLU, with test/ and dev/."})
     ceval: str | None = field(default=None, metadata={"help": "Folder of C-Eval, with val/ and optionally dev/."})
     output: str = field(default="outputs/eval_tasks", metadata={"help": "Folder of task files, for --include_path."})
 
 
 def main() -> None:
-    (args,) = parse_arguments(ExamArguments, description=__doc__)
+    (args,) = parse_arguments(BenchmarkArguments, description=__doc__)
     if not (args.cmmlu or args.ceval):
         raise UserError("give a folder of a benchmark: --cmmlu DIR, --ceval DIR or both.")
     for benchmark, folder in ((CMMLU, args.cmmlu), (CEVAL, args.ceval)):
