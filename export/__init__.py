@@ -1,1 +1,1 @@
-"""Conversion between BuddyGPT checkpoints and stock architectures."""
+"""Conversion between BuddyGPT checkpoints and equivalent stock architectures of transformers."""

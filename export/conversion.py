@@ -1,9 +1,6 @@
-"""Write a checkpoint in another architecture, and leave it only if it is the same model with the same tokenizer."""
+"""Write a checkpoint in another architecture, only if logits and tokenizer stay the same."""
 
-import itertools
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,58 +16,65 @@ from transformers import (
 )
 
 from buddygpt.cli.errors import UserError
+from buddygpt.cli.files import write_atomically
 from buddygpt.export.architectures import convert
 
-# Largest difference of logits in float32, as a share of the largest logit. 0.0 is expected: both run the same
-# operations; a BLAS library may round the last bit otherwise where memory is aligned otherwise.
+# Largest allowed difference of logits in float32, relative to the largest logit. 0.0 is expected, because both models
+# run the same operations; with other memory alignment a BLAS library may round the last bit differently.
 TOLERANCE = 1e-5
 
 
 def convert_checkpoint(checkpoint: str, output: Path, configs: Iterator[PreTrainedConfig]) -> None:
-    """Write the checkpoint as the first of `configs` that keeps its tokenizer, and print what was compared.
+    """Write the checkpoint as the first of `configs` that keeps its tokenizer, and print the comparison.
+
+    Args:
+        checkpoint: Folder or Hub name of the model to convert.
+        output: Folder to make.
+        configs: Configs of equivalent models, the preferred one first. Iterating raises ValueError if there is none.
 
     Raises:
-        UserError: The output exists; the checkpoint is not whole or has no twin; or what was written differs from it.
+        UserError: The output exists; the checkpoint is incomplete or has no equivalent architecture; or the converted
+            model differs from it.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder: give another --output, or delete it")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{output} exists and is not an empty folder: choose another output, or delete it")
     try:
-        _write_and_compare(checkpoint, partial, configs)
-        os.replace(partial, output)
+        with write_atomically(output) as folder:
+            _write_and_compare(checkpoint, folder, configs)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{checkpoint} cannot be converted: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"wrote {output}")
 
 
 def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrainedConfig]) -> None:
-    configs = itertools.chain([next(configs)], configs)  # what has no twin is refused before the weights are read
+    config = next(configs)  # fails before the weights are read if there is no equivalent architecture
     model, tokenizer = read_checkpoint(checkpoint)
-    for config in configs:
+
+    # Write one architecture after another until one of them keeps the tokenizer.
+    while True:
         convert(model, config).save_pretrained(output)
         tokenizer.save_pretrained(output)
-        twin, twin_tokenizer = read_checkpoint(output)
-        name = f"{type(twin).__name__} in {twin.dtype}"
-        if reads_alike(tokenizer, twin_tokenizer):
+        converted, converted_tokenizer = read_checkpoint(output)
+        name = f"{type(converted).__name__} in {converted.dtype}"
+        if is_same_tokenizer(tokenizer, converted_tokenizer):
             break
-        print(f"not {name}: transformers would read the tokenizer in another way")
-    else:
-        raise UserError(f"{checkpoint} is not converted: no architecture leaves its tokenizer as it is")
-    added = {name.split(".", 3)[-1] for name in twin.state_dict().keys() - model.state_dict().keys()}
+        print(f"not {name}: transformers would read the tokenizer differently")
+        config = next(configs, None)
+        if config is None:
+            raise UserError(f"{checkpoint} is not converted: no equivalent architecture keeps its tokenizer")
+
+    added = {parameter.split(".", 3)[-1] for parameter in converted.state_dict().keys() - model.state_dict().keys()}
     if added:
-        print(f"zeros, which change nothing, where only {name} has weights: {', '.join(sorted(added))}")
-    difference = logit_difference(model, twin)
-    if not difference <= TOLERANCE:
+        print(f"added weights that only {name} has, as zeros, which change nothing: {', '.join(sorted(added))}")
+    difference = logit_difference(model, converted)
+    if not difference <= TOLERANCE:  # also refuses NaN
         limits = f"{difference:.1e} of the largest, above {TOLERANCE:.0e}"
         raise UserError(f"{checkpoint} is not converted: as {name} its logits differ by {limits}")
     print(f"{name}: the logits differ by {difference} of the largest (in float32)")
 
 
 def read_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a whole model in the dtype it was saved in, and its tokenizer.
+    """Return the model, in the dtype it was saved in, and its tokenizer.
 
     Raises:
         UserError: Weights are missing.
@@ -82,17 +86,19 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     return model, tokenizer
 
 
-def reads_alike(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers are the same from normaliser to decoder, vocabulary included."""
-    first, second = (json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, other))
-    return first == second
+def is_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Return True if two tokenizers have the same normalizer, pre-tokenizer, vocabulary, merges and decoder."""
+    return json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(other.backend_tokenizer.to_str())
 
 
 @torch.no_grad()
-def logit_difference(model: PreTrainedModel, twin: PreTrainedModel) -> float:
-    """Largest difference of the logits over two random sequences, as a share of the largest logit. Both models are
-    left in float32."""
+def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
+    """Return the largest difference of the logits for two random sequences, relative to the largest logit.
+
+    Both models are converted to float32 in place.
+    """
     length = min(256, model.config.max_position_embeddings)
     tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    expected, actual = (each.float().eval()(tokens, use_cache=False).logits for each in (model, twin))
-    return ((expected - actual).abs().max() / expected.abs().max()).item()
+    expected = model.float().eval()(tokens, use_cache=False).logits
+    found = other.float().eval()(tokens, use_cache=False).logits
+    return ((expected - found).abs().max() / expected.abs().max()).item()

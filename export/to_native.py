@@ -1,9 +1,9 @@
-"""Export a BuddyGPT checkpoint, without loss, to the stock transformers architecture that it equals.
+"""Export a BuddyGPT checkpoint, without loss, to its equivalent stock architecture of transformers.
 
     python export/to_native.py --checkpoint outputs/sft --output outputs/native
 
-The result loads with no remote code (`transformers serve`, vLLM, llama.cpp, ...). What was written is read back and
-compared with the checkpoint; unless logits and tokens agree, nothing is left behind.
+The result loads without remote code (`transformers serve`, vLLM, llama.cpp, ...). It is read back and compared with
+the checkpoint; if logits or tokenizer differ, the script stops with an error and writes nothing.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from buddygpt.model import BuddyGPTConfig
 
 @dataclass
 class ExportArguments:
-    checkpoint: str = field(metadata={"help": "Folder of a whole BuddyGPT model (no LoRA adapter)."})
+    checkpoint: str = field(metadata={"help": "Folder of a complete BuddyGPT model (no LoRA adapter)."})
     output: str = field(metadata={"help": "Folder to make; must be empty or not exist."})
 
 

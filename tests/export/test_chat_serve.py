@@ -1,4 +1,4 @@
-"""Does an exported checkpoint chat through `transformers serve`, over HTTP and in the `transformers chat` client?"""
+"""An exported checkpoint answers through `transformers serve`, over HTTP and in the `transformers chat` client."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def chat(question: str, answer: str | None = None) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory) -> Path:
-    """An exported tiny model that has learned the two answers by heart."""
+    """An exported tiny model that has memorized the two answers."""
     folder = tmp_path_factory.mktemp("chat")
     source = make_checkpoint(folder / "source", False, True)
     tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
@@ -54,7 +54,7 @@ def native(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(native) -> Iterator[str]:
-    """The address of `transformers serve` on the exported folder; always stopped."""
+    """Run `transformers serve` on the exported folder and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

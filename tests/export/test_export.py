@@ -1,4 +1,4 @@
-"""Is the exported stock model the same model, does it need none of our code, and is everything else refused?"""
+"""The exported stock model equals the checkpoint and needs no code of ours; other models are refused."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# attention_bias, use_qk_norm, tokenizer of Qwen's kind, the class expected
+# attention_bias, use_qk_norm, Qwen tokenizer, expected class
 TARGETS = [
     (True, False, True, "Qwen2ForCausalLM"),
     (True, False, False, "LlamaForCausalLM"),
@@ -41,7 +41,7 @@ MLA = dict(num_key_value_heads=None, head_dim=None, kv_lora_rank=12, q_lora_rank
 MLA |= dict(qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10)
 MOE = dict(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, first_k_dense_replace=1)
 SIGMOID = MOE | dict(scoring_func="sigmoid", n_shared_experts=2, n_group=2, topk_group=1, routed_scaling_factor=1.5)
-# name -> attention_bias, use_qk_norm, further fields, the class expected
+# name -> attention_bias, use_qk_norm, other fields, expected class
 VARIANTS = {
     "mla": (False, False, MLA, "DeepseekV3ForCausalLM"),
     "mla-bias": (True, False, MLA | dict(tie_word_embeddings=True), "DeepseekV3ForCausalLM"),
@@ -236,23 +236,23 @@ def test_a_model_that_would_differ_is_refused_and_nothing_is_left(tmp_path, expo
             False,
             True,
             MOE | dict(n_shared_experts=1),
-            "only, which has no shared experts; Qwen2-MoE gates its",
+            "only, which has no shared experts; Qwen2-MoE gates its own",
         ),
-        (False, False, MOE, "Qwen3-MoE only, which has normalised queries and keys"),
+        (False, False, MOE, "Qwen3-MoE only, which has normalized queries and keys"),
         (False, True, MOE | dict(n_group=4, topk_group=2), "Qwen3-MoE only, which has no expert groups"),
         (False, True, MOE | dict(routed_scaling_factor=2.0), "Qwen3-MoE only, which has no routed_scaling_factor"),
         (False, False, MLA | MOE, "Qwen3-MoE only, which has no latent attention; DeepSeek-V3 has sigmoid scores"),
         (False, False, dict(n_soft_experts=3, moe_intermediate_size=16), "no architecture .* has a soft mixture"),
     ],
 )
-def test_what_has_no_twin_is_refused_with_the_reason(tmp_path, export, bias, qk_norm, sizes, message):
+def test_a_model_without_equivalent_architecture_is_refused(tmp_path, export, bias, qk_norm, sizes, message):
     source = make_checkpoint(tmp_path / "source", bias, qk_norm, **sizes)
     with pytest.raises(UserError, match=f"cannot be converted: .*{message}"):
         export(source, tmp_path / "native")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_selection_bias_that_the_twin_lacks_is_refused(tmp_path, export):
+def test_a_selection_bias_that_the_stock_model_lacks_is_refused(tmp_path, export):
     source = make_checkpoint(tmp_path / "source", False, True, **MOE)
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.gate.e_score_correction_bias"][3] = 0.5
@@ -263,7 +263,7 @@ def test_a_selection_bias_that_the_twin_lacks_is_refused(tmp_path, export):
 
 
 def break_checkpoint(folder: Path, how: str) -> Path:
-    """Make what is not a whole BuddyGPT checkpoint and return its place."""
+    """Make a folder that is not a complete BuddyGPT checkpoint and return it."""
     if how == "adapter":
         folder.mkdir()
         (folder / "adapter_config.json").write_text("{}")
@@ -299,7 +299,7 @@ def break_checkpoint(folder: Path, how: str) -> Path:
         ("incomplete", "lacks weights: model.norm.weight"),
     ],
 )
-def test_what_is_not_a_whole_checkpoint_is_refused(tmp_path, export, how, message):
+def test_an_incomplete_checkpoint_is_refused(tmp_path, export, how, message):
     source = break_checkpoint(tmp_path / "source", how)
     with pytest.raises(UserError, match=message):
         export(source, tmp_path / "native")

@@ -1,4 +1,4 @@
-"""Is an imported stock checkpoint the same model, can it be trained further, and is everything else refused?"""
+"""An imported stock checkpoint is the same model and can be trained further; other models are refused."""
 
 import sys
 from pathlib import Path
@@ -168,7 +168,7 @@ def test_the_import_is_a_checkpoint_that_trains_and_answers_as_before(tmp_path, 
         (Qwen3MoeConfig, QWEN3_MOE | dict(num_experts_per_tok=1), "the router would get no gradient"),
     ],
 )
-def test_what_buddygpt_is_not_is_refused_with_the_reason(tmp_path, call, config, fields, message):
+def test_a_model_that_buddygpt_cannot_express_is_refused_with_the_reason(tmp_path, call, config, fields, message):
     stock = make_stock(tmp_path / "stock", config, fields)
     if fields is BIAS:
         weights = load_file(stock / "model.safetensors")
@@ -179,7 +179,7 @@ def test_what_buddygpt_is_not_is_refused_with_the_reason(tmp_path, call, config,
     assert [path.name for path in tmp_path.iterdir()] == ["stock"]
 
 
-def test_mistakes_with_folders_are_told(tmp_path, call):
+def test_wrong_folders_are_user_errors(tmp_path, call):
     with pytest.raises(UserError, match="no such checkpoint folder"):
         call(from_native, tmp_path / "stock", tmp_path / "ours")
     stock = make_stock(tmp_path / "stock", LlamaConfig, {})
@@ -188,6 +188,6 @@ def test_mistakes_with_folders_are_told(tmp_path, call):
     (stock / "config.json").write_text(
         (stock / "config.json").read_text().replace("{", '{"quantization_config": {"quant_method": "fp8"},', 1)
     )
-    with pytest.raises(UserError, match="`llama` model is quantised"):
+    with pytest.raises(UserError, match="`llama` model is quantized"):
         call(from_native, stock, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["stock"]

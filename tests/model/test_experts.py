@@ -1,4 +1,4 @@
-"""Are the experts chosen as the papers say, kept busy, causal, and run without waiting for the host?"""
+"""Experts are chosen as the papers say, balanced, causal, and run without waiting for the host."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 
 
 def route_by_hand(scores: list[float], bias: list[float], config: BuddyGPTConfig) -> dict[int, float]:
-    """Expert -> weight of one token, in plain Python (DeepSeek-V3, section 2.1.2)."""
+    """Return {expert: weight} for one token, in plain Python (DeepSeek-V3, section 2.1.2)."""
     choice = [score + offset for score, offset in zip(scores, bias, strict=True)]
     size = len(scores) // config.n_group
     groups = [range(start, start + size) for start in range(0, len(scores), size)]
@@ -60,13 +60,13 @@ def test_implementations_agree_forward_and_backward(variant):
 
 @pytest.mark.parametrize("variant", [*ROUTED, "mla", "soft-moe"])
 def test_a_training_step_never_waits_for_the_host(variant):
-    """Fake tensors have no values: whatever asks for one (`.item()`, `.cpu()`, `nonzero`) raises."""
+    """Fake tensors have no values, so everything that reads one (`.item()`, `.cpu()`, `nonzero`) raises."""
     sizes = SIZES | VARIANTS[variant] | (dict(aux_loss_alpha=0.01) if variant in ROUTED else {})
     ids = torch.zeros(2, 16, dtype=torch.long)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = AutoModelForCausalLM.from_config(BuddyGPTConfig(**sizes), dtype=torch.bfloat16)
         model(ids, labels=ids, use_cache=False).loss.backward()
-        if variant in ROUTED:  # and the loop over experts is seen to wait
+        if variant in ROUTED:  # the loop over experts does wait
             model.set_experts_implementation("eager")
             with pytest.raises(DynamicOutputShapeException):
                 model(ids, labels=ids, use_cache=False)

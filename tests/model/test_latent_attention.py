@@ -1,4 +1,4 @@
-"""Does the cache of multi-head latent attention hold the latent, and does decoding in latent space change nothing?"""
+"""The cache of multi-head latent attention holds the latent, and decoding in latent space changes nothing."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from buddygpt.model.modeling_buddygpt import BuddyGPTLatentAttention
 
 
 def cached_numbers(model, length: int) -> int:
-    """Numbers a token in the cache takes, over all layers."""
+    """Return how many numbers the cache holds per token, over all layers."""
     cache = model(random_ids(1, length), use_cache=True).past_key_values
     return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) // length
 
@@ -22,7 +22,7 @@ def test_the_cache_holds_the_latent_and_one_rotated_key():
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """Which of the two ways attention went, call by call."""
+    """The attention methods that were called, in order."""
     calls = []
 
     def spy_on(name: str) -> None:
@@ -62,7 +62,7 @@ def test_a_step_in_latent_space_equals_the_expanded_one(calls, monkeypatch, q_lo
 
 
 def test_an_adapter_on_the_expanding_matrix_counts_in_decoding(calls):
-    """Decoding in latent space reads `kv_b_proj.weight`: an adapter beside it would be ignored without a word."""
+    """Decoding in latent space reads only `kv_b_proj.weight`, so it would silently ignore an adapter on it."""
     model = get_peft_model(make_model(**MLA), LoraConfig(r=2, target_modules=["kv_b_proj"], init_lora_weights=False))
     ids = random_ids(1, 9)
     cache = model(ids[:, :8], use_cache=True).past_key_values

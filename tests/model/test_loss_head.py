@@ -1,4 +1,4 @@
-"""The loss without logits equals the loss with them, in value, gradient and for every caller, in flat memory."""
+"""The loss without logits equals the loss with logits in value and gradient, and its memory stays flat."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def assert_same(found, expected):
 
 
 class CalledHead(torch.nn.Linear):
-    """Stands for a head whose weight must not be read: an adapter's, a quantised or a sharded one."""
+    """Stands for a head whose weight must not be read: with an adapter, quantized or sharded."""
 
 
 @pytest.mark.parametrize("head", [torch.nn.Linear, CalledHead])
@@ -171,7 +171,7 @@ def test_the_trainer_still_gets_its_metrics(tmp_path):
 
 
 def test_peak_memory_does_not_grow_with_tokens():
-    """Measured by the benchmark's own cell; the full head grows fourfold, so the measure can see growth."""
+    """Measured by the benchmark itself; the full head's peak shows that the measure detects growth."""
 
     def peak(head, tokens):
         sizes = ["--vocab_size=60000", "--hidden_size=64", f"--tokens={tokens}"]

@@ -1,4 +1,4 @@
-"""Is the model right? Compared with stock transformers architectures, and with itself, on tiny random weights."""
+"""The model equals stock transformers architectures, and itself on every path, with tiny random weights."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ TIED = dict(tie_word_embeddings=True)
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 STRETCHED = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 PLAIN = SIZES["rope_parameters"]
-# name -> stock class, stock config, the fields that make BuddyGPT equal to it
+# name -> stock class, stock config, BuddyGPT fields that make it equal
 CASES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES | GQA), VARIANTS["gqa-bias"]),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES | GQA, head_dim=16), VARIANTS["gqa-norm"] | dict(head_dim=16)),
@@ -86,7 +86,7 @@ CASES = {
 }
 
 
-def make_twins(case: str, backend: str = "sdpa"):
+def make_equal_models(case: str, backend: str = "sdpa"):
     stock_class, stock_config, fields = CASES[case]
     ours = make_model(**dict(tie_word_embeddings=False) | fields, attn_implementation=backend)
     stock_config._attn_implementation = backend
@@ -99,7 +99,7 @@ def make_twins(case: str, backend: str = "sdpa"):
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_stock_architecture(case, backend):
-    ours, stock = make_twins(case, backend)
+    ours, stock = make_equal_models(case, backend)
     ids = random_ids(2, 40)
     labels = ids.masked_fill(ids % 3 == 0, -100)
     outputs = [model(ids, labels=labels, num_items_in_batch=50) for model in (ours, stock)]
@@ -122,7 +122,7 @@ def test_no_token_reads_the_future(variant):
         changed = ids.clone()
         changed[0, position] = (changed[0, position] + 1) % SIZES["vocab_size"]
         after = model(changed).logits
-        # Experts run on groups of tokens, and a matrix product of other height may round the last bit otherwise.
+        # Experts run on groups of tokens, and a matrix product of another height may round the last bit differently.
         torch.testing.assert_close(before[:, :position], after[:, :position], rtol=0, atol=1e-5 * ("moe" in variant))
         assert (before[:, position] - after[:, position]).abs().max() > 0.01
 

@@ -1,4 +1,4 @@
-"""Do the presets have the published sizes, does the table tell the truth, and is a vocabulary a matter of choice?"""
+"""Presets have the published sizes, the table is correct, and the vocabulary size can be chosen."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_quickstart_shadow_works_as_much_per_token_as_the_dense_one():
 
 
 def test_counts_agree_with_real_weights():
-    """An untied head, shared, routed and dense layers: nothing counted twice, and idle experts really take no part."""
+    """Untied head, shared, routed and dense layers: nothing is counted twice, and idle experts are not used."""
     config = load_config("debug-mla-moe", tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_config(config)
     count = parameters.count_parameters(config)
