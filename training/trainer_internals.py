@@ -4,75 +4,61 @@ transformers may rename or remove them in any release. tests/training/test_train
 exists, and that the code uses no private member that is not listed here.
 """
 
-import importlib
 import inspect
 from dataclasses import dataclass
+
+import transformers
+import trl
+
+# File, member, use, and why the public interface is not enough. `override` is in a subclass, `replace` on an instance.
+TABLE = """
+training/resume.py                Trainer._save_checkpoint              replace   checkpoints are complete or absent
+training/resume.py                Trainer._get_output_dir               replace   saves to a temporary folder first
+training/resume.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
+training/run.py                   Trainer.get_batch_samples             replace   a finished run takes no further step
+training/run.py                   Trainer.callback_handler              read      our callbacks must run first
+training/callbacks/throughput.py  Trainer.get_batch_samples             replace   measures the time of each fetch
+training/callbacks/throughput.py  DPOTrainer.ref_model                  read      MFU does not count a reference model
+training/callbacks/alarms.py      Trainer.training_step                 replace   logs only have means of many steps
+training/callbacks/alarms.py      Trainer._get_grad_norm                replace   logs only have the last step's
+training/callbacks/alarms.py      Trainer._tr_loss                      read      NaN would stay in this sum forever
+pretrain/stream_trainer.py        Trainer._get_train_sampler            override  starts at the current step
+pretrain/stream_trainer.py        Trainer._load_rng_state               override  postponed: the loader draws a number
+pretrain/stream_trainer.py        Trainer.get_batch_samples             override  restores it after the first fetch
+pretrain/replay.py                Trainer._load_from_checkpoint         call      loads weights without training
+pretrain/replay.py                Trainer._prepare_inputs               call      moves a row to the device
+pretrain/replay.py                Trainer.compute_loss_context_manager  call      uses the precision of the run
+"""
+OWNERS = {"Trainer": transformers.Trainer, "DPOTrainer": trl.DPOTrainer}
 
 
 @dataclass(frozen=True)
 class Internal:
-    """One member of a trainer.
+    """One row of `TABLE`."""
 
-    Attributes:
-        owner: Package and class, "transformers.Trainer".
-        name: Name of the method or attribute.
-        use: "call", "read", "override" (in a subclass) or "replace" (on an instance).
-        file: The file of this project that uses it.
-        why: The reason why the public interface is not enough.
-    """
-
+    file: str
     owner: str
     name: str
     use: str
-    file: str
     why: str
 
 
-def _trainer(name: str, use: str, file: str, why: str) -> Internal:
-    return Internal("transformers.Trainer", name, use, file, why)
-
-
-INTERNALS = (
-    # Saving
-    _trainer(
-        "_save_checkpoint", "replace", "training/resume.py", "checkpoints are complete or absent, with checksums"
-    ),
-    _trainer("_get_output_dir", "replace", "training/resume.py", "saves to a temporary folder, which is then renamed"),
-    _trainer("_push_from_checkpoint", "replace", "training/resume.py", "uploads after the rename, not before"),
-    # Resuming
-    _trainer("_get_train_sampler", "override", "pretrain/stream_trainer.py", "starts at a position, skips no batches"),
-    _trainer("_load_rng_state", "override", "pretrain/stream_trainer.py", "restores after the loader drew its seed"),
-    _trainer("_load_from_checkpoint", "call", "pretrain/replay.py", "loads weights before a step without training"),
-    _trainer(
-        "get_batch_samples", "override", "pretrain/stream_trainer.py", "restores the random state just before it"
-    ),
-    _trainer("get_batch_samples", "replace", "training/run.py", "a finished run must not take one more step"),
-    # Watching
-    _trainer("get_batch_samples", "replace", "training/callbacks/throughput.py", "measures the time of each fetch"),
-    _trainer("training_step", "replace", "training/callbacks/alarms.py", "logs hold the mean loss of many steps only"),
-    _trainer("_get_grad_norm", "replace", "training/callbacks/alarms.py", "logs hold the norm of the last step only"),
-    _trainer("_tr_loss", "read", "training/callbacks/alarms.py", "removes NaN, which would stay in the sum forever"),
-    _trainer("callback_handler", "read", "training/run.py", "our callbacks must run before those of the trainer"),
-    _trainer("_prepare_inputs", "call", "pretrain/replay.py", "computes the loss of one row as training does"),
-    _trainer("compute_loss_context_manager", "call", "pretrain/replay.py", "computes in the precision of the run"),
-    Internal(
-        "trl.DPOTrainer",
-        "ref_model",
-        "read",
-        "training/callbacks/throughput.py",
-        "no MFU if a reference model works too",
-    ),
-)
+def read_table() -> list[Internal]:
+    rows = []
+    for line in TABLE.strip().splitlines():
+        file, member, use, why = line.split(maxsplit=3)
+        owner, name = member.split(".")
+        rows.append(Internal(file, owner, name, use, why))
+    return rows
 
 
 def missing_internals() -> list[Internal]:
-    """Return the entries that the installed transformers and TRL do not have."""
+    """Return the rows whose member the installed transformers or TRL does not have."""
     missing = []
-    for internal in INTERNALS:
-        package, name = internal.owner.rsplit(".", 1)
-        owner = getattr(importlib.import_module(package), name)
+    for row in read_table():
+        owner = OWNERS[row.owner]
         # Attributes that methods assign exist on instances only.
-        is_assigned = f"self.{internal.name} = " in inspect.getsource(owner)
-        if not hasattr(owner, internal.name) and not is_assigned:
-            missing.append(internal)
+        is_assigned = f"self.{row.name} = " in inspect.getsource(owner)
+        if not hasattr(owner, row.name) and not is_assigned:
+            missing.append(row)
     return missing

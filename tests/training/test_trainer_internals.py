@@ -5,7 +5,7 @@ import re
 from conftest import ROOT
 from transformers import Trainer
 
-from buddygpt.training.trainer_internals import INTERNALS, missing_internals
+from buddygpt.training.trainer_internals import missing_internals, read_table
 
 FOLDERS = ("training", "pretrain", "sft", "rlhf")
 
@@ -16,7 +16,7 @@ def test_every_member_exists_in_the_installed_versions():
 
 
 def test_every_private_member_in_use_is_listed():
-    listed = {(each.file, each.name) for each in INTERNALS}
+    listed = {(each.file, each.name) for each in read_table()}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             file, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
@@ -27,5 +27,5 @@ def test_every_private_member_in_use_is_listed():
 
 
 def test_the_list_names_files_that_use_the_members():
-    for each in INTERNALS:
+    for each in read_table():
         assert each.name in (ROOT / each.file).read_text(encoding="utf-8"), f"{each.file} does not use {each.name}"
