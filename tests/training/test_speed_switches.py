@@ -249,7 +249,7 @@ def test_liger_computes_the_same(preset):
     from conftest import ROOT
 
     sys.path.insert(0, str(ROOT / "tools/benchmarks"))
-    from liger_equality import compare
+    from gpu import compare_liger as compare
 
     assert compare(preset)["liger_gradient"] < 1e-3
     bfloat16 = compare(preset, torch.bfloat16)

@@ -1,9 +1,9 @@
-"""Cleaning: how fast each profile goes through text, and what it drops of it.
+"""Speed of each cleaning profile, and the share of documents that it drops.
 
     python tools/benchmarks/cleaning.py --files DATA_DIR/web.jsonl.gz --text_key content    # about a minute
-    python tools/benchmarks/cleaning.py --files DATA_DIR/web.jsonl.gz --quick               # seconds: does it run?
+    python tools/benchmarks/cleaning.py --files DATA_DIR/web.jsonl.gz --quick               # checks that it runs
 
-Processor time of one core, without reading and writing; megabytes are of UTF-8.
+CPU time of one core, without reading and writing. A megabyte is 10^6 bytes of UTF-8.
 """
 
 import copy
@@ -30,13 +30,13 @@ class CleaningArguments:
         default_factory=lambda: sorted(path.stem for path in PROFILES.glob("*.yaml")),
         metadata={"help": "Names or paths of profiles."},
     )
-    rounds: int = field(default=5, metadata={"help": "Times each profile is measured."})
-    documents: int = field(default=10_000, metadata={"help": "Documents read at most."})
+    rounds: int = field(default=5, metadata={"help": "Measurements of each profile."})
+    documents: int = field(default=10_000, metadata={"help": "Maximum number of documents."})
     quick: bool = field(default=False, metadata={"help": "One round of few documents; nothing is written."})
 
 
 class Cleaning:
-    """Cleans all documents with one profile and says how many megabytes a second of a core's time."""
+    """Cleans all documents with one profile and returns the megabytes per CPU second."""
 
     def __init__(self, profile: str, documents: list[Document]) -> None:
         self.profile, self.documents = load_profile(profile), documents

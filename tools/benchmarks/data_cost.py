@@ -1,12 +1,12 @@
-"""Pretraining data: megabytes of text tokenised a second of a core, and the memory that preparation takes.
+"""Cost of preparing text: megabytes tokenized per CPU second, and peak memory.
 
     python tools/benchmarks/data_cost.py --files DATA_DIR/*.jsonl.gz --tokenizers OURS QWEN  # ten minutes
-    python tools/benchmarks/data_cost.py --files DATA_DIR/*.jsonl.gz --tokenizers OURS QWEN --quick  # does it run?
+    python tools/benchmarks/data_cost.py --files DATA_DIR/*.jsonl.gz --tokenizers OURS QWEN --quick  # a test run
 
-Speed: the tokenise stage of data/prepare_pretrain.py, against a loop that does nothing but `encode_batch` and write
-the ids to a memmap, and against `datasets.map` with `group_texts`, as run_clm.py of transformers has it. Memory: of
-the process that does every stage, near-duplicates included, for one file of text of each size, whose lines are drawn
-from the files, with each tokenizer.
+Speed compares the tokenize stage of data/prepare_pretrain.py with a bare loop that calls `encode_batch` and writes the
+ids to a memmap, and with `datasets.map` and `group_texts` as in transformers' run_clm.py. Memory is the peak of the
+process that runs all stages, including near-duplicate removal, for each tokenizer and for one file of each size, whose
+lines are drawn from the given files.
 """
 
 import json
@@ -35,7 +35,7 @@ from buddygpt.data.text.pipeline import DocumentReader, DocumentWriter
 from buddygpt.data.text.rows import progress_bar, read_rows
 from buddygpt.data.text.tokenize import ShardWriter, raw_text_tokenizer, token_dtype
 
-LINES = 20  # of a document
+LINES = 20  # per document
 
 
 @dataclass
@@ -44,12 +44,12 @@ class DataCostArguments:
     tokenizers: list[str] = field(metadata={"help": "Folders or Hub names; the first for the speed, all for memory."})
     text_key: list[str] = field(default_factory=lambda: ["text", "content"], metadata={"help": "Columns of the text."})
     separator: str = field(default="<|endoftext|>", metadata={"help": "The token after every document."})
-    rounds: int = field(default=5, metadata={"help": "Times each way is measured."})
-    megabytes: float = field(default=20, metadata={"help": "Of text that is tokenised for the speed."})
+    rounds: int = field(default=5, metadata={"help": "Measurements of each way."})
+    megabytes: float = field(default=20, metadata={"help": "Megabytes of text for the speed."})
     sizes: list[float] = field(
-        default_factory=lambda: [20, 80, 320], metadata={"help": "Megabytes of text that the memory is taken for."}
+        default_factory=lambda: [20, 80, 320], metadata={"help": "Megabytes of text for the memory."}
     )
-    block_size: int = field(default=1024, metadata={"help": "Tokens of a block of `group_texts`."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens in a block of `group_texts`."})
     quick: bool = field(default=False, metadata={"help": "One round on little text; nothing is written."})
 
 
@@ -64,7 +64,7 @@ def read_lines(args: DataCostArguments) -> list[str]:
 
 
 def write_documents(path: Path, lines: list[str], megabytes: float) -> None:
-    """Write a .jsonl of so much text: documents of lines drawn at random, no two alike."""
+    """Write a .jsonl file with `megabytes` of text, in documents of randomly drawn lines."""
     draw, size = random.Random(0), 0
     with open(path, "w", encoding="utf-8") as file:
         while size < megabytes * 1e6:
@@ -74,14 +74,14 @@ def write_documents(path: Path, lines: list[str], megabytes: float) -> None:
 
 
 class BareLoop:
-    """`encode_batch` -> memmap, and nothing else."""
+    """Calls `encode_batch` and writes the ids to a memmap."""
 
     def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, args: DataCostArguments, work: Path):
         self.texts, self.work, self.megabytes = texts, work, args.megabytes
         self.backend = tokenizer.backend_tokenizer
         self.eos, self.dtype = tokenizer.convert_tokens_to_ids(args.separator), token_dtype(tokenizer.get_vocab())
 
-    def tokenise(self) -> None:
+    def tokenize(self) -> None:
         size, tokens = 0, np.memmap(self.work / "bare", self.dtype, "w+", shape=sum(map(len, self.texts)) * 2)
         for start in range(0, len(self.texts), 100):
             for encoding in self.backend.encode_batch(self.texts[start : start + 100], add_special_tokens=False):
@@ -91,11 +91,11 @@ class BareLoop:
         tokens.flush()
 
     def __call__(self) -> float:
-        return self.megabytes / cpu_seconds(self.tokenise)
+        return self.megabytes / cpu_seconds(self.tokenize)
 
 
-class TokeniseStage:
-    """Documents of the clean stage -> shuffled shard with index, hash and table of documents."""
+class TokenizeStage:
+    """Turns documents of the clean stage into a shuffled shard with index, hash and table of documents."""
 
     def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, args: DataCostArguments, work: Path):
         self.work, self.args, self.dtype = work, args, token_dtype(tokenizer.get_vocab()).name
@@ -104,7 +104,7 @@ class TokeniseStage:
         for _ in DocumentWriter(work / "documents").run(documents):
             pass
 
-    def tokenise(self) -> None:
+    def tokenize(self) -> None:
         writer = ShardWriter(
             folder=self.work / "shards",
             lists=self.work / "lists",
@@ -119,11 +119,11 @@ class TokeniseStage:
         writer.run(DocumentReader(self.work / "documents").run())
 
     def __call__(self) -> float:
-        return self.args.megabytes / cpu_seconds(self.tokenise)
+        return self.args.megabytes / cpu_seconds(self.tokenize)
 
 
 class MapAndGroup:
-    """`datasets.map` twice: tokenise, then `group_texts`."""
+    """Calls `datasets.map` twice: to tokenize, then for `group_texts`."""
 
     def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, args: DataCostArguments, work: Path):
         self.rows, self.tokenizer, self.args = Dataset.from_dict({"text": texts}), tokenizer, args
@@ -135,8 +135,8 @@ class MapAndGroup:
         result = {key: [ids[i : i + size] for i in range(0, total, size)] for key, ids in joined.items()}
         return result | {"labels": result["input_ids"].copy()}
 
-    def tokenise(self) -> None:
-        self.calls += 1  # a file of its own: nothing comes from the cache
+    def tokenize(self) -> None:
+        self.calls += 1  # a new file each time, so that nothing comes from the cache
         cache = [str(self.work / f"map{self.calls}-{step}.arrow") for step in "ab"]
         rows = self.rows.map(
             lambda row: self.tokenizer(row["text"]), batched=True, remove_columns=["text"], cache_file_name=cache[0]
@@ -144,20 +144,20 @@ class MapAndGroup:
         rows.map(self.group_texts, batched=True, cache_file_name=cache[1])
 
     def __call__(self) -> float:
-        seconds = cpu_seconds(self.tokenise)
+        seconds = cpu_seconds(self.tokenize)
         for file in self.work.glob("map*.arrow"):
             file.unlink()
         return self.args.megabytes / seconds
 
 
 def peak_memory(megabytes: float, lines: list[str], tokenizer: str, args: DataCostArguments, work: Path) -> float:
-    """Return the most memory, in MiB, that the script's process had in all its stages; needs Linux."""
+    """Return the peak memory in MiB of the process that runs all stages. Needs Linux."""
     write_documents(work / "text.jsonl", lines, megabytes)
     command = [sys.executable, ROOT / "data" / "prepare_pretrain.py", "--sources", work / "text.jsonl"]
     command += ["--tokenizer", tokenizer, "--document_separator", args.separator, "--output", work / "out"]
     command += ["--clean", "text", "--deduplicate", "minhash", "--eval_fraction", "0.01"]
     peak, process = 0, subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
-    while process.poll() is None:  # rusage would count this process too, as it was when it forked
+    while process.poll() is None:  # rusage would include the memory of this process at the fork
         status = Path(f"/proc/{process.pid}/status").read_text()
         peak = max([peak, *map(int, re.findall(r"VmHWM:\s+(\d+) kB", status))])
         time.sleep(0.02)
@@ -178,7 +178,7 @@ def main() -> None:
         work = Path(folder)
         write_documents(work / "text.jsonl", lines, args.megabytes)
         texts = [json.loads(line)["text"] for line in open(work / "text.jsonl", encoding="utf-8")]  # noqa: SIM115
-        ways = {"bare loop": BareLoop, "prepare_pretrain.py": TokeniseStage, "datasets.map + group_texts": MapAndGroup}
+        ways = {"bare loop": BareLoop, "prepare_pretrain.py": TokenizeStage, "datasets.map + group_texts": MapAndGroup}
         variants = {name: way(texts, tokenizer, args, work) for name, way in ways.items()}
         with tqdm(total=len(variants) * (args.rounds + 1), unit="run") as progress:
             samples = alternate(variants, args.rounds, progress)

@@ -1,11 +1,12 @@
-"""Near-duplicates: how many planted ones are found at which similarity, what is taken for one wrongly, and how fast.
+"""Share of planted near-duplicates found by similarity, false positives, and speed of deduplication.
 
     python tools/benchmarks/deduplication.py           # a few minutes
-    python tools/benchmarks/deduplication.py --quick   # seconds: does it run?
+    python tools/benchmarks/deduplication.py --quick   # checks in seconds that it runs
 
-Half of the planted texts are of Han characters, half of words; copies are edited until their shingles are as similar
-as asked. Between them lie unrelated pages, and pages of one frame that share a third of their shingles. Speed is
-text per CPU second of one process, in documents as long as web pages, over all stages.
+Half of the planted texts consist of Han characters, half of words. Copies are edited until their shingles have the
+requested similarity. False positives are counted among unrelated pages, and among pages with a common frame, which
+share a third of their shingles. Speed is text per CPU second of one process over all stages, in documents as long as
+web pages.
 """
 
 import json
@@ -33,20 +34,20 @@ SIMILARITIES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
 
 @dataclass
 class DeduplicationArguments:
-    pairs: int = field(default=1000, metadata={"help": "Planted pairs of each similarity."})
-    others: int = field(default=5000, metadata={"help": "Unrelated pages, and as many of one frame."})
-    megabytes: int = field(default=20, metadata={"help": "Text that speed is measured with."})
-    rounds: int = field(default=5, metadata={"help": "Times speed is measured."})
-    quick: bool = field(default=False, metadata={"help": "Little of everything; nothing is written."})
+    pairs: int = field(default=1000, metadata={"help": "Planted pairs per similarity."})
+    others: int = field(default=5000, metadata={"help": "Unrelated pages, and also pages with a common frame."})
+    megabytes: int = field(default=20, metadata={"help": "Megabytes of text for the speed."})
+    rounds: int = field(default=5, metadata={"help": "Measurements of the speed."})
+    quick: bool = field(default=False, metadata={"help": "Little data; nothing is written."})
 
 
 def make_text(rng: random.Random, units: int) -> str:
-    """Random Han characters, or random words."""
+    """Return `units` random Han characters or random words."""
     return "".join(rng.choices(HAN, k=units)) if rng.random() < 0.5 else " ".join(rng.choices(WORDS, k=units))
 
 
 def edit(rng: random.Random, text: str, similarity: float) -> str:
-    """Put other units in the place of some until the Jaccard similarity of the shingles is as asked, or just below."""
+    """Replace units until the Jaccard similarity of the shingles is at most `similarity`."""
     separator, alphabet = (" ", WORDS) if " " in text else ("", HAN)
     units, original = text.split() if separator else list(text), np.unique(shingles(text))
     places = iter(rng.sample(range(len(units)), len(units)))
@@ -69,7 +70,7 @@ def deduplicate(method: str, work: Path, texts: list[str]) -> set[int]:
 
 
 def run(method: str, work: Path) -> None:
-    """All stages in this process."""
+    """Run all stages in this process."""
     for stage in duplicate_stages(method, work, 1):
         for rank in range(stage.tasks):
             data = None
@@ -78,12 +79,12 @@ def run(method: str, work: Path) -> None:
 
 
 def expected(similarity: float, buckets: int = BUCKETS) -> float:
-    """Probability of meeting in one of the buckets of eight hashes."""
+    """Return the probability of sharing at least one bucket of eight hashes."""
     return 1 - (1 - similarity**HASHES) ** buckets
 
 
 def measure_found(args: DeduplicationArguments, report: Report) -> None:
-    """A row for each similarity, for unrelated pages and for those of one frame."""
+    """Add a row for each similarity, for unrelated pages and for pages with a common frame."""
     rng = random.Random(0)
     texts, kinds = [], []
     for similarity in tqdm(SIMILARITIES, unit="similarity"):
@@ -105,7 +106,7 @@ def measure_found(args: DeduplicationArguments, report: Report) -> None:
 
 
 def measure_speed(args: DeduplicationArguments, report: Report) -> None:
-    """Megabytes a CPU second: goes into the line below the table, and into the JSON."""
+    """Measure megabytes per CPU second, for the line below the table and for the JSON."""
     rng = random.Random(1)
     with tempfile.TemporaryDirectory() as folder:
         texts, size = [], 0
@@ -125,7 +126,7 @@ def measure_speed(args: DeduplicationArguments, report: Report) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Found against expected, over the similarity."""
+    """Plot the found and the expected share over the similarity."""
     rows = [row for row in report.rows if row["kind"] in SIMILARITIES]
     line = np.linspace(0.3, 1, 100)
     figure, axes = plt.subplots(figsize=(6, 4))

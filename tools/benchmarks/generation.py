@@ -1,7 +1,7 @@
-"""Decoding speed: grouped-query against latent attention, its two ways to attend, and what the cache is worth.
+"""Decoding speed of grouped-query and latent attention, with and without cache and absorption.
 
 python tools/benchmarks/generation.py           # about 2 minutes on two cores
-python tools/benchmarks/generation.py --quick   # seconds: does it run?
+python tools/benchmarks/generation.py --quick   # checks in seconds that it runs
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from buddygpt.cli.errors import run_script
 
 @dataclass
 class GenerationArguments:
-    rounds: int = field(default=5, metadata={"help": "Times each variant is measured."})
-    prompt: int = field(default=256, metadata={"help": "Tokens of the prompt."})
+    rounds: int = field(default=5, metadata={"help": "Measurements of each variant."})
+    prompt: int = field(default=256, metadata={"help": "Tokens in the prompt."})
     new_tokens: int = field(default=24, metadata={"help": "Tokens to generate."})
     quick: bool = field(default=False, metadata={"help": "One round of a tiny shape; nothing is written."})
 
 
 def decode(model: PreTrainedModel, args: GenerationArguments, use_cache: bool = True) -> Callable[[], float]:
-    """A measurement: tokens a CPU second of greedy decoding, batch 1, the prompt's own time included."""
+    """Return a measurement: tokens per CPU second of greedy decoding with batch 1, including the prompt's time."""
     model = model.eval()
     prompt = torch.randint(model.config.vocab_size, (1, args.prompt), generator=torch.Generator().manual_seed(0))
     lengths = {"max_new_tokens": args.new_tokens, "min_new_tokens": args.new_tokens}
@@ -38,7 +38,7 @@ def decode(model: PreTrainedModel, args: GenerationArguments, use_cache: bool = 
 
 
 def without_absorption(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with keys and values expanded from the latents at every step, as in training."""
+    """Make the model expand keys and values from the latents at every step, as in training."""
     for layer in model.model.layers:
         layer.self_attn.can_absorb = lambda *_: False
     return model

@@ -1,11 +1,11 @@
-"""What only a GPU can show: MFU, memory and speed of the real sizes, after every correctness check in bf16.
+"""MFU, memory and speed of the real sizes on a GPU, after correctness checks in bf16.
 
     python tools/benchmarks/gpu.py                          # one GPU, ends within --minutes
-    python tools/benchmarks/gpu.py --device cpu --quick     # does it run? Its figures say nothing of a GPU
+    python tools/benchmarks/gpu.py --device cpu --quick     # only checks that it runs
 
-Needs torch >= 2.11, transformers >= 5.17 and numpy, and this checkout beside it; nothing is installed. flash_attn,
-liger_kernel and bitsandbytes are tried where they are. Loops are bare (bare_loop.py): bf16 autocast over float32
-weights and fused AdamW unless a row says otherwise; float32 on a processor. Rows that time does not reach are named.
+Needs torch >= 2.11, transformers >= 5.17, numpy, PyYAML and this checkout; nothing is installed. flash_attn,
+liger_kernel and bitsandbytes are used if they are installed. Rows use a bare loop with bf16 autocast over float32
+weights and fused AdamW unless they say otherwise, and float32 on a CPU. Rows that did not fit in time are listed.
 """
 
 import argparse
@@ -16,18 +16,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from ab import ROOT, Report, alternate, ratios, spread
-from bare_loop import BareLoop
+from ab import BareLoop, Report, alternate, ratios, spread
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-# The namespace `buddygpt` without an installation: its packages are the folders of this checkout.
-if importlib.util.find_spec("buddygpt") is None:
-    sys.modules["buddygpt"] = ModuleType("buddygpt")
-    sys.modules["buddygpt"].__path__ = [str(ROOT)]
 from buddygpt.model.liger_kernels import apply_liger_kernel_to_buddygpt
 from buddygpt.model.presets import load_config
 from buddygpt.training.flops import flops_per_token, peak_flops
@@ -39,7 +34,7 @@ MIXTURE = dict(n_routed_experts=16, num_experts_per_tok=2, n_shared_experts=2)
 
 
 class Machine:
-    """The device, how much time is left, and shapes that suit it."""
+    """The device, the time that is left, and suitable shapes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device, self.quick, self.rounds = args.device, args.quick, 1 if args.quick else args.rounds
@@ -49,7 +44,7 @@ class Machine:
         self.peak = peak_flops(name, torch.bfloat16) if self.cuda else None
 
     def config(self, name: str, **overrides: Any):
-        """A preset; tiny where the run is quick."""
+        """Return the config of a preset; a tiny one if the run is quick."""
         if self.quick:
             small = TINY_LATENT if load_config(name).kv_lora_rank else TINY_GROUPED
             overrides = small | {key: min(value, 64) for key, value in overrides.items()}
@@ -66,7 +61,7 @@ class Machine:
 
     @contextmanager
     def peak_memory(self):
-        """Yields a list that receives the most GiB that tensors made inside took, and that the allocator held."""
+        """Yield a list that receives the peak GiB of tensors made inside, and the peak GiB that the allocator held."""
         found: list[float] = []
         if self.cuda:
             torch.cuda.empty_cache()
@@ -82,16 +77,18 @@ class Machine:
 
 
 def difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """Largest difference of a token's logits over their spread, at the 90th percentile of tokens: a router may choose
-    otherwise for the odd token when a sum is rounded otherwise."""
+    """Return the largest difference of a token's logits over their spread, at the 90th percentile of tokens.
+
+    Different rounding may make a router choose other experts for a few tokens, so the maximum says nothing.
+    """
     gap = (logits.float() - reference.float()).abs().amax(-1) / reference.float().std()
     return gap.flatten().quantile(0.9).item()
 
 
 @torch.no_grad()
 def check_model(machine: Machine, config) -> dict[str, float]:
-    """Name of a check -> how far two ways to the same logits, or losses, are apart."""
-    config.initializer_range = config.hidden_size**-0.5  # wilder than training starts from: faults show
+    """Return name of a check -> difference between two ways to compute the same logits or losses."""
+    config.initializer_range = config.hidden_size**-0.5  # larger than in training, so that faults show
     model = machine.model(config, torch.bfloat16).eval()
     ids = torch.randint(config.vocab_size, (2, 48), device=machine.device)
     plain = model(ids, use_cache=False).logits
@@ -110,7 +107,7 @@ def check_model(machine: Machine, config) -> dict[str, float]:
 
     positions = torch.cat([torch.arange(20), torch.arange(28)]).to(machine.device).expand(2, -1)
     apart = torch.cat([model(part, use_cache=False).logits for part in ids.split([20, 28], 1)], 1)
-    found["packed = apart"] = difference(model(ids, position_ids=positions, use_cache=False).logits, apart)
+    found["packed = separate"] = difference(model(ids, position_ids=positions, use_cache=False).logits, apart)
 
     for backend in ("eager", "flash_attention_2"):
         if backend == "eager" or (machine.cuda and importlib.util.find_spec("flash_attn")):
@@ -136,14 +133,53 @@ def check_model(machine: Machine, config) -> dict[str, float]:
 
 
 def run_checks(machine: Machine) -> bool:
-    """Print every check of three kinds of model, made small; whether all hold."""
+    """Run all checks on three kinds of small models and print them; return True if all hold."""
     sound = True
     shapes = {"buddygpt-0.3b": TINY_GROUPED, "buddygpt-0.3b-mla": TINY_LATENT, "buddygpt-0.7b-mla-moe": TINY_LATENT}
     for name, shape in shapes.items():
         for check, value in check_model(machine, load_config(name, **shape)).items():
-            holds = value < 0.1  # bf16 has 8 bits: sums in another order differ by some hundredths; faults by 1
+            holds = value < 0.1  # reordered sums differ by hundredths in bf16; faults differ by 1
             sound &= holds
             print(f"{'ok  ' if holds else 'FAIL'} {name:22} {check:24} {value:.2g}")
+    return sound
+
+
+def compare_liger(preset: str = "debug", dtype: torch.dtype = torch.float32, device: str = "cuda") -> dict[str, float]:
+    """Return relative differences of the loss and of the whole gradient of one step, with and without Liger's kernels.
+
+    Both are compared with float32 without Liger, so under bfloat16 autocast `plain_*` is the unavoidable error.
+    """
+
+    def step(liger: bool, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(load_config(preset)).to(device).train()
+        if liger:
+            apply_liger_kernel_to_buddygpt(model)
+        ids = torch.randint(model.config.vocab_size, (4, 128), device=device)
+        labels = ids.masked_fill(ids % 5 == 0, -100)
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = model(ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().float() for p in model.parameters()])
+
+    loss, gradient = step(False, torch.float32)
+    result = {}
+    for name, liger in (("liger", True), ("plain", False)):
+        other_loss, other_gradient = step(liger, dtype)
+        result[f"{name}_loss"] = abs(other_loss / loss - 1)
+        result[f"{name}_gradient"] = ((other_gradient - gradient).norm() / gradient.norm()).item()
+    return result
+
+
+def check_liger() -> bool:
+    """Print for two presets whether Liger's kernels give the same loss and gradient; return True if they do."""
+    sound = True
+    for preset in ("debug", "debug-mla-moe"):
+        for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):  # float32 may run as TF32 in Triton
+            result = compare_liger(preset, dtype)
+            holds = result["liger_gradient"] <= max(limit, 1.5 * result["plain_gradient"])
+            sound &= holds
+            print("ok  " if holds else "FAIL", preset, dtype, {key: f"{value:.1e}" for key, value in result.items()})
     return sound
 
 
@@ -151,13 +187,13 @@ def run_checks(machine: Machine) -> bool:
 
 
 def make_loop(machine: Machine, config, rows: int, length: int, dtype=torch.float32, attention=None, **options):
-    """A [`BareLoop`]; of `options`, `compile_layers`, `checkpointing` and `liger` are done to the model."""
+    """Return a [`BareLoop`]. `compile_layers`, `checkpointing` and `liger` of `options` change the model."""
     model = machine.model(config, dtype, attention)
     if options.pop("checkpointing", False):
         model.activation_checkpointing_enable()
     if options.pop("liger", False):
         apply_liger_kernel_to_buddygpt(model)
-    if options.pop("compile_layers", False):  # all layers share what is compiled for the first: seconds, not minutes
+    if options.pop("compile_layers", False):  # layers share the code compiled for the first: seconds, not minutes
         for layer in model.model.layers:
             layer.compile()
     rows, length = (2, 32) if machine.quick else (rows, length)
@@ -168,7 +204,7 @@ def make_loop(machine: Machine, config, rows: int, length: int, dtype=torch.floa
 
 
 def muon(model: PreTrainedModel):
-    """Muon for the layers' matrices, AdamW for the rest, stepped together."""
+    """Return an optimizer with Muon for the matrices of the layers and AdamW for the rest."""
     matrices = [p for name, p in model.model.layers.named_parameters() if p.ndim == 2 and ".gate." not in name]
     taken = set(map(id, matrices))
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -179,7 +215,7 @@ def muon(model: PreTrainedModel):
 
 
 def speed(machine: Machine, loop: BareLoop, steps: int) -> float:
-    """Tokens a second over `steps` steps."""
+    """Return tokens per second over `steps` steps."""
     machine.synchronize()
     start = time.perf_counter()
     loop.steps(steps)
@@ -188,14 +224,14 @@ def speed(machine: Machine, loop: BareLoop, steps: int) -> float:
 
 
 def compare(machine: Machine, makers: dict[str, Callable[[int], BareLoop]], rows: int) -> dict[str, Any]:
-    """Loops in turns -> name -> (loop, speeds, GiB); all with fewer rows where memory does not suffice."""
+    """Measure loops in turns: name -> (loop, speeds, GiB). If memory runs out, all of them get half the rows."""
     while True:
         try:
             loops, memory = {}, {}
             for name, make in makers.items():
                 with machine.peak_memory() as memory[name]:
                     loops[name] = make(rows)
-                    loops[name].steps(1 if machine.quick else 3)  # compiles, and gives the optimizer its states
+                    loops[name].steps(1 if machine.quick else 3)  # compiles, and allocates the optimizer states
             steps = 1 if machine.quick else 8
             speeds = alternate(
                 {name: partial(speed, machine, loop, steps) for name, loop in loops.items()}, machine.rounds
@@ -209,7 +245,7 @@ def compare(machine: Machine, makers: dict[str, Callable[[int], BareLoop]], rows
 
 
 def train_group(machine: Machine, report: Report, makers: dict[str, Callable], rows: int, goal: str) -> None:
-    """Rows of a comparison, with MFU."""
+    """Add the rows of a comparison to the report, with MFU."""
     results = compare(machine, makers, rows)
     first = next(iter(results.values()))[1]
     for name, (loop, speeds, memory) in results.items():
@@ -223,7 +259,7 @@ def train_group(machine: Machine, report: Report, makers: dict[str, Callable], r
 
 
 def training_groups(machine: Machine) -> dict[str, Callable[[Report], None]]:
-    """What is to be measured, most wanted first."""
+    """Return the groups to measure, the most important first."""
 
     def loops(name: str, length: int, rows: int, goal: str, peer: bool = False, label: str | None = None, **overrides):
         config, label = machine.config(name, **overrides), label or name
@@ -258,7 +294,7 @@ def training_groups(machine: Machine) -> dict[str, Callable[[Report], None]]:
         if machine.cuda and importlib.util.find_spec("liger_kernel"):
             changes["liger kernels"] = {"liger": True}
         for name, change in changes.items():  # two at a time: memory
-            makers = {"switches: as it comes": lambda rows: make(rows=rows)}
+            makers = {"switches: defaults": lambda rows: make(rows=rows)}
             makers[f"switch: {name}"] = lambda rows, change=change: make(rows=rows, **change)
             train_group(machine, report, makers, 16, "")
 
@@ -286,7 +322,7 @@ def training_groups(machine: Machine) -> dict[str, Callable[[Report], None]]:
 
 
 def largest_in_least(machine: Machine, report: Report) -> None:
-    """mini-qwen-1b at 1 x 1,024: bf16 weights, checkpointing, and Muon or 8-bit AdamW."""
+    """Measure mini-qwen-1b at 1 x 1,024 with bf16 weights, checkpointing, and Muon or 8-bit AdamW."""
     optimizers = {"Muon": muon}
     if machine.cuda and importlib.util.find_spec("bitsandbytes"):
         import bitsandbytes
@@ -306,7 +342,7 @@ def largest_in_least(machine: Machine, report: Report) -> None:
 
 
 def generation(machine: Machine, report: Report) -> None:
-    """Greedy decoding in bf16, prompt of 128."""
+    """Measure greedy decoding in bf16 after a prompt of 128 tokens."""
     new = 4 if machine.quick else 128
     for batch in (1, 32):
         variants = {}
@@ -324,7 +360,7 @@ def generation(machine: Machine, report: Report) -> None:
 
 
 def decode(machine: Machine, model: PreTrainedModel, prompt: torch.Tensor, new: int) -> float:
-    """Tokens a second."""
+    """Return generated tokens per second."""
     machine.synchronize()
     start = time.perf_counter()
     model.generate(prompt, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
@@ -336,20 +372,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round; nothing is written")
-    parser.add_argument("--rounds", type=int, default=5, help="times each variant is measured")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no new group is begun after these")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no new group starts after this time")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is to be had; --device cpu --quick shows that it runs")
+        parser.error("no GPU was found; use --device cpu --quick to check that the script runs")
     machine = Machine(args)
-    if not run_checks(machine):
-        sys.exit("a correctness check fails: speeds of a wrong model are not measured")
+    sound = run_checks(machine)
+    if machine.cuda and importlib.util.find_spec("liger_kernel"):
+        sound &= check_liger()
+    if not sound:
+        sys.exit("a correctness check failed, so speed is not measured")
     report = Report("gpu", ["what", "batch", "tokens/s", "MFU", "ratio to the group's first", "peak GiB", "goal"])
     longest = 0.0
     for name, group in training_groups(machine).items():
         start = time.monotonic()
-        if machine.end - start < longest:  # it may take as long as the longest so far
-            report.add([name, "not reached in the time", "", "", "", "", ""], name=name, skipped=True)
+        if machine.end - start < longest:  # the next group may take as long as the longest so far
+            report.add([name, "not reached in time", "", "", "", "", ""], name=name, skipped=True)
             continue
         try:
             group(report)
@@ -359,7 +398,7 @@ def main() -> None:
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     report.finish(args)
     if not machine.cuda:
-        print("On a processor, in float32: these figures are no claim about a GPU, and no MFU.")
+        print("On a CPU, in float32: these figures are no claim about a GPU.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Memory and time of the loss head: the full logits against four ways that never hold them all.
+"""Memory and time of the loss head: full logits against four ways that never hold all of them.
 
-    python tools/benchmarks/loss_head.py            # Linux; minutes: --quick
+    python tools/benchmarks/loss_head.py            # needs Linux; takes minutes
+    python tools/benchmarks/loss_head.py --quick    # checks that it runs
     python tools/benchmarks/loss_head.py --device cuda --tokens 2048 8192 32768 --hidden_size 1024
 
-Each cell (head, tokens) is a process of its own, so that its peak is its own; the heads take turns within a round. The
-loss and gradient of every head are compared with the full one's.
+Each cell (head, tokens) runs in a new process, which gives its peak memory. The heads take turns within a round. Loss
+and gradient of every head are compared with those of the full head.
 """
 
 import json
@@ -31,17 +32,17 @@ MIB = 2**20
 
 @dataclass
 class LossHeadArguments:
-    tokens: list[int] = field(default_factory=lambda: [512, 1024, 2048], metadata={"help": "Rows of the head."})
-    vocab_size: int = field(default=151_669, metadata={"help": "Columns of the head."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of a row."})
+    tokens: list[int] = field(default_factory=lambda: [512, 1024, 2048], metadata={"help": "Rows of logits."})
+    vocab_size: int = field(default=151_669, metadata={"help": "Vocabulary entries."})
+    hidden_size: int = field(default=256, metadata={"help": "Width of the hidden states."})
     heads: list[str] = field(
         default_factory=lambda: ["full", "buddygpt", "torch", "checkpointed"],
         metadata={"help": "full, buddygpt, torch, checkpointed, and on CUDA liger."},
     )
-    rounds: int = field(default=3, metadata={"help": "Times each cell is run; medians are reported."})
+    rounds: int = field(default=3, metadata={"help": "Runs of each cell."})
     device: str = field(default="cpu", metadata={"help": "cpu (float32) or cuda (bfloat16 autocast)."})
-    quick: bool = field(default=False, metadata={"help": "One round of a vocabulary of 20,000."})
-    cell: str | None = field(default=None, metadata={"help": "Run this head alone and print its figures as JSON."})
+    quick: bool = field(default=False, metadata={"help": "One round of 512 tokens and a vocabulary of 20,000."})
+    cell: str | None = field(default=None, metadata={"help": "Internal: run this head only and print JSON."})
 
 
 def full(hidden, weight, targets):
@@ -53,7 +54,7 @@ def buddygpt(hidden, weight, targets):
 
 
 def torch_op(hidden, weight, targets):
-    if torch.is_autocast_enabled(hidden.device.type):  # the operator knows nothing of autocast
+    if torch.is_autocast_enabled(hidden.device.type):  # the operator ignores autocast
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     options = LinearCrossEntropyOptions(batch_chunk_size=rows_per_chunk(hidden.device, weight.shape[0]))
@@ -76,7 +77,7 @@ HEADS = {"full": full, "buddygpt": buddygpt, "torch": torch_op, "checkpointed": 
 
 
 def run_cell(args: LossHeadArguments) -> dict[str, float]:
-    """One loss and its gradient: peak memory above what stood before, seconds, and sums to compare heads by."""
+    """Compute a loss and its gradient: additional peak memory, seconds, and norms for the comparison of heads."""
     torch.manual_seed(0)
     tokens, cuda = args.tokens[0], args.device == "cuda"
     weight = (torch.randn(args.vocab_size, args.hidden_size, device=args.device) * 0.02).requires_grad_()
@@ -84,7 +85,7 @@ def run_cell(args: LossHeadArguments) -> dict[str, float]:
     targets = torch.randint(args.vocab_size, (tokens,), device=args.device)
     targets[::7] = -100
 
-    def peak() -> float:  # bytes since the last reset; ru_maxrss would count what the parent process had
+    def peak() -> float:  # in bytes since the last reset; ru_maxrss would include the parent process
         status = Path("/proc/self/status").read_text()
         return torch.cuda.max_memory_allocated() if cuda else int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -97,7 +98,7 @@ def run_cell(args: LossHeadArguments) -> dict[str, float]:
         loss.backward()
         return loss.detach()
 
-    if cuda:  # kernels are compiled and loaded before anything is timed
+    if cuda:  # compile and load kernels before timing
         step()
         weight.grad = hidden.grad = None
         torch.cuda.synchronize()
@@ -117,7 +118,7 @@ def run_cell(args: LossHeadArguments) -> dict[str, float]:
 
 
 def measure(args: LossHeadArguments) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """{tokens: {head: one result per round}}, from a process per cell."""
+    """Run each cell in a process: tokens -> head -> one result per round."""
     results = {str(tokens): {head: [] for head in args.heads} for tokens in args.tokens}
     cells = [(tokens, head) for _ in range(args.rounds) for tokens in args.tokens for head in args.heads]
     for tokens, head in tqdm(cells, unit="cell"):
@@ -129,7 +130,7 @@ def measure(args: LossHeadArguments) -> dict[str, dict[str, list[dict[str, float
 
 
 def report(args: LossHeadArguments, results: dict) -> Report:
-    """A row per head: medians, the range of the times, and the largest difference from the full head."""
+    """Make a row per head: medians, the range of the times, and the largest difference from the full head."""
     clock = "ms" if args.device == "cuda" else "CPU ms"
     columns = [f"{tokens} tokens: peak MiB, {clock}" for tokens in results]
     found = Report("loss_head", ["head", *columns, "largest difference"])
@@ -153,7 +154,7 @@ def main() -> None:
         print(json.dumps(run_cell(args)))
         return
     if args.quick:
-        args.rounds, args.vocab_size = 1, 20_000
+        args.rounds, args.vocab_size, args.tokens = 1, 20_000, [512]
     report(args, measure(args)).finish(args)
 
 

@@ -1,14 +1,14 @@
-"""Training a tokenizer: compression of held-out text, CPU seconds and memory, beside three trainers people use.
+"""Tokenizer training compared with three other trainers: compression of held-out text, CPU time and memory.
 
-    pip install sentencepiece==0.2.3 rustbpe==0.1.0    # for this table only; what is absent is left out
+    pip install sentencepiece==0.2.3 rustbpe==0.1.0    # optional: missing trainers are skipped
     python tools/benchmarks/tokenizer_training.py --folder DATA_DIR           # about 20 minutes
-    python tools/benchmarks/tokenizer_training.py --folder DATA_DIR --quick   # does it run?
+    python tools/benchmarks/tokenizer_training.py --folder DATA_DIR --quick   # checks that it runs
 
-Chinese and English are the files of the folder that have zh or en in their names; code is Python's standard library.
-A twentieth of the documents, by a hash of the text, is held out. Every trainer works in one thread of a process of its
-own and splits digits one by one: tokenizers and rustbpe learn on bytes with our cut of the text, sentencepiece has
-Llama's settings (bytes for what is rare, nothing normalised). Ours reads at most its default `max_bytes`, the others
-read all. Peak memory is what a process had more than when the text was read.
+Chinese and English are the files of the folder with zh or en in their names; code is Python's standard library. A
+twentieth of the documents, chosen by a hash of the text, is held out. Every trainer runs in one thread of a process
+and splits digits: tokenizers and rustbpe work on bytes with our pre-tokenization, sentencepiece has Llama's settings
+(byte fallback, no normalization). Our trainer reads at most its default `max_bytes`, the others read everything. Peak
+memory is measured from the moment when the text has been read.
 """
 
 import io
@@ -38,20 +38,20 @@ from buddygpt.tokenizer.byte_level_bpe import PATTERN, SPECIAL_TOKENS, TOOL_TOKE
 from buddygpt.tokenizer.train_tokenizer import TokenizerArguments, read_texts
 
 KINDS = ("zh", "en", "code")
-Count = Callable[[list[str]], int]  # tokens of some texts
+Count = Callable[[list[str]], int]  # texts -> number of tokens
 
 
 @dataclass
 class TokenizerTrainingArguments:
-    folder: str = field(metadata={"help": "Folder of text files, their language in the name: zh_web.jsonl.gz."})
+    folder: str = field(metadata={"help": "Folder of text files named by language, such as zh_web.jsonl.gz."})
     text_key: list[str] = field(default_factory=lambda: ["text", "content"], metadata={"help": "Columns of the text."})
     vocab_sizes: list[int] = field(default_factory=lambda: [8192, 16384, 32768], metadata={"help": "Entries."})
-    rounds: int = field(default=3, metadata={"help": "Times each is trained."})
-    quick: bool = field(default=False, metadata={"help": "One small vocabulary of little text; nothing is written."})
+    rounds: int = field(default=3, metadata={"help": "Times each trainer runs."})
+    quick: bool = field(default=False, metadata={"help": "One small vocabulary and little text; nothing is written."})
 
 
 def read_kind(kind: str, args: TokenizerTrainingArguments) -> list[str]:
-    """Return the documents of a kind."""
+    """Return the documents of one kind."""
     if kind == "code":
         library = Path(sysconfig.get_path("stdlib"))
         left_out = {"site-packages", "test", "tests", "idle_test"}
@@ -64,10 +64,10 @@ def read_kind(kind: str, args: TokenizerTrainingArguments) -> list[str]:
 
 
 def write_text(folder: Path, args: TokenizerTrainingArguments) -> None:
-    """Write the text to learn from and the held-out text of each kind."""
+    """Write the training text and the held-out text of each kind."""
     for kind in KINDS:
         documents = read_kind(kind, args)[:: 40 if args.quick else 1]
-        random.Random(0).shuffle(documents)  # where not all is read, what is read has every source
+        random.Random(0).shuffle(documents)  # a trainer that reads only a part sees every source
         train, held_out = split_by_hash(documents)
         for name, side in {"train": train, "held_out": held_out}.items():
             if not side:
@@ -136,7 +136,7 @@ TRAINERS = {
 
 
 def memory(key: str) -> int:
-    """Bytes: `VmRSS` now, `VmHWM` the most since the last reset."""
+    """Return bytes: `VmRSS` is the current memory, `VmHWM` the peak since the last reset."""
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
@@ -145,7 +145,7 @@ def read_all(files: list[Path], max_bytes: int = 1 << 40) -> list[str]:
 
 
 def measure(trainer: str, vocab_size: int, folder: Path) -> dict[str, float]:
-    """Train once, in a process that has done nothing else, and encode the held-out texts."""
+    """Train once, in a fresh process, and encode the held-out texts."""
     limit = {"max_bytes": TokenizerArguments.max_bytes} if trainer == "buddygpt" else {}
     texts = read_all(sorted((folder / "train").glob("*.jsonl")), **limit)
     Path("/proc/self/clear_refs").write_text("5")
@@ -170,7 +170,7 @@ def main() -> None:
     sizes, rounds = ([8192], 1) if args.quick else (args.vocab_sizes, args.rounds)
     names = [name for name in TRAINERS if name == "buddygpt" or find_spec(name)]
     for name in TRAINERS.keys() - names:
-        print(f"{name} is not installed and left out")
+        print(f"{name} is not installed; skipped")
     header = ["entries", "trainer", *(f"bytes a token, {kind}" for kind in KINDS), "worst, against the best"]
     report = Report("tokenizer_training", [*header, "text, MB", "CPU seconds", "to the fastest", "peak MB"])
     with tempfile.TemporaryDirectory() as temporary, tqdm(total=len(sizes) * len(names) * (rounds + 1)) as progress:
@@ -184,7 +184,7 @@ def main() -> None:
 
 
 def add_rows(report: Report, size: int, samples: dict[str, list[dict[str, float]]]) -> None:
-    """A row for each trainer at one size of the vocabulary."""
+    """Add a row for each trainer with one vocabulary size."""
     best = {kind: max(found[0][kind] for found in samples.values()) for kind in KINDS}
     seconds = {name: [each["seconds"] for each in found] for name, found in samples.items()}
     fastest = min(map(median, seconds.values()))
