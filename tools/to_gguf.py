@@ -1,19 +1,17 @@
-"""Write a dense model as one GGUF file, for llama.cpp, Ollama, LM Studio and the like.
+"""Write a dense model as one GGUF file for llama.cpp, Ollama, LM Studio and others.
 
     python tools/to_gguf.py --checkpoint outputs/native --output outputs/gguf
     python tools/to_gguf.py --checkpoint outputs/native --output outputs/gguf --file_type q8_0
 
-makes `model-f16.gguf` (or `model-q8_0.gguf`), with the tokenizer inside, and a `Modelfile` for Ollama that names the
-file written last: `ollama create NAME -f outputs/gguf/Modelfile`. The file is read back by transformers and its logits
-are compared with the checkpoint's; unless they agree, nothing is left behind.
+This writes `model-f16.gguf` (or `model-q8_0.gguf`), which includes the tokenizer, and a `Modelfile` for Ollama that
+names the last file written: `ollama create NAME -f outputs/gguf/Modelfile`. transformers reads the file back, and its
+logits are compared with the checkpoint's; if they differ, the script stops with an error and writes nothing.
 """
 
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gguf
 import torch
@@ -27,28 +25,44 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import require_causal_lm
 from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import write_atomically
 from buddygpt.export.architectures import buddygpt_config, convert, native_configs
 from buddygpt.export.conversion import logit_difference, read_checkpoint
 from buddygpt.model import BuddyGPTConfig
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
-# Type of the matrices, llama.cpp's number for such a file, and the largest difference of logits in float32 as a share
-# of the largest logit. A wrong tensor gives 0.5 and more.
-FILE_TYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType, float]] = {
-    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32, 1e-5),
-    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16, 1e-2),
-    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16, 5e-2),
-    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0, 1e-1),
+
+
+class FileType(NamedTuple):
+    """How matrices are stored.
+
+    Attributes:
+        matrix_type: Number format of the matrices.
+        number: llama.cpp's number for such a file.
+        tolerance: Largest allowed difference of logits in float32, relative to the largest logit. One wrong tensor
+            gives 0.5 and more.
+    """
+
+    matrix_type: GGMLQuantizationType
+    number: LlamaFileType
+    tolerance: float
+
+
+FILE_TYPES = {
+    "f32": FileType(GGMLQuantizationType.F32, LlamaFileType.ALL_F32, 1e-5),
+    "f16": FileType(GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16, 1e-2),
+    "bf16": FileType(GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16, 5e-2),
+    "q8_0": FileType(GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0, 1e-1),
 }
-# What a GGUF file can say of a scaled rotary embedding: nothing beyond these keys of `rope_parameters`.
+# `rope_type` -> the keys of `rope_parameters` that a GGUF file can express.
 ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
     "yarn": {"factor", "original_max_position_embeddings"},
 }
-CONVERTER = "use llama.cpp's own converter: python convert_hf_to_gguf.py NATIVE_EXPORT"
-# Ollama's template language is Go's. `.Messages` holds the system message too. Tool calls are left to llama.cpp's
-# server, which reads the template inside the file.
+USE_LLAMA_CPP_CONVERTER = "use llama.cpp's own converter: python convert_hf_to_gguf.py NATIVE_EXPORT"
+# Ollama's template language is Go's. `.Messages` includes the system message. Tool calls work only in llama.cpp's
+# server, which reads the chat template in the GGUF file.
 OLLAMA_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
@@ -59,63 +73,155 @@ CHAT = [{"role": role, "content": f"Some {role} text."} for role in ("system", "
 @dataclass
 class GGUFArguments:
     checkpoint: str = field(
-        metadata={"help": "A dense BuddyGPT model, its native export, or any Qwen2, Qwen3, Llama."}
+        metadata={"help": "A dense BuddyGPT model, its native export, or any Qwen2, Qwen3 or Llama model."}
     )
-    output: str = field(metadata={"help": "Folder to write to; may hold GGUF files of other types."})
+    output: str = field(metadata={"help": "Folder to write to; may contain GGUF files of other types."})
     file_type: Literal["f32", "f16", "bf16", "q8_0"] = field(
         default="f16", metadata={"help": "Type of the matrices; norms and biases are always float32."}
     )
 
 
+def main() -> None:
+    (args,) = parse_arguments(GGUFArguments, description=__doc__)
+    output = Path(args.output)
+    gguf_file = output / f"model-{args.file_type}.gguf"
+    modelfile = output / "Modelfile"
+    require_gguf_folder(output, gguf_file)
+    try:
+        # The GGUF file is renamed first, so a Modelfile never names a file that is not there.
+        with write_atomically(modelfile) as new_modelfile, write_atomically(gguf_file) as new_gguf_file:
+            text = export(args.checkpoint, new_gguf_file, args.file_type, gguf_file.name)
+            new_modelfile.write_text(text, encoding="utf-8")
+    finally:
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()  # a refused export leaves nothing behind
+    print(f"wrote {gguf_file} and {modelfile}")
+
+
+def require_gguf_folder(output: Path, gguf_file: Path) -> None:
+    """Raise UserError if `gguf_file` exists, or if `output` is not a folder with nothing but GGUF files."""
+    if output.is_file() or gguf_file.exists():
+        existing = output if output.is_file() else gguf_file
+        raise UserError(f"{existing} exists: delete it, or choose another --output")
+    if output.is_dir():
+        for path in sorted(output.iterdir()):
+            name = path.name.removesuffix(".partial")  # left by a killed run
+            if not name.endswith(".gguf") and name != "Modelfile":
+                raise UserError(f"{output} holds more than GGUF files ({path.name}): choose another --output")
+
+
+def export(checkpoint: str, gguf_path: Path, file_type: str, file_name: str) -> str:
+    """Write the GGUF file, print the comparison with the checkpoint, and return the text of the Modelfile.
+
+    Args:
+        checkpoint: Folder or Hub name of the model.
+        gguf_path: File to write.
+        file_type: Key of `FILE_TYPES`.
+        file_name: Name of the GGUF file in the Modelfile.
+
+    Raises:
+        UserError: The model or its tokenizer does not fit, or the written file differs from the checkpoint.
+    """
+    try:
+        config = gguf_config(require_causal_lm(checkpoint))
+        model, tokenizer = read_checkpoint(checkpoint)
+        model = convert(model, config)
+        write(model, tokenizer, gguf_path, file_type, Path(checkpoint).resolve().name)
+        written = read_back(gguf_path, config)
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"{checkpoint} cannot be written as GGUF: {error}") from error
+
+    tolerance = FILE_TYPES[file_type].tolerance
+    difference = logit_difference(model, written)
+    if not difference <= tolerance:  # also refuses NaN
+        raise UserError(
+            f"{checkpoint} is not written: as {file_type} its logits differ by {difference:.1e} of the largest, "
+            f"above {tolerance:.0e}"
+        )
+    print(f"{config.model_type} in {file_type}: the logits differ by {difference:.1e} of the largest (in float32)")
+    return modelfile_text(file_name, model, tokenizer)
+
+
 def gguf_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the first architecture that equals a model and that a GGUF file of it can express.
+    """Return the config of the first equivalent architecture that a GGUF file can express.
 
     Raises:
         ValueError: There is none; the message says why.
     """
     if config.model_type in ARCHITECTURES:
-        if not what_is_missing(config):
+        if obstacle_to_gguf(config) is None:
             return config
-        config = buddygpt_config(config)  # an equal architecture may do: Llama, for a Qwen2 with wide heads
+        # Another equivalent architecture may fit: Llama, for a Qwen2 model with wide heads.
+        config = buddygpt_config(config)
     if not isinstance(config, BuddyGPTConfig):
-        raise ValueError(f"it is `{config.model_type}`, none of {', '.join(ARCHITECTURES)}; {CONVERTER}")
-    for twin in native_configs(config):
-        if not (obstacle := what_is_missing(twin)):
-            return twin
-    raise ValueError(f"{obstacle}; {CONVERTER}")
+        supported = ", ".join(ARCHITECTURES)
+        raise ValueError(f"it is `{config.model_type}`, none of {supported}; {USE_LLAMA_CPP_CONVERTER}")
+
+    for native_config in native_configs(config):
+        obstacle = obstacle_to_gguf(native_config)
+        if obstacle is None:
+            return native_config
+    raise ValueError(f"{obstacle}; {USE_LLAMA_CPP_CONVERTER}")
 
 
-def what_is_missing(config: PreTrainedConfig) -> str | None:
-    """Say what of a stock model has no place in a GGUF file, or in llama.cpp's graph of it; None if all has."""
+def obstacle_to_gguf(config: PreTrainedConfig) -> str | None:
+    """Return why a stock model cannot be written as GGUF or run by llama.cpp; None if it can."""
     if config.model_type not in ARCHITECTURES:
         return f"it is `{config.model_type}`, and GGUF is written for dense models only"
     rope = config.rope_parameters
-    extra = rope.keys() - {"rope_type", "rope_theta"} - ROPE_KEYS.get(rope["rope_type"], set())
-    if rope["rope_type"] not in ROPE_KEYS or extra:
+    known_keys = {"rope_type", "rope_theta"} | ROPE_KEYS.get(rope["rope_type"], set())
+    if rope["rope_type"] not in ROPE_KEYS or rope.keys() - known_keys:
         return f"its `rope_parameters` {rope} are not written here"
     if config.hidden_act != "silu" or getattr(config, "use_sliding_window", False):
         return "it has another activation than silu, or a sliding window"
-    heads = config.num_attention_heads * head_dim(config)
-    if config.model_type == "qwen2" and heads != config.hidden_size:
-        return f"llama.cpp's qwen2 has heads of `hidden_size` {config.hidden_size} in all, not of {heads}"
+    heads_size = config.num_attention_heads * head_dim(config)
+    if config.model_type == "qwen2" and heads_size != config.hidden_size:
+        return f"llama.cpp's qwen2 needs heads of `hidden_size` {config.hidden_size} in total, not {heads_size}"
     return None
 
 
 def head_dim(config: PreTrainedConfig) -> int:
-    """Channels of a head."""
+    """Return the width of one head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of q_proj or k_proj, (heads * head_dim, ...), from rotated halves to llama.cpp's pairs.
+def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, file_type: str, name: str) -> None:
+    """Write model and tokenizer into the GGUF file `path`. Raises UserError if either does not fit."""
+    matrix_type = FILE_TYPES[file_type].matrix_type
 
-    Only its `llama` architecture rotates neighbouring channels; Qwen's rotates halves, as transformers does.
-    """
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    # Metadata
+    writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[model.config.model_type]])
+    add_model(writer, model.config, name)
+    add_tokenizer(writer, tokenizer, model.config.vocab_size)
+    writer.add_file_type(FILE_TYPES[file_type].number)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+    # Tensors: vectors in float32, matrices in the chosen type if its blocks divide their rows.
+    block_size, _ = gguf.GGML_QUANT_SIZES[matrix_type]
+    uneven_matrices = 0
+    for key, weight in tensors(model):
+        if weight.dim() == 1:
+            tensor_type = GGMLQuantizationType.F32
+        elif weight.shape[-1] % block_size == 0:
+            tensor_type = matrix_type
+        else:
+            tensor_type = GGMLQuantizationType.F16
+            uneven_matrices += 1
+        writer.add_tensor(key, gguf.quants.quantize(weight.numpy(), tensor_type), raw_dtype=tensor_type)
+    if uneven_matrices:
+        print(
+            f"{uneven_matrices} matrices stay in f16: their rows are no multiple of {file_type}'s "
+            f"block size {block_size}"
+        )
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file(progress=True)
+    writer.close()
 
 
 def add_model(writer: GGUFWriter, config: PreTrainedConfig, name: str) -> None:
-    """Put the sizes of the model into the file's metadata."""
+    """Add the sizes of the model to the file's metadata."""
     rope = config.rope_parameters
     writer.add_name(name)
     writer.add_vocab_size(config.vocab_size)
@@ -138,13 +244,17 @@ def add_model(writer: GGUFWriter, config: PreTrainedConfig, name: str) -> None:
 
 
 def tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield llama.cpp's name and the float32 values of every weight; UserError at one it has no place for."""
+    """Yield llama.cpp's name and the float32 values of every weight.
+
+    Raises:
+        UserError: llama.cpp has no place for a weight.
+    """
     config = model.config
     names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # llama.cpp takes the embedding where there is no output.weight
+            continue  # llama.cpp uses the embedding if there is no output.weight
         module = name.split(".")[-2]
         if config.model_type == "qwen3" and module == "o_proj" and name.endswith("bias"):
             if weight.any():
@@ -152,116 +262,69 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         if config.model_type == "llama" and module in heads:
             weight = permute(weight, heads[module])
-        ours = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if ours is None:
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise UserError(f"`{name}` has no place in llama.cpp's {config.model_type}")
-        yield ours, weight.float()
+        yield gguf_name, weight.float()
 
 
-def write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, file_type: str, name: str) -> None:
-    """Write model and tokenizer into the GGUF file `path`; UserError where either does not fit."""
-    matrix_type, file_number, _ = FILE_TYPES[file_type]
-    writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[model.config.model_type]])
-    add_model(writer, model.config, name)
-    add_tokenizer(writer, tokenizer, model.config.vocab_size)
-    writer.add_file_type(file_number)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    block, _ = gguf.GGML_QUANT_SIZES[matrix_type]
-    uneven = 0
-    for key, weight in tensors(model):
-        kind = matrix_type if weight.dim() > 1 else GGMLQuantizationType.F32
-        if kind == matrix_type and weight.shape[-1] % block:
-            kind, uneven = GGMLQuantizationType.F16, uneven + 1
-        writer.add_tensor(key, gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
-    if uneven:
-        print(f"{uneven} matrices stay in f16: their rows do not divide into {file_type}'s blocks of {block}")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file(progress=True)
-    writer.close()
+def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of q_proj or k_proj, (heads x head_dim, ...), for llama.cpp's RoPE.
+
+    Its `llama` architecture rotates the pairs (2i, 2i + 1) of a head; its Qwen architectures rotate (i, i + D/2), as
+    transformers does.
+    """
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def read_back(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model that transformers reads from a GGUF file, in float32."""
-    read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    # In the file, but the reader takes `head_dim` from Llama's only and never looks for biases or a scaled rope.
-    scaled = config.rope_parameters["rope_type"] != "default"
-    for name in ("head_dim", "attention_bias", *(["rope_parameters"] if scaled else [])):
+    config_read = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    # transformers' reader ignores some fields that are in the file: it reads `head_dim` for Llama only, and neither
+    # biases nor a scaled RoPE.
+    ignored_fields = ["head_dim", "attention_bias"]
+    if config.rope_parameters["rope_type"] != "default":
+        ignored_fields.append("rope_parameters")
+    for name in ignored_fields:
         if hasattr(config, name):
-            setattr(read, name, getattr(config, name))
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=read, dtype=torch.float32)
-    return convert(model, read)  # a plain model: the reader's calls itself quantised, which cannot be cast
+            setattr(config_read, name, getattr(config, name))
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, config=config_read, dtype=torch.float32
+    )
+    return convert(model, config_read)  # the reader marks its model as quantized, which forbids casting it
 
 
-def is_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes a conversation without tools as plain ChatML."""
-    chatml = "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in CHAT)
-    try:
-        prompt = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError):  # it refuses a system message; there is no template
-        return False
-    return prompt == f"{chatml}<|im_start|>assistant\n"
-
-
-def modelfile(file: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text of a Modelfile as Ollama documents it; without a TEMPLATE where the model's is not ChatML."""
-    lines = [f"FROM ./{file}"]
+def modelfile_text(file_name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of a Modelfile as documented by Ollama, without a TEMPLATE if the model's is not ChatML."""
+    lines = [f"FROM ./{file_name}"]
     if is_chatml(tokenizer):
         lines.append(f'TEMPLATE """{OLLAMA_CHATML}"""')
     else:
         print("warning: the chat template is not plain ChatML: write the TEMPLATE of the Modelfile yourself")
-    ends = model.generation_config.eos_token_id
-    stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    end_ids = model.generation_config.eos_token_id
+    if end_ids is None:
+        end_ids = []
+    elif not isinstance(end_ids, list):
+        end_ids = [end_ids]
+    stops = tokenizer.convert_ids_to_tokens(end_ids)
     stops += [tokenizer.eos_token, getattr(tokenizer, "document_separator_token", None)]
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop]
+    for stop in dict.fromkeys(stops):  # each once
+        if stop:
+            lines.append(f'PARAMETER stop "{stop}"')
+
     lines.append(f"PARAMETER num_ctx {model.config.max_position_embeddings}")
     return "\n".join(lines) + "\n"
 
 
-def export(checkpoint: str, folder: Path, file_type: str) -> None:
-    """Write the GGUF file and the Modelfile into `folder` and print what was compared.
-
-    Raises:
-        UserError: The model or its tokenizer does not fit, or the file written differs from the checkpoint.
-    """
-    file, limit = f"model-{file_type}.gguf", FILE_TYPES[file_type][2]
+def is_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the chat template formats a conversation without tools as plain ChatML."""
+    chatml = "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in CHAT)
     try:
-        config = gguf_config(require_causal_lm(checkpoint))
-        model, tokenizer = read_checkpoint(checkpoint)
-        model = convert(model, config)
-        write(model, tokenizer, folder / file, file_type, Path(checkpoint).resolve().name)
-        read = read_back(folder / file, config)
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"{checkpoint} cannot be written as GGUF: {error}") from error
-    difference = logit_difference(model, read)
-    if not difference <= limit:
-        raise UserError(
-            f"{checkpoint} is not written: as {file_type} its logits differ by {difference:.1e} of the largest, "
-            f"above {limit:.0e}"
-        )
-    print(f"{config.model_type} in {file_type}: the logits differ by {difference:.1e} of the largest (in float32)")
-    (folder / "Modelfile").write_text(modelfile(file, model, tokenizer), encoding="utf-8")
-
-
-def main() -> None:
-    (args,) = parse_arguments(GGUFArguments, description=__doc__)
-    output, file = Path(args.output), f"model-{args.file_type}.gguf"
-    present = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if file in present or output.is_file():
-        raise UserError(f"{output / file if present else output} exists: delete it, or give another --output")
-    if foreign := {name for name in present if not name.endswith(".gguf")} - {"Modelfile"}:
-        raise UserError(f"{output} holds more than GGUF files ({min(foreign)}): give another --output")
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        export(args.checkpoint, partial, args.file_type)
-        output.mkdir(exist_ok=True)
-        for name in (file, "Modelfile"):
-            os.replace(partial / name, output / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"wrote {output / file} and {output / 'Modelfile'}")
+        prompt = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError):  # it refuses a system message, or there is no template
+        return False
+    return prompt == f"{chatml}<|im_start|>assistant\n"
 
 
 if __name__ == "__main__":

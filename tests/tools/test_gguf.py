@@ -1,4 +1,4 @@
-"""Is a GGUF file the same model with the same tokenizer, and is what does not fit one refused?"""
+"""A GGUF file is the same model with the same tokenizer; what does not fit into one is refused."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ CHAT = [
 WIDE = dict(head_dim=32)  # 4 heads of 32 channels are more than `hidden_size`
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-# name -> the config's fields, the architecture expected
+# name -> fields of the config, expected architecture
 VARIANTS = {
     "bias": (dict(attention_bias=True), "qwen2"),
     "bias-wide": (dict(attention_bias=True, tie_word_embeddings=True) | WIDE, "llama"),
@@ -155,7 +155,7 @@ def test_a_native_export_and_its_checkpoint_give_the_same_tensors(tmp_path, chec
     assert tensors[0] == tensors[1]
 
 
-def test_rows_that_do_not_fill_blocks_stay_in_f16_and_it_says_so(tmp_path, checkpoint, export):
+def test_rows_that_do_not_fill_blocks_stay_in_f16_with_a_message(tmp_path, checkpoint, export):
     text = export(checkpoint(intermediate_size=80), tmp_path / "out", "q8_0")
     assert "2 matrices stay in f16" in text
     types = {
@@ -284,7 +284,7 @@ def test_the_pre_tokenizer_is_found_by_its_tokens(sample):
     assert share > 0.1
 
 
-def test_a_tokenizer_like_none_of_llama_cpps_is_warned_of(tmp_path, checkpoint, export):
+def test_an_unknown_pre_tokenizer_gives_a_warning(tmp_path, checkpoint, export):
     source = checkpoint(vocab_size=1600)
     PreTrainedTokenizerFast(tokenizer_object=train(None, PROBE), eos_token="<|im_end|>").save_pretrained(source)
     text = export(source, tmp_path / "out")
@@ -320,3 +320,10 @@ def test_llama_cpp_generates_the_same_tokens(tmp_path, checkpoint, export, varia
     engine.reset()
     generated = itertools.islice(engine.generate(prompt[0].tolist(), temp=0, repeat_penalty=1.0), 16)
     assert list(generated) == greedy[0, prompt.shape[1] :].tolist()
+
+
+def test_files_left_by_a_killed_run_are_replaced(tmp_path, checkpoint, export):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-f16.gguf.partial").write_text("half a file")
+    export(checkpoint(), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model-f16.gguf", "Modelfile"}
