@@ -23,7 +23,7 @@ import yaml
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
-from buddygpt.data.text.steps.benchmarks import read_multiple_choice
+from buddygpt.data.text.benchmarks import read_multiple_choice
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
-from buddygpt.data.text.steps.benchmarks import LETTERS, read_multiple_choice
+from buddygpt.data.text.benchmarks import LETTERS, read_multiple_choice
 
 
 class Dialogue(ConfigurableTask):

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import find_files
+from buddygpt.data.text.benchmarks import read_benchmarks
 from buddygpt.data.text.counts import RowCounts
-from buddygpt.data.text.steps.benchmarks import read_benchmarks
 from buddygpt.data.text.steps.ngrams import hash_ngrams, hash_units
 
 NGRAM = 6  # units: the length of the shortest items of MMLU

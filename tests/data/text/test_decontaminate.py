@@ -12,7 +12,7 @@ from conftest import ROOT
 from datatrove.data import Document
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.text.steps.benchmarks import read_benchmarks
+from buddygpt.data.text.benchmarks import read_benchmarks
 from buddygpt.data.text.steps.decontaminate import (
     MIN_SHARED,
     BenchmarkIndex,
