@@ -333,7 +333,8 @@ def determinism(subject: Subject) -> Measure:
 
 
 def initial_loss(subject: Subject) -> Measure:
-    """A newly initialized model predicts all tokens equally: its loss is ln V. Measured: the difference over ln V."""
+    """A newly initialized model predicts all tokens equally: its loss is the log of the vocabulary size. Measured: the
+    relative difference."""
     ids = subject.ids(4, LENGTH)
     with torch.no_grad():
         loss = subject.fresh_model()(ids, labels=ids, use_cache=False).loss.item()

@@ -41,6 +41,7 @@ def test_stock_architectures_pass(name):
     assert failures(Subject(STOCK[name])) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["debug", "debug-mla-moe"])
 def test_flex_attention_passes(name):
     assert run_check("attention_backends", open_subject(name, reduced=True)).status == "pass"
@@ -139,6 +140,7 @@ def test_a_model_with_nan_logits_fails_every_check_of_them():
     assert failures(subject).keys() >= CHECKS.keys() - others
 
 
+@pytest.mark.slow
 def test_saved_code_that_differs_from_the_model_fails_in_a_fresh_process():
     build = with_broken(modeling.BuddyGPTLatentAttention, broken.HeadsAsTime)
     build.__name__ = "BuddyGPTForCausalLM"  # so that the saved class is found; its attention has no fault
@@ -153,6 +155,7 @@ def run_command(monkeypatch, *arguments: object) -> int:
     return exit_info.value.code
 
 
+@pytest.mark.slow
 def test_checkpoint_folder_through_the_command(monkeypatch, capsys, tmp_path):
     AutoModelForCausalLM.from_config(STOCK["qwen2"]).save_pretrained(tmp_path / "qwen2")
     assert run_command(monkeypatch, tmp_path / "qwen2", "--only", "fresh_process", "experts_backends") == 0
@@ -202,6 +205,7 @@ def test_vocabulary_size_of_a_checkpoint_cannot_be_replaced(tmp_path):
         open_subject(str(tmp_path), vocab_size=5)
 
 
+@pytest.mark.slow
 def test_exit_status_of_a_wrong_model():
     result = subprocess.run([sys.executable, "-m", "buddygpt.check", "no-such-preset"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no-such-preset" in result.stderr

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from buddygpt.export import to_native
 from buddygpt.model import BuddyGPTForCausalLM
 
+pytestmark = pytest.mark.slow  # starts a server
 TRANSFORMERS = str(Path(sys.executable).with_name("transformers"))
 ANSWERS = {"法国的首都是哪里？": "法国的首都是巴黎。", "What is 12 + 30?": "It is 42."}
 SECONDS_TO_START = 240

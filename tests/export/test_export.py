@@ -205,6 +205,7 @@ assert "buddygpt" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_our_code_generates_the_same_tokens(tmp_path, export):
     models = [(bias, qk_norm, dict(like_qwen=like_qwen)) for bias, qk_norm, like_qwen, _ in TARGETS]
     expected = []

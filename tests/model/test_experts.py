@@ -140,6 +140,7 @@ def test_the_balance_loss_is_the_same_accumulated_and_blind_to_padding():
     torch.testing.assert_close(output.aux_loss, whole)
 
 
+@pytest.mark.slow
 def test_descending_the_balance_loss_balances():
     ids = random_ids(8, 64)
     fields = VARIANTS["gqa-moe"] | dict(first_k_dense_replace=2, aux_loss_alpha=1.0)

@@ -128,6 +128,7 @@ def test_backward_twice_is_refused_rather_than_wrong():
         loss.backward()
 
 
+@pytest.mark.slow
 def test_compiled_without_a_graph_break():
     model, ids = make_model().train(), random_ids(2, 12)
     expected = loss_and_gradients(model, ids, labels=ids)
@@ -170,6 +171,7 @@ def test_the_trainer_still_gets_its_metrics(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0 and shapes == [(4, 12, 97)]
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_tokens():
     """Measured by the benchmark itself; the full head's peak shows that the measure detects growth."""
 

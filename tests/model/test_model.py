@@ -162,7 +162,7 @@ def test_left_padding_changes_nothing(variant, backend):
 
 @every_variant
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("backend", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @torch.no_grad()  # flex_attention has no backward pass on the CPU
 def test_packed_documents_do_not_see_each_other(variant, backend):
     model, lengths = make_model(**VARIANTS[variant], attn_implementation=backend), [5, 14, 9]
@@ -173,6 +173,7 @@ def test_packed_documents_do_not_see_each_other(variant, backend):
     torch.testing.assert_close(packed, separate, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
@@ -269,6 +270,7 @@ def test_refuses_numbers_that_do_not_fit(fields, message):
         BuddyGPTConfig(**SIZES | fields)
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_where_the_package_was_never_imported(tmp_path):
     model, ids = make_model(**VARIANTS["mla-moe"], tie_word_embeddings=True), random_ids(1, 9)
     model.save_pretrained(tmp_path / "saved")

@@ -22,6 +22,7 @@ def run_python(program: str) -> str:
     return done.stderr.strip().split("\n")[-1] if done.returncode else ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before",
     [

@@ -100,6 +100,7 @@ def fields_of(reader: gguf.GGUFReader) -> dict:
     return {key: value.contents() for key, value in reader.fields.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_type", ["f16", "q8_0"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_file_holds_the_model_and_its_tokenizer(tmp_path, checkpoint, export, variant, file_type):
