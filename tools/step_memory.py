@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -88,23 +88,17 @@ class MemoryCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # two thirds of all calls
             return func(*args)
-        if func is torch.ops.aten._grouped_mm.default and args[0].dtype is torch.float32:
-            result = _grouped_mm_in_float32(func, args, kwargs)
+        # The rule for the experts' product on fake tensors accepts bfloat16 only.
+        is_grouped_mm = func is torch.ops.aten._grouped_mm.default
+        if is_grouped_mm and isinstance(args[0], FakeTensor) and args[0].dtype is torch.float32:
+            left, right, *others = args
+            result = func(left.bfloat16(), right.bfloat16(), *others, **kwargs).float()
         else:
             result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self._storages:
                 self.track(self.part, leaf)
         return result
-
-
-def _grouped_mm_in_float32(func, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """Call the product of experts, whose rule for fake tensors accepts bfloat16 only."""
-    try:
-        return func(*args, **kwargs)
-    except RuntimeError:
-        left, right, *others = args
-        return func(left.bfloat16(), right.bfloat16(), *others, **kwargs).float()
 
 
 @dataclass(frozen=True)

@@ -117,13 +117,12 @@ def test_checkpointing_keeps_the_layers_inputs():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_peak_is_that_of_real_tensors(shape):
+def test_peak_is_within_10_percent_of_real_tensors(shape):
     for rows, checkpointing, accumulation in ((1, False, 1), (8, False, 2), (8, True, 1)):
         setup = replace(FP32, checkpointing=checkpointing, accumulation=accumulation)
         measured = measure_peak(SHAPES[shape], setup, rows, fake=False)
-        assert predict(SHAPES[shape], setup).peak(rows) == pytest.approx(
-            measured, rel=0.05
-        )  # kernels for fake tensors copy more
+        # The rules for fake tensors return some tensors that the kernels do not allocate.
+        assert predict(SHAPES[shape], setup).peak(rows) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("shape", ["dense", "latent", "mixture"])
