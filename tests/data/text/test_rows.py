@@ -33,7 +33,7 @@ def rows_of(path: Path, data: bytes, **options) -> list:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-def test_gb18030_is_recognised_and_damaged_utf8_is_not_taken_for_it(name, tmp_path):
+def test_gb18030_is_recognized_and_damaged_utf8_is_not_taken_for_it(name, tmp_path):
     wrap = {"a.jsonl": '{"text": "%s"}\n', "a.json": '[{"text": "%s"}]', "a.csv": "text\n%s\n", "a.txt": "%s"}[name]
 
     def error(data: bytes) -> str:
@@ -51,14 +51,14 @@ def test_gb18030_is_recognised_and_damaged_utf8_is_not_taken_for_it(name, tmp_pa
         assert error(damaged).endswith("not valid UTF-8")
 
 
-def test_gb18030_in_a_parquet_file_is_recognised(tmp_path):
+def test_gb18030_in_a_parquet_file_is_recognized(tmp_path):
     column = pa.array([GB.encode("gb18030")]).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     (row,) = read_rows(tmp_path / "a.parquet", ["text"])
     assert "it looks like GB18030" in row.error
 
 
-def test_utf16_is_recognised(tmp_path):
+def test_utf16_is_recognized(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: it is UTF-16; convert it with `iconv -f UTF-16"):
         rows_of(tmp_path / "a.jsonl", '{"text": "a"}\n'.encode("utf-16"))
 
