@@ -30,7 +30,8 @@ def convert_checkpoint(checkpoint: str, output: Path, configs: Iterator[PreTrain
     Args:
         checkpoint: Folder or Hub name of the model to convert.
         output: Folder to make.
-        configs: Configs of equivalent models, the preferred one first. Iterating raises ValueError if there is none.
+        configs: Configs of equivalent models, the preferred one first. The first `next` raises ValueError with the reason if
+            there is none.
 
     Raises:
         UserError: The output exists; the checkpoint is incomplete or has no equivalent architecture; or the converted
@@ -63,13 +64,16 @@ def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrain
         if config is None:
             raise UserError(f"{checkpoint} is not converted: no equivalent architecture keeps its tokenizer")
 
+    # model.layers.0.self_attn.q_proj.bias -> self_attn.q_proj.bias
     added = {parameter.split(".", 3)[-1] for parameter in converted.state_dict().keys() - model.state_dict().keys()}
     if added:
         print(f"added weights that only {name} has, as zeros, which change nothing: {', '.join(sorted(added))}")
     difference = logit_difference(model, converted)
     if not difference <= TOLERANCE:  # also refuses NaN
-        limits = f"{difference:.1e} of the largest, above {TOLERANCE:.0e}"
-        raise UserError(f"{checkpoint} is not converted: as {name} its logits differ by {limits}")
+        raise UserError(
+            f"{checkpoint} is not converted: as {name} its logits differ by {difference:.1e} of the largest, "
+            f"above {TOLERANCE:.0e}"
+        )
     print(f"{name}: the logits differ by {difference} of the largest (in float32)")
 
 

@@ -408,14 +408,15 @@ class BuddyGPTTopkRouter(nn.Module):
         scores = expert_scores(logits, config.scoring_func)  # (N, E)
 
         # Choose topk_group of n_group groups; a group's score is the sum of its two best experts' scores.
-        choice = (scores + self.e_score_correction_bias).unflatten(-1, (config.n_group, -1))  # (N, groups, E / groups)
-        group_scores = choice.topk(2, dim=-1).values.sum(-1)  # (N, groups)
+        biased = scores + self.e_score_correction_bias
+        biased = biased.unflatten(-1, (config.n_group, -1))  # (N, groups, E / groups)
+        group_scores = biased.topk(2, dim=-1).values.sum(-1)  # (N, groups)
         best_groups = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
         is_allowed = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, best_groups, True)
 
         # Choose k experts of these groups.
-        choice = choice.masked_fill(~is_allowed.unsqueeze(-1), float("-inf")).flatten(1)  # (N, E)
-        indices = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices  # (N, k)
+        biased = biased.masked_fill(~is_allowed.unsqueeze(-1), float("-inf")).flatten(1)  # (N, E)
+        indices = biased.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices  # (N, k)
 
         # The weights are the scores without the bias.
         weights = scores.gather(1, indices)  # (N, k)

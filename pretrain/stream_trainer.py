@@ -50,8 +50,8 @@ class PretrainTrainer(StreamTrainer):
     """[`StreamTrainer`] that logs bits per byte with every loss, and what it has read from each source.
 
     Bits per byte are nats per token x tokens per byte of text / ln 2. `epochs/SOURCE` counts source epochs, and
-    `share/SOURCE` is the source's share of all blocks read. If the evaluation data is a dictionary of sources, their
-    blocks are also evaluated as a whole.
+    `share/SOURCE` is the source's share of all blocks read. If the evaluation data is a dictionary of sources,
+    `eval_loss` is the mean over all their blocks.
 
     Args:
         tokens_per_byte: Tokens per byte of text for "train", "eval" and "eval_SOURCE".

@@ -23,6 +23,7 @@ def main() -> None:
     tokenizer = prepare_for_trl(model_args, training_args)
     # Rows that are not fit stop the run here, before the model is loaded.
     checks = row_checks(args, training_args, tokenizer)
+    # TRL computes the loss of both answers (trl/trainer/dpo_trainer.py), with a frozen copy as the reference model.
     trainer = DPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

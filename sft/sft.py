@@ -22,6 +22,7 @@ def main() -> None:
     tokenizer = prepare_for_trl(model_args, training_args)
     # Rows that are not fit stop the run here, before the model is loaded.
     checks = row_checks(args, training_args, tokenizer) | {"assistant_only": training_args.assistant_only_loss}
+    # TRL replaces the model's forward pass and computes the loss itself (trl/trainer/sft_trainer.py, compute_loss).
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

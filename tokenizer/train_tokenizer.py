@@ -9,7 +9,7 @@ Encoding and decoding returns any Unicode text unchanged. The same input gives t
     <|im_end|>      ends every turn of a chat: `tokenizer.eos_token`
     <|pad|>         fills batches and has no other use: `tokenizer.pad_token`
 
-`max_bytes` limits memory: training needs 20 to 40 bytes per byte of text, or 70 if no two runs of Chinese are alike.
+`max_bytes` limits memory: training needs 20 to 40 bytes per byte of text, at worst 70.
 The default needs about 1.1 GB. More text takes longer and hardly improves compression: see README.md.
 """
 
@@ -61,7 +61,8 @@ def main() -> None:
     # Check everything that can be checked before reading gigabytes of text.
     if args.vocab_size < len(FIXED_ENTRIES):
         raise UserError(
-            f"vocab_size {args.vocab_size} is below the {len(FIXED_ENTRIES)} of 256 bytes and the special tokens"
+            f"vocab_size {args.vocab_size} is too small: the 256 bytes and the special tokens already take "
+            f"{len(FIXED_ENTRIES)} entries"
         )
     check_output(output)
     texts = read_all_texts(args.files, args.text_column, args.max_bytes)

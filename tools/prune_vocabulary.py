@@ -56,7 +56,7 @@ def main() -> None:
     state = read_state(source, args.tokenizer)
     n_fixed = len(fixed_entries(state))
     if args.vocab_size < n_fixed:
-        raise UserError(f"vocab_size {args.vocab_size} is below the {n_fixed} of 256 bytes and the special tokens")
+        raise UserError(f"vocab_size {args.vocab_size} is too small: bytes and special tokens already take {n_fixed} entries")
     check_output(output)
     used, held_out = split_by_hash(read_all_texts(args.files, args.text_column, args.max_bytes))
 

@@ -165,7 +165,7 @@ class SchemaError(UserError):
 
 
 def find_schema(path: Path, kind: str | None = None) -> Schema:
-    """Return the schema of a file: the one that its first rows fit. Rows that fit none may stand between.
+    """Return the schema of a file: the one that its first rows fit, ignoring rows that fit none.
 
     Args:
         kind: Only schemas of this kind.

@@ -51,12 +51,12 @@ class BlockDataset(TokenShards, Dataset):
     def blocks_of(self) -> dict[str, list[range]]:
         """The blocks of each source, one range per shard: those whose first token lies in that shard.
 
-        Appended shards only append to these lists.
+        Appending shards adds ranges at the end of these lists and changes none.
         """
-        # The first block that begins in each shard, or in a later one if none begins there; then the end of the last.
+        # The number of the first block that begins at or after the start of each shard, and after the last shard.
         firsts = [0]
         for end in self._ends.tolist():
-            firsts.append(-(-end // self.block_size))
+            firsts.append(-(-end // self.block_size))  # rounded up
         ranges: dict[str, list[range]] = {}
         for shard, (first, stop) in zip(self.shards, pairwise(firsts), strict=True):
             ranges.setdefault(shard["source"], []).append(range(first, min(stop, len(self))))

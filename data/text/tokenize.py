@@ -82,8 +82,9 @@ def describe_tokenizer(name_or_path: str, separator: str) -> TextTokenizer:
 def raw_text_tokenizer(tokenizer: PreTrainedTokenizerBase, separator: str) -> str:
     """Return the tokenizer's JSON with the separator and every token of its chat template marked as special.
 
-    [`ShardWriter`] encodes tokens that are marked special as plain text. Some tokens lack the mark although the chat
-    template uses them, such as Qwen's `<tool_call>`.
+    The tokenizer of [`ShardWriter`] splits tokens that are marked special like any other text, so that text which
+    contains `<|im_end|>` never becomes the token. Some tokens of chat templates lack the mark, such as Qwen's
+    `<tool_call>`.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     template = f"{separator} {tokenizer.chat_template}"
