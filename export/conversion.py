@@ -30,8 +30,8 @@ def convert_checkpoint(checkpoint: str, output: Path, configs: Iterator[PreTrain
     Args:
         checkpoint: Folder or Hub name of the model to convert.
         output: Folder to make.
-        configs: Configs of equivalent models, the preferred one first. The first `next` raises ValueError with the reason if
-            there is none.
+        configs: Configs of equivalent models, the preferred one first. If there is none, the first `next` raises
+            ValueError with the reason.
 
     Raises:
         UserError: The output exists; the checkpoint is incomplete or has no equivalent architecture; or the converted

@@ -48,8 +48,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             weight: Weight of the output head (V, C).
             targets: Token ids (N,), -100 at rows that do not count.
             z_loss_coef: Weight of the z-loss.
-            with_gradient: Compute the gradient. Give False under `torch.no_grad()`, which autograd does not show to this
-                function.
+            with_gradient: Compute the gradient. Give False under `torch.no_grad()`, which this function cannot
+                see by itself.
         """
         device = hidden_states.device
         if torch.is_autocast_enabled(device.type):

@@ -56,7 +56,9 @@ def main() -> None:
     state = read_state(source, args.tokenizer)
     n_fixed = len(fixed_entries(state))
     if args.vocab_size < n_fixed:
-        raise UserError(f"vocab_size {args.vocab_size} is too small: bytes and special tokens already take {n_fixed} entries")
+        raise UserError(
+            f"vocab_size {args.vocab_size} is too small: bytes and special tokens already take {n_fixed} entries"
+        )
     check_output(output)
     used, held_out = split_by_hash(read_all_texts(args.files, args.text_column, args.max_bytes))
 

@@ -212,7 +212,7 @@ def test_long_documents_are_read_in_pieces(tmp_path):
 @pytest.mark.parametrize(
     "content, arguments, message",
     [
-        (b'{"text": "a"}\n', ["--vocab_size", "263"], "vocab_size 263 is below the 264"),
+        (b'{"text": "a"}\n', ["--vocab_size", "263"], "vocab_size 263 is too small: .* take 264"),
         (b"", [], "there is no text"),
         (b'{"text": ""}\n', [], "there is no text"),
         (b'{"text": "a"}\n{"text": "b"\n', [], r"a\.jsonl:2: not valid JSON"),

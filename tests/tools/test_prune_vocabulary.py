@@ -120,7 +120,7 @@ def test_pruning_adds_our_template_to_chatml_without_one(folder, tmp_path, monke
         (models.BPE({"a": 0, "b": 1}, []), "BPE, but not byte-level: 254 of 256 bytes have no entry"),
         (
             models.BPE({char: i for i, char in enumerate(byte_level_bpe.BYTE_CHARACTERS.values())}, []),
-            "255 is below the 256 of",
+            "255 is too small: bytes and special tokens already take 256",
         ),
     ],
 )
