@@ -55,6 +55,9 @@ class Profile:
     steps: list[Step]
 
 
+FIRST_STEP = Step("normalize_line_ends", {}, {})  # of every profile
+
+
 def load_profile(name_or_path: str) -> Profile:
     """Read a profile of data/profiles by name, or any other by path.
 
@@ -181,7 +184,7 @@ class Cleaner(BaseFilter):
 
     def _clean(self, doc: Document, changed: Counter) -> str | None:
         """Return the first rule that the document breaks. Add to `changed` the characters that each mapper changes."""
-        for step in self.profiles[doc.metadata["source"]].steps:
+        for step in (FIRST_STEP, *self.profiles[doc.metadata["source"]].steps):
             if _is_blank(doc.text):
                 return "empty"
             if step.operator in MAPPERS:

@@ -54,12 +54,18 @@ SPACES_INSIDE_LINE = re.compile(r"[ \t](?<=\S.)[ \t]+(?=\S)")
 
 
 @mapper
+def normalize_line_ends(text: str) -> str:
+    """Use \\n as line end. Cleaning does so before the first step of a profile: all operators rely on it."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@mapper
 def normalize_lines(text: str) -> str:
     """Use \\n as line end, remove control characters, keep at most two blank lines in a row, and strip both ends.
 
     No visible character changes, also not full-width punctuation (no NFC, no NFKC).
     """
-    text = CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = CONTROL_CHARACTERS.sub("", normalize_line_ends(text))
     return MANY_BLANK_LINES.sub("\n\n\n", text).strip()
 
 
@@ -72,6 +78,7 @@ def fix_unicode(text: str, *, unescape_html: bool) -> str:
     """
     if unescape_html and "&" in text and HTML_ENTITY.search(text):
         text = ftfy.fixes.unescape_html(text)
+    text = normalize_line_ends(text)  # ftfy would turn the \r of each \r\n, also of `&#13;`, into one more line end
     if not NEEDS_FTFY.search(text):
         return text
     lines = text.split("\n")

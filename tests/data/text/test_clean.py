@@ -64,6 +64,8 @@ def write_profile(path: Path, text: str) -> Path:
     "operator, parameters, before, after",
     [
         ("normalize_lines", {}, " a\r\nb\rc\x00\x07\n \n\n\n\n\u3000\nd\n", "a\nb\nc\n\n\nd"),
+        ("fix_unicode", {"unescape_html": False}, "春\r\n天\r\r\né", "春\n天\n\né"),
+        ("fix_unicode", {"unescape_html": True}, "春&#13;\n天&#13;&#10;é", "春\n天\né"),
         ("fix_unicode", {"unescape_html": False}, "schÃ¶n ﬁne\u2028a&lt;b", "schön fine\na&lt;b"),
         ("fix_unicode", {"unescape_html": True}, "1 &lt; 2 &amp;&nbsp;3 &#20013;", "1 < 2 &\xa03 中"),
         ("normalize_spaces", {"collapse": True}, "  a \t b\xa0c  \nd\u200b\u3000\n\ne", "  a b c\nd\n\ne"),
@@ -128,6 +130,16 @@ def test_a_mapper_leaves_what_only_looks_like_it(operator, text):
 @pytest.mark.parametrize("profile", ["none", "text", "zh-web", "steel-text", "steel-code"])
 def test_chinese_punctuation_stays_as_it_is(profile):
     assert clean(f"{PROSE}\n{PUNCTUATION}\n{PROSE[::-1]}", profile)[0] == f"{PROSE}\n{PUNCTUATION}\n{PROSE[::-1]}"
+
+
+@pytest.mark.parametrize("profile", [*sorted(path.stem for path in PROFILES.glob("*.yaml")), "own"])
+def test_line_ends_of_any_system_are_cleaned_alike(profile, tmp_path):
+    if profile == "own":
+        profile = str(write_profile(tmp_path / "own.yaml", "steps: [{normalize_spaces: {collapse: false}}]"))
+    for text in (f"{POEM} \n\n{ARTICLE}\n{ADVERTS[0]}\n网址：\n<p>résumé</p>\n", CODE, f"// Copyright A\n{CODE}"):
+        expected = clean(text, profile)
+        assert clean(text.replace("\n", "\r\n"), profile) == expected
+        assert clean(text.replace("\n", "\r"), profile) == expected
 
 
 @pytest.mark.parametrize(
