@@ -191,6 +191,10 @@ def test_logits_to_keep_and_recorded_outputs(variant):
     output = model(ids, output_hidden_states=True, output_attentions=True)
     # A BLAS library may round a product of 3 rows and one of 10 differently: equal up to the last bits of float32.
     torch.testing.assert_close(model(ids, logits_to_keep=3).logits, output.logits[:, -3:], rtol=0, atol=1e-5)
+    positions = torch.tensor([2, 7])
+    torch.testing.assert_close(
+        model(ids, logits_to_keep=positions).logits, output.logits[:, positions], rtol=0, atol=1e-5
+    )
     assert len(output.hidden_states) == 4 and len(output.attentions) == 3
     torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(1, 4, 10))
 
