@@ -175,7 +175,27 @@ def test_the_chat_is_rendered_as_chatml(tokenizer):
     with_tools = tokenizer.apply_chat_template(CHAT, tools=TOOLS, tokenize=False)
     assert with_tools.count("<|im_start|>system") == 1 and "Be brief.\n\n# Tools" in with_tools
     no_system = tokenizer.apply_chat_template(CHAT[1:2], tokenize=False)
-    assert no_system == "<|im_start|>user\n北京的天气？<|im_end|>\n"
+    assert no_system == "<|im_start|>user\n北京的天气？<|im_end|>"
+
+
+def test_a_chat_ends_with_the_end_mark_of_its_last_turn(tokenizer):
+    # Trainers take what follows the prompt as the answer: a line end there would be trained as a part of it.
+    prompt = tokenizer.apply_chat_template(CHAT[1:2], add_generation_prompt=True, return_dict=False)
+    answer = {"role": "assistant", "content": "再见"}
+    chat = tokenizer.apply_chat_template([*CHAT[1:2], answer], return_dict=False)
+    assert chat[: len(prompt)] == prompt and tokenizer.decode(chat[len(prompt) :]) == "再见<|im_end|>"
+    for tools in (None, TOOLS):
+        for end in range(1, len(CHAT) + 1):
+            text = tokenizer.apply_chat_template(CHAT[:end], tools=tools, tokenize=False)
+            prompt = tokenizer.apply_chat_template(CHAT[:end], tools=tools, tokenize=False, add_generation_prompt=True)
+            assert text.endswith("<|im_end|>") and prompt == f"{text}\n<|im_start|>assistant\n"
+
+
+def test_a_developer_turn_is_a_system_turn(tokenizer):
+    developer = [CHAT[0] | {"role": "developer"}, *CHAT[1:]]
+    for tools in (None, TOOLS):
+        texts = [tokenizer.apply_chat_template(chat, tools=tools, tokenize=False) for chat in (CHAT, developer)]
+        assert texts[0] == texts[1]
 
 
 def test_a_longer_chat_begins_with_the_tokens_of_its_earlier_turns(tokenizer):
