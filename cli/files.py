@@ -4,48 +4,84 @@ import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from buddygpt.cli.errors import UserError
 
-FILE_TYPES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
+ROW_TYPES = (".jsonl", ".json", ".parquet", ".csv")  # files of rows with columns
+FILE_TYPES = (*ROW_TYPES, ".txt", ".md")
 COMPRESSIONS = (".gz", ".zst")
 
 
 def file_type(file: Path | str) -> str:
-    """Return the suffix that says how a file is read, without its compression suffix: "a.jsonl.gz" -> ".jsonl"."""
-    path = PurePosixPath(file)
+    """Return the suffix that says how a file is read, without its compression suffix: "a.JSONL.gz" -> ".jsonl"."""
+    path = PurePosixPath(str(file).lower())
     return PurePosixPath(path.stem if path.suffix in COMPRESSIONS else path.name).suffix
 
 
-def is_data_file(name: Path | str) -> bool:
-    """Return True for a visible file of a supported type. `name` is relative to the folder that is searched."""
-    hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-    return not hidden and file_type(name) in FILE_TYPES
-
-
-def find_files(patterns: list[str]) -> list[Path]:
+def find_files(patterns: list[str], types: Collection[str] = FILE_TYPES) -> list[Path]:
     """Return the files that match names, glob patterns and folders, each file once, sorted within a pattern.
 
-    A folder matches all visible data files in it, at any depth.
+    A folder matches all visible files of these types in it, at any depth. What else it holds is printed.
 
     Raises:
         UserError: A pattern matches no file.
     """
     files: dict[Path, None] = {}
     for pattern in patterns:
-        folder = Path(pattern)
-        if folder.is_dir():
-            paths = [path for path in sorted(folder.rglob("*")) if is_data_file(path.relative_to(folder))]
+        path = Path(pattern)
+        if path.is_dir():
+            names = [each.relative_to(path).as_posix() for each in sorted(path.rglob("*")) if each.is_file()]
+            found = [path / name for name in select_data_files(pattern, names, types)]
+        elif path.is_file():  # also if its name looks like a pattern: a[1].jsonl
+            found = [path]
         else:
-            paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-        found = [path for path in paths if path.is_file()]
+            found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
         if not found:
             raise UserError(f"no file matches `{pattern}`")
         files.update(dict.fromkeys(found))
     return list(files)
+
+
+def select_data_files(folder: str, names: list[str], types: Collection[str] = FILE_TYPES) -> list[str]:
+    """Return the visible files of these types among the files of a folder, and print what is left out.
+
+    README.md is left out of a folder with rows, because it describes them.
+
+    Raises:
+        UserError: Nothing is left.
+    """
+    names = [name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
+    has_rows = any(file_type(name) in ROW_TYPES for name in names)
+    selected: list[str] = []
+    skipped: dict[str, list[str]] = {}
+    for name in names:
+        file = PurePosixPath(name)
+        if has_rows and file.name.lower() == "readme.md":
+            skipped.setdefault("README.md", []).append(name)
+        elif file_type(name) in types:
+            selected.append(name)
+        else:
+            skipped.setdefault(file.suffix or "without a suffix", []).append(name)
+    if not skipped:
+        return selected
+
+    kinds = ", ".join(f"{len(group)} {kind} ({group[0]})" for kind, group in skipped.items())
+    if not selected:
+        raise UserError(f"no file matches `{folder}`: it holds {kinds}; use {', '.join(types)}")
+    total = sum(map(len, skipped.values()))
+    _print_once(f"skipped {total:,} of {len(names):,} files in {folder}, which are not read here: {kinds}")
+    return selected
+
+
+@cache
+def _print_once(message: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
 
 
 def file_sha256(path: str | Path, flush: bool = False) -> str:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, run_script
-from buddygpt.cli.files import find_files, write_atomically
+from buddygpt.cli.files import ROW_TYPES, find_files, write_atomically
 from buddygpt.data.chat.checker import RowChecker, SchemaError, find_schema, require_schema
 from buddygpt.data.chat.rules import count_remarks, fill_placeholders, select_turns, special_tokens
 from buddygpt.data.chat.schemas import SCHEMAS, Schema
@@ -72,7 +72,7 @@ class ConvertArguments:
 
 def main() -> None:
     (args,) = parse_arguments(ConvertArguments, description=__doc__)
-    inputs = find_files(args.input)
+    inputs = find_files(args.input, ROW_TYPES)
     outputs = [Path(name) for name in (args.output, args.eval_output) if name]
     if len({path.resolve() for path in inputs + outputs}) < len(inputs) + len(outputs):
         raise UserError("the same file is named twice among input, output and eval_output")

@@ -124,7 +124,7 @@ def find_schemas(paths: list[Path], args: argparse.Namespace) -> dict[Path, Sche
 
 def find_schema_or_text(path: Path, args: argparse.Namespace) -> Schema | None:
     """Return the schema of a file, or None for pretraining text: rows that fit no schema and have a text column."""
-    if args.stage == "pretrain" or file_type(path) == ".txt":
+    if args.stage == "pretrain" or file_type(path) in (".txt", ".md"):
         return None
     if args.schema:
         return SCHEMAS[args.schema]

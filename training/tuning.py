@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from buddygpt.cli.checkpoints import checkpoint_sha256
-from buddygpt.cli.files import file_sha256, find_files
+from buddygpt.cli.files import ROW_TYPES, file_sha256, find_files
 
 
 @dataclass
@@ -71,6 +71,6 @@ def describe_run(recipe: str, args: TuningArguments, model_args: ModelConfig) ->
     """Return what the recipe adds to `run.json`: its arguments, and the hashes of what it starts from."""
     origin = {
         "base_sha256": checkpoint_sha256(model_args.model_name_or_path),
-        "data_sha256": [file_sha256(path) for path in find_files(args.train_files)],
+        "data_sha256": [file_sha256(path) for path in find_files(args.train_files, ROW_TYPES)],
     }
     return {"recipe": recipe, "arguments": vars(args), "origin": origin}

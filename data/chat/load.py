@@ -9,10 +9,11 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from buddygpt.cli.errors import UserError
-from buddygpt.cli.files import find_files
+from buddygpt.cli.files import ROW_TYPES, find_files
 from buddygpt.data.chat.checker import RowChecker
 from buddygpt.data.chat.rules import FORMS, BadRow, special_tokens
 from buddygpt.data.chat.tokens import find_faults, tokenize
+from buddygpt.data.text.benchmarks import BENCHMARK_TYPES
 from buddygpt.data.text.rows import read_rows
 
 
@@ -56,7 +57,7 @@ def load_rows(
     """
     tokens = special_tokens(tokenizer) if tokenizer else ()
     try:
-        parts = [_load_file(path, kind, tokens, tuple(benchmarks), force) for path in find_files(files)]
+        parts = [_load_file(path, kind, tokens, tuple(benchmarks), force) for path in find_files(files, ROW_TYPES)]
         rows = concatenate_datasets(parts)
         if tokenizer:
             _require_fit(rows, kind, files, tokenizer, max_length, assistant_only, force)
@@ -68,7 +69,7 @@ def load_rows(
 def _load_file(path: Path, kind: str, tokens: tuple[str, ...], benchmarks: tuple[str, ...], force: bool) -> Dataset:
     # The arguments are the key of the cache. The times of the last changes are among them, so an edit of the file or
     # of a benchmark causes a new check. They are tuples because `datasets` splits lists between processes.
-    changed = tuple(file.stat().st_mtime_ns for file in (path, *find_files(list(benchmarks))))
+    changed = tuple(file.stat().st_mtime_ns for file in (path, *find_files(list(benchmarks), BENCHMARK_TYPES)))
     source = {
         "path": path.absolute(),
         "kind": kind,

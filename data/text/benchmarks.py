@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from buddygpt.cli.errors import UserError
-from buddygpt.cli.files import file_type, find_files
+from buddygpt.cli.files import ROW_TYPES, file_type, find_files
 from buddygpt.data.text.rows import read_rows
 
+BENCHMARK_TYPES = (*ROW_TYPES, ".txt")
 QUESTION_KEYS = ("question", "problem", "prompt", "query", "q_main", "instruction", "content", "text", "问题", "题目")
 SPLITS = ("test", "val", "valid", "dev", "train", "data")
 OPTION_KEY = re.compile("(option_?|选项)?[a-h]")
@@ -48,7 +49,7 @@ def read_benchmarks(paths: list[str]) -> Iterator[BenchmarkItem]:
     """
     for path, name in zip(paths, _name_benchmarks(paths), strict=True):
         has_questions = False
-        for file in find_files([path]):
+        for file in find_files([path], BENCHMARK_TYPES):
             count = 0
             for number, row in _read_rows(file):
                 question = _find_question(row)

@@ -13,6 +13,7 @@ from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import find_files, write_atomically
 from buddygpt.data.shards.format import MANIFEST, read_manifest
 from buddygpt.data.shards.mixture import collect_requests, resolve_mixture
+from buddygpt.data.text.benchmarks import BENCHMARK_TYPES
 from buddygpt.data.text.clean import load_profile
 from buddygpt.data.text.sources import Source, describe_file
 from buddygpt.data.text.tokenize import TextTokenizer
@@ -86,7 +87,7 @@ def make_plan(
         assignments=assignments,
         sources=list_requests(sources),
         clean={source.name: source.clean for source in sources},
-        benchmarks=[describe_file(str(file)) for file in find_files(config["decontaminate"])],
+        benchmarks=[describe_file(str(file)) for file in find_files(config["decontaminate"], BENCHMARK_TYPES)],
         profiles={name: asdict(load_profile(name)) for name in profiles},
         tokens=tokenizer.facts,
     )

@@ -1,4 +1,4 @@
-"""Read .jsonl, .json, .parquet, .csv and .txt files row by row, plain, .gz or .zst.
+"""Read .jsonl, .json, .parquet, .csv, .txt and .md files row by row, plain, .gz or .zst.
 
 for row in read_rows(path):            # row.content is a dict of all columns
 for row in read_rows(path, ["text"]):  # row.content is the text in the first of these columns
@@ -87,10 +87,11 @@ def read_rows(
     """Yield every row of a file, also bad ones. Memory holds one row at a time, or one batch of a parquet file.
 
     Args:
-        path: A .jsonl, .json (lines or an array), .parquet or .csv file or URL. With a `text_key`, also .txt.
+        path: A .jsonl, .json (lines or an array), .parquet or .csv file or URL. With a `text_key`, also .txt and .md.
         text_key: The first of these columns that a row has is its text; only the text is returned.
         bar: A [`progress_bar`].
-        txt_sample_by: `document` if a .txt file is one document, `line` if every line is one.
+        txt_sample_by: `document` if a .txt file is one document, `line` if every line is one. A .md file is always one
+            document.
         keep: Other columns to return with the text, if a file has them.
 
     Raises:
@@ -99,6 +100,7 @@ def read_rows(
     readers = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
     if text_key:
         readers[".txt"] = {"document": _read_document, "line": _read_lines}[txt_sample_by]
+        readers[".md"] = _read_document
     suffix = file_type(path)
     if suffix not in readers:
         raise UserError(f"{path}: unknown type `{suffix}`; use one of {', '.join(readers)}")
@@ -107,7 +109,7 @@ def read_rows(
     number = 0  # of the last row that was read
     try:
         opened = fsspec.open(path) if is_url(path) else open(path, "rb")  # noqa: SIM115
-        with opened as raw, _decompress(raw, PurePosixPath(path).suffix) as stream:
+        with opened as raw, _decompress(raw, PurePosixPath(path).suffix.lower()) as stream:
             _skip_byte_order_mark(stream)
             for row in readers[suffix](stream, text_key, keep):
                 number = row.number

@@ -26,7 +26,7 @@ from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 
 from buddygpt.cli.errors import UserError
-from buddygpt.cli.files import FILE_TYPES, file_sha256, file_type, find_files, is_data_file
+from buddygpt.cli.files import FILE_TYPES, file_sha256, file_type, find_files, select_data_files
 from buddygpt.data.text.rows import is_url, one_line, remote_errors
 
 PUBLIC_SETS = Path(__file__).parents[1] / "sources.yaml"
@@ -302,7 +302,7 @@ def find_source_files(path: str) -> list[str]:
     if path.startswith("ms://"):
         return _download_from_modelscope(path)
     if not is_url(path):
-        if HUB_NAME.fullmatch(path) and not is_data_file(path) and not Path(path).exists():
+        if HUB_NAME.fullmatch(path) and file_type(path) not in FILE_TYPES and not Path(path).exists():
             hubs = f"a data set of the Hub is `hf://datasets/{path}`, of ModelScope `ms://{path}`"
             raise UserError(f"no file matches `{path}`; {hubs}")
         return [str(file) for file in find_files([path])]
@@ -310,7 +310,8 @@ def find_source_files(path: str) -> list[str]:
         system, pattern = fsspec.url_to_fs(path)
         if not glob.has_magic(pattern) and system.isdir(pattern):
             start = len(pattern.rstrip("/")) + 1
-            found = [name for name in system.find(pattern) if is_data_file(name[start:])]
+            names = [name[start:] for name in system.find(pattern)]
+            found = [f"{pattern.rstrip('/')}/{name}" for name in select_data_files(path, names)]
         else:
             found = [name for name, info in system.glob(pattern, detail=True).items() if info["type"] == "file"]
     if not found:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import find_files
-from buddygpt.data.text.benchmarks import read_benchmarks
+from buddygpt.data.text.benchmarks import BENCHMARK_TYPES, read_benchmarks
 from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.steps.ngrams import hash_ngrams, hash_units
 
@@ -84,7 +84,7 @@ class BenchmarkIndexer(PipelineStep):
 
     def __init__(self, paths: list[str], folder: Path) -> None:
         super().__init__()
-        find_files(paths)  # raises before any stage runs
+        find_files(paths, BENCHMARK_TYPES)  # raises before any stage runs
         self.paths, self.folder = paths, folder
 
     def run(self, data: None = None, rank: int = 0, world_size: int = 1) -> None:

@@ -205,7 +205,7 @@ def test_a_bar_ends_at_the_size_of_the_file(codec, tmp_path):
 
 
 def test_find_files_takes_names_globs_and_folders(tmp_path):
-    for name in ("a.jsonl", "b/c.txt.zst", "b/notes.md", ".git/d.txt"):
+    for name in ("a.jsonl", "b/c.txt.zst", "b/notes.rst", ".git/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     assert find_files([str(tmp_path)]) == [tmp_path / "a.jsonl", tmp_path / "b" / "c.txt.zst"]

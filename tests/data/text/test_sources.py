@@ -291,7 +291,7 @@ def test_entries_become_sources(tmp_path, monkeypatch):
         ("nobody/no-set", "no file matches `nobody/no-set`; a data set of the Hub is `hf://datasets/nobody/no-set`"),
         ({"path": " "}, "path is ` `; use a path"),
         ("", "path is ``; use a path"),
-        ("*", r"entry 1: notes.md: unknown type; use one of .jsonl, .*, or these as .gz or .zst"),
+        ("*", r"entry 1: notes.rst: unknown type; use one of .jsonl, .*, or these as .gz or .zst"),
         ("memory://nowhere/*.jsonl", "no file matches `memory://nowhere/"),
         ("nosuch://x", "nosuch://x: cannot be read: Protocol not known: nosuch"),
     ],
@@ -299,7 +299,7 @@ def test_entries_become_sources(tmp_path, monkeypatch):
 def test_a_mistake_in_an_entry_is_named(entry, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "x.jsonl", [{"text": "a"}])
-    Path("notes.md").write_text("a")
+    Path("notes.rst").write_text("a")
     with pytest.raises(UserError, match=message):
         read_sources([entry])
 
