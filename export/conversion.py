@@ -18,6 +18,8 @@ from transformers import (
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import write_atomically
 from buddygpt.export.architectures import convert
+from buddygpt.export.generation_marks import hide_generation_marks, restore_generation_marks
+from buddygpt.model import BuddyGPTConfig
 
 # Largest allowed difference of logits in float32, relative to the largest logit. 0.0 is expected, because both models
 # run the same operations; with other memory alignment a BLAS library may round the last bit differently.
@@ -50,6 +52,9 @@ def convert_checkpoint(checkpoint: str, output: Path, configs: Iterator[PreTrain
 def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrainedConfig]) -> None:
     config = next(configs)  # fails before the weights are read if there is no equivalent architecture
     model, tokenizer = read_checkpoint(checkpoint)
+    if isinstance(tokenizer.chat_template, str):
+        change = restore_generation_marks if isinstance(config, BuddyGPTConfig) else hide_generation_marks
+        tokenizer.chat_template = change(tokenizer.chat_template)
 
     # Write one architecture after another until one of them keeps the tokenizer.
     while True:

@@ -5,13 +5,13 @@ This module finds the name whose pattern gives the same tokens.
 """
 
 import json
-import re
 
 from gguf import GGUFWriter, TokenType
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from buddygpt.cli.errors import UserError
+from buddygpt.export.generation_marks import hide_generation_marks
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -99,7 +99,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, rows: 
     writer.add_add_bos_token(False)
 
     if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(without_generation_marks(tokenizer.chat_template))
+        writer.add_chat_template(hide_generation_marks(tokenizer.chat_template))
 
 
 def choose_pre_tokenizer(tokenizer: Tokenizer, text: str = PROBE) -> tuple[str, float]:
@@ -161,8 +161,3 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[list[str]
     texts = [text_of.get(token_id, f"[PAD{token_id}]") for token_id in range(rows)]
     types = [type_of.get(token_id, TokenType.UNUSED) for token_id in range(rows)]
     return texts, types
-
-
-def without_generation_marks(template: str) -> str:
-    """Turn `{% generation %}`, which only transformers knows, into a comment; the template renders the same."""
-    return re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", template)

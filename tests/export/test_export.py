@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -20,7 +22,7 @@ from transformers import (
 )
 
 from buddygpt.cli.errors import UserError
-from buddygpt.export import to_native
+from buddygpt.export import from_native, to_native
 from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
@@ -144,7 +146,27 @@ def test_the_export_equals_the_checkpoint_bit_for_bit(tmp_path, export, bias, qk
     assert native.generation_config.eos_token_id == [2, 0] and native.generation_config.max_new_tokens == 24
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "native"), AutoTokenizer.from_pretrained(source)
     assert theirs(TEXT).input_ids == ours(TEXT).input_ids
+    saved = json.loads((tmp_path / "native" / "tokenizer_config.json").read_text())  # transformers 4 can read it
+    assert saved["tokenizer_class"] == ("Qwen2Tokenizer" if like_qwen else "PreTrainedTokenizerFast")
+    assert saved.get("extra_special_tokens", {}) == {}
     assert theirs.chat_template == TEMPLATE and (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|pad|>")
+
+
+def test_the_exported_template_needs_no_transformers_and_is_imported_with_its_marks(tmp_path, export, monkeypatch):
+    source, native, again = make_checkpoint(tmp_path / "source", True, False), tmp_path / "native", tmp_path / "again"
+    template = (ROOT / "tokenizer" / "chat_template.jinja").read_text()
+    (source / "chat_template.jinja").write_text(template)
+    export(source, native)
+    exported = (native / "chat_template.jinja").read_text()
+    jinja2.Environment().parse(exported)  # refuses `{% generation %}`
+    tokenizer = AutoTokenizer.from_pretrained(native)
+    chat = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "?"}]
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
+
+    monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(native), "--output", str(again)])
+    from_native.main()
+    assert (again / "chat_template.jinja").read_text() == template
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from buddygpt.cli.errors import UserError
+from buddygpt.export.generation_marks import hide_generation_marks
 from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
 
 TOKENIZERS = ROOT.parent / "shared" / "data" / "tokenizers"
@@ -252,9 +253,7 @@ def test_a_template_that_is_not_chatml_is_left_to_the_user(tmp_path, checkpoint,
 
 def test_the_template_in_the_file_needs_no_transformers():
     template = (ROOT / "tokenizer" / "chat_template.jinja").read_text()
-    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
-        gguf_tokenizer.without_generation_marks(template)
-    )
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(hide_generation_marks(template))
     answer = [*CHAT, {"role": "assistant", "content": "巴黎。"}]
     assert plain.render(messages=answer, add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
