@@ -19,6 +19,7 @@ from buddygpt.training.callbacks.experts import ExpertLoadCallback, find_routers
 from buddygpt.training.callbacks.progress import show_progress_lines
 from buddygpt.training.callbacks.samples import SampleCallback
 from buddygpt.training.callbacks.throughput import ThroughputCallback
+from buddygpt.training.evaluation import average_over_tokens
 from buddygpt.training.extensions import claim_extensions
 from buddygpt.training.hardware import HardwareCallback, require_hardware, require_strategy
 from buddygpt.training.liger import register_liger
@@ -70,6 +71,11 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+    if isinstance(training_args, SFTConfig):
+        if training_args.eval_packing and not training_args.packing:
+            raise UserError("eval_packing: true needs packing: true, else rows would see each other. Remove it")
+        if training_args.eval_packing is None and training_args.packing_strategy != "bfd":
+            training_args.eval_packing = False  # "wrapped" and "bfd_split" cut rows elsewhere, which changes eval_loss
     return tokenizer
 
 
@@ -103,6 +109,7 @@ def run_training(
     args = trainer.args
     require_strategy(trainer)
     _add_callbacks(trainer, prompts, run_card, bias_update_speed, describe_step)
+    average_over_tokens(trainer)
 
     # Resume only from a run with the same inputs.
     start = start or find_start(args, trainer.model)

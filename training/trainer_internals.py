@@ -17,6 +17,10 @@ training/resume.py                Trainer._get_output_dir               replace 
 training/resume.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
 training/run.py                   Trainer.get_batch_samples             replace   a finished run takes no further step
 training/run.py                   Trainer.callback_handler              read      our callbacks must run first
+training/evaluation.py            Trainer.get_eval_dataloader           replace   no row is read twice
+training/evaluation.py            Trainer.evaluation_loop               replace   averages over tokens, not batches
+training/evaluation.py            Trainer.prediction_step               replace   counts the tokens of each batch
+training/evaluation.py            SFTTrainer._metrics                   read      corrects the means of other values
 training/callbacks/throughput.py  Trainer.get_batch_samples             replace   measures the time of each fetch
 training/callbacks/throughput.py  DPOTrainer.ref_model                  read      MFU does not count a reference model
 training/callbacks/alarms.py      Trainer.training_step                 replace   logs only have means of many steps
@@ -29,7 +33,7 @@ pretrain/replay.py                Trainer._load_from_checkpoint         call    
 pretrain/replay.py                Trainer._prepare_inputs               call      moves a row to the device
 pretrain/replay.py                Trainer.compute_loss_context_manager  call      uses the precision of the run
 """
-OWNERS = {"Trainer": transformers.Trainer, "DPOTrainer": trl.DPOTrainer}
+OWNERS = {"Trainer": transformers.Trainer, "SFTTrainer": trl.SFTTrainer, "DPOTrainer": trl.DPOTrainer}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""An evaluation has one result, whatever the batch size, the packing and the number of processes."""
+
+import json
+import os
+import random
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import GQA, make_model
+from tiny_shards import Shard, write_shards
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from buddygpt.data.shards.blocks import BlockDataset
+from buddygpt.training.evaluation import average_over_tokens
+
+WORDS = {"<|end|>": 0, "<|pad|>": 1} | {f"w{number}": number for number in range(2, 97)}
+OPTIONS = dict(use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False, disable_tqdm=True)
+# 13 rows: very different numbers of tokens that count, and no multiple of any batch size below.
+LENGTHS = [
+    (40, 30),
+    (9, 1),
+    (30, 2),
+    (60, 50),
+    (5, 3),
+    (8, 1),
+    (50, 1),
+    (6, 5),
+    (12, 4),
+    (33, 20),
+    (7, 2),
+    (9, 8),
+    (4, 2),
+]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel(WORDS, unk_token="w2"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def labeled_rows() -> Dataset:
+    numbers = random.Random(0)
+    rows = []
+    for length, counted in LENGTHS:
+        ids = [numbers.randrange(2, 97) for _ in range(length)]
+        rows.append({"input_ids": ids, "labels": [-100] * (length - counted) + ids[length - counted :]})
+    return Dataset.from_list(rows)
+
+
+def pairs() -> Dataset:
+    numbers = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{numbers.randrange(2, 97)}" for _ in range(count))
+
+    return Dataset.from_list(
+        [{"prompt": words(3), "chosen": " " + words(counted), "rejected": " " + words(3)} for _, counted in LENGTHS]
+    )
+
+
+def make_trainer(kind: str, folder: Path, batch_size: int, **options) -> Trainer:
+    options = OPTIONS | dict(output_dir=str(folder), per_device_eval_batch_size=batch_size) | options
+    model = make_model(**GQA)
+    if kind == "pretrain":
+        blocks = BlockDataset(folder / "shards", block_size=16)
+        options.pop("gradient_checkpointing")
+        return Trainer(model, TrainingArguments(**options), train_dataset=blocks, eval_dataset=blocks)
+    data = {"processing_class": tiny_tokenizer()}
+    if kind == "sft":
+        rows = labeled_rows()
+        args = SFTConfig(**options, max_length=64)
+        return SFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, **data)
+    reference = make_model(seed=1, **GQA)
+    return DPOTrainer(model, reference, DPOConfig(**options), train_dataset=pairs(), eval_dataset=pairs(), **data)
+
+
+def evaluate(kind: str, folder: Path, batch_size: int, **options) -> dict[str, float]:
+    trainer = make_trainer(kind, folder, batch_size, **options)
+    average_over_tokens(trainer)
+    metrics = trainer.evaluate()
+    speed = ("runtime", "per_second", "preparation_time")
+    return {key: value for key, value in metrics.items() if not key.endswith(speed)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_shards(folder / "shards", [Shard("a.ds", "a", [16 * 13])])
+    return folder
+
+
+def expected_of_sft() -> dict[str, float]:
+    """Sums over all tokens that count, from the model alone."""
+    model, loss, entropy, correct, tokens = make_model(**GQA), 0.0, 0.0, 0, 0
+    for row in labeled_rows():
+        labels = torch.tensor(row["labels"][1:])
+        counted = labels != -100
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1][counted]
+        logs = logits.log_softmax(-1)
+        loss -= logs.gather(1, labels[counted, None]).sum().item()
+        entropy -= (logs.exp() * logs).sum().item()
+        correct += (logits.argmax(-1) == labels[counted]).sum().item()
+        tokens += int(counted.sum())
+    return {"eval_loss": loss / tokens, "eval_entropy": entropy / tokens, "eval_mean_token_accuracy": correct / tokens}
+
+
+def test_sft_is_a_mean_over_tokens(folder):
+    expected = expected_of_sft()
+    for batch_size in (1, 2, 8, 40):
+        for packing in (False, True):
+            measured = evaluate("sft", folder, batch_size, packing=packing, dataloader_drop_last=True)
+            for key, value in expected.items():
+                assert measured[key] == pytest.approx(value, rel=1e-5), (key, batch_size, packing)
+
+
+def test_dpo_is_a_mean_over_pairs_and_tokens(folder):
+    whole = evaluate("dpo", folder, 13)
+    assert len(whole) > 8
+    for batch_size in (1, 2, 5):
+        assert evaluate("dpo", folder, batch_size) == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+def evaluate_in_child(rank: int, port: int, folder: Path) -> None:
+    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    results = {}
+    for kind in ("pretrain", "sft", "dpo"):
+        for batch_size in (1, 2, 5, 8):
+            results[f"{kind} {batch_size}"] = evaluate(kind, folder, batch_size)
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(folder):
+    context = get_context("spawn")
+    port = random.randint(20_000, 40_000)
+    children = [context.Process(target=evaluate_in_child, args=(rank, port, folder)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(300)
+    assert [child.exitcode for child in children] == [0, 0]
+    for name, measured in json.loads((folder / "results.json").read_text()).items():
+        assert measured == pytest.approx(evaluate(name.split()[0], folder, 4), rel=1e-4, abs=1e-5), name
