@@ -16,9 +16,12 @@ if [ ! -e "model/configs/$MODEL.json" ]; then
     exit 2
 fi
 
-# summary.json is written last. If it exists, the run is complete, so start over; otherwise resume.
+# summary.json is written last. If it exists, the run is complete: keep it under another name and start over.
+# Otherwise resume: stages that are complete are skipped.
 if [ -e "$OUT/summary.json" ]; then
-    rm -rf "$OUT"
+    finished=$OUT-$(date +%Y%m%d-%H%M%S)
+    mv "$OUT" "$finished"
+    echo "moved the finished run to $finished"
 fi
 
 # One thread per core, at most four: more would not speed up a model this small.
@@ -58,7 +61,6 @@ stage exam python eval/run_eval.py --config "$(config eval)"
 stage exam_report python eval/report.py --results "$OUT/eval" --output "$OUT/eval/report.md"
 
 # 8. Convert the last checkpoint to a stock architecture of transformers, which needs no custom code -> $OUT/native
-rm -rf "$OUT/native" # may be left over from an interrupted run
 stage export python export/to_native.py --checkpoint "$OUT/dpo" --output "$OUT/native"
 
 # 9. Serve it with `transformers serve` and ask three questions -> $OUT/chat.json

@@ -1,14 +1,29 @@
 # Functions for the scripts in this folder. They set OUT, the folder of the run, and then source this file.
 mkdir -p "$OUT"
-touch "$OUT/seconds.tsv"
+touch "$OUT/seconds.tsv" # a line per attempt at a stage: NAME, seconds, `done` or `stopped`
 
-# stage NAME COMMAND...: run a command and append NAME and its seconds to $OUT/seconds.tsv.
+# OpenMP threads that wait for each other spin, and a busy machine then runs several times slower. A short spin costs
+# nothing on an idle machine.
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
+
+# stage NAME COMMAND...: run a command and record its seconds. A stage that an earlier call completed is skipped.
 stage() {
-    local name=$1 start=$SECONDS
+    current=$1
     shift
-    echo "=== $name: $*"
+    if grep -qE "^$current[[:space:]][0-9]+[[:space:]]done$" "$OUT/seconds.tsv"; then
+        echo "=== $current: completed earlier"
+        return
+    fi
+    echo "=== $current: $*"
+    started=$SECONDS
+    trap 'record stopped' EXIT
     "$@"
-    printf '%s\t%s\n' "$name" $((SECONDS - start)) >> "$OUT/seconds.tsv"
+    trap - EXIT
+    record "done"
+}
+
+record() { # record done|stopped
+    printf '%s\t%s\t%s\n' "$current" $((SECONDS - started)) "$1" >> "$OUT/seconds.tsv"
 }
 
 # recipe SCRIPT ARGUMENTS...: launch training on the hardware of ACCELERATE_CONFIG (default: CPU).

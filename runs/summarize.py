@@ -84,14 +84,14 @@ def by_checkpoint(scores: dict[str, Any], task: str, metric: str) -> dict[str, d
 def read_seconds(run: Path) -> dict[str, int]:
     """Return the seconds of each stage, and of the installation if `make setup` did it.
 
-    A stage that was run more than once counts with its last run.
+    A stage that was stopped and resumed counts with all its attempts.
     """
     seconds = {}
     if INSTALL_SECONDS.exists():
         seconds["install"] = int(INSTALL_SECONDS.read_text())
     for line in (run / "seconds.tsv").read_text(encoding="utf-8").splitlines():
-        stage, value = line.split("\t")
-        seconds[stage] = int(value)
+        stage, value, _ = line.split("\t")
+        seconds[stage] = seconds.get(stage, 0) + int(value)
     return seconds
 
 
