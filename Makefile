@@ -9,6 +9,8 @@ setup: .venv/installed
 
 # The file holds the seconds that the installation took, for the quickstart's report.
 .venv/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: $(PYTHON) is older than Python 3.11; name another: make setup PYTHON=python3.11" >&2; exit 2; }
 	start=$$(date +%s) \
 	&& $(PYTHON) -m venv .venv \
 	&& $(BIN)/pip install --requirement requirements.txt \
