@@ -1,6 +1,7 @@
 """Tokenizers and checkpoints given by name: check that the folder or Hub repository can be used, in one line."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,30 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a tokenizer from {name_or_path}: {_first_line(error)}") from error
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save a tokenizer so that transformers 4 and 5 and other engines read the same tokens from it."""
+    tokenizer.save_pretrained(folder)
+    make_tokenizers_portable(folder)
+
+
+def make_tokenizers_portable(folder: Path) -> None:
+    """Rewrite each tokenizer_config.json in a folder in terms that transformers 4 knows, too.
+
+    transformers 5 writes its own name for the class, and a list of special tokens where version 4 expects their names.
+    """
+    for file in folder.rglob("tokenizer_config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config["tokenizer_class"] == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        tokens = config.pop("extra_special_tokens", [])
+        if tokens:
+            config["additional_special_tokens"] = tokens
+        else:
+            config["extra_special_tokens"] = {}
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> "PreTrainedConfig":

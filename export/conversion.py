@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from buddygpt.cli.checkpoints import save_tokenizer
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import write_atomically
 from buddygpt.export.architectures import convert
@@ -59,7 +60,7 @@ def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrain
     # Write one architecture after another until one of them keeps the tokenizer.
     while True:
         convert(model, config).save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        save_tokenizer(tokenizer, output)
         converted, converted_tokenizer = read_checkpoint(output)
         name = f"{type(converted).__name__} in {converted.dtype}"
         if is_same_tokenizer(tokenizer, converted_tokenizer):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import save_tokenizer
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import find_files, write_atomically
 from buddygpt.data.text.rows import progress_bar, read_rows
@@ -77,7 +78,7 @@ def main() -> None:
         chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
     )
     with write_atomically(output) as partial:
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
 
     size = backend.get_vocab_size()
     print(f"{output}: {size:,} entries")

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from buddygpt.cli.arguments import parse_arguments
-from buddygpt.cli.checkpoints import load_tokenizer
+from buddygpt.cli.checkpoints import load_tokenizer, save_tokenizer
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
 from buddygpt.tokenizer.byte_level_bpe import BYTE_CHARACTERS
@@ -230,7 +230,7 @@ def save(pruned: Tokenizer, old_ids: list[int], source: PreTrainedTokenizerBase,
         chat_template=template,
     )
     with write_atomically(output) as partial:
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
         (partial / "old_ids.json").write_text(json.dumps(old_ids), encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
+from buddygpt.cli.checkpoints import make_tokenizers_portable
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
 
@@ -275,6 +276,7 @@ def save_checkpoints_atomically(trainer: Trainer) -> None:
             wait()  # until every rank has written its part
             _name_best_checkpoint(trainer, written, run_dir)
             if trainer.args.should_save:
+                make_tokenizers_portable(written)
                 write_checksums(written)
                 _move_into_place(written, run_dir / written.name)
         finally:
@@ -346,6 +348,7 @@ def save_final_folder(trainer: Trainer) -> Iterator[Path]:
         yield partial
         wait()  # until every rank has written its part
         if trainer.args.should_save:
+            make_tokenizers_portable(partial)
             for path in list(partial.rglob("*")):
                 if path.is_file():
                     target = output_dir / path.relative_to(partial)

@@ -1,5 +1,6 @@
 """Tests of tokenizer training: round trips, splitting, special tokens, chat template, error messages."""
 
+import json
 import os
 import random
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from conftest import ROOT
 from gguf_tokenizer import PRE_TOKENIZERS
 from tiny_tokenizer import TEXTS, run, train_tiny_tokenizer, write_jsonl
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 from trl.chat_template_utils import (
     get_training_chat_template,
     is_chat_template_prefix_preserving,
@@ -18,6 +19,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
+from buddygpt.cli.checkpoints import save_tokenizer
 from buddygpt.cli.errors import UserError
 from buddygpt.tokenizer import byte_level_bpe, train_tokenizer
 from buddygpt.tokenizer.byte_level_bpe import PATTERN
@@ -133,6 +135,25 @@ def test_special_tokens_are_distinct_and_whole(tokenizer):
     assert tokenizer.model_max_length == 32768
     call = tokenizer("<tool_call>{}</tool_call><|im_end|>").input_ids
     assert tokenizer.decode(call, skip_special_tokens=True) == "<tool_call>{}</tool_call>"
+
+
+def test_transformers_4_can_read_what_is_saved(folder, tokenizer, tmp_path):
+    saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert (saved["tokenizer_class"], saved["extra_special_tokens"]) == ("PreTrainedTokenizerFast", {})
+    assert saved["document_separator_token"] == "<|endoftext|>"
+
+    # Version 4 expects unnamed special tokens under another key, and keeps the names of stock classes.
+    unnamed = AutoTokenizer.from_pretrained(folder)
+    unnamed.add_special_tokens({"extra_special_tokens": ["<|think|>"]})
+    save_tokenizer(unnamed, tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved["additional_special_tokens"] == ["<|think|>"] and "extra_special_tokens" not in saved
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.extra_special_tokens == ["<|think|>"] and again.document_separator_token == "<|endoftext|>"
+    assert [again(text).input_ids for text in TEXTS] == [tokenizer(text).input_ids for text in TEXTS]
+    save_tokenizer(Qwen2Tokenizer(vocab={"a": 0}, merges=[]), tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved["tokenizer_class"] == "Qwen2Tokenizer"
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def test_pruning_keeps_what_the_text_uses(folder, tmp_path, monkeypatch, capsys)
     names = ["<|endoftext|>", "<|im_end|>", "<|pad|>"]
     assert [after.document_separator_token, after.eos_token, after.pad_token] == names
     assert after.chat_template == before.chat_template and after.model_max_length == before.model_max_length
+    assert '"tokenizer_class": "PreTrainedTokenizerFast"' in (made / "tokenizer_config.json").read_text()
     pieces = [text[start:end] for text in TEXTS for start in range(20) for end in range(start, 30)]
     assert 50 < count_same(before, after, new_ids, pieces) < len(pieces)
     planes = "".join(chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000)

@@ -38,6 +38,9 @@ def check_folder(folder: Path, recipe: str) -> dict:
     separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     assert {tokenizer.eos_token_id, separator} <= set(model.generation_config.eos_token_id)
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    for file in folder.rglob("tokenizer_config.json"):  # those of checkpoints and adapters, too
+        saved = json.loads(file.read_text())
+        assert (saved["tokenizer_class"], saved["extra_special_tokens"]) == ("PreTrainedTokenizerFast", {}), file
     card = json.loads((folder / "run.json").read_text())
     assert card["recipe"] == recipe and card["versions"]["torch"] and math.isfinite(card["metrics"]["eval_loss"])
     assert card["training_arguments"]["output_dir"] == str(folder)
