@@ -23,6 +23,7 @@ from buddygpt.training.evaluation import average_over_tokens
 from buddygpt.training.extensions import claim_extensions
 from buddygpt.training.hardware import HardwareCallback, require_hardware, require_strategy
 from buddygpt.training.liger import register_liger
+from buddygpt.training.model_losses import add_model_losses
 from buddygpt.training.resume import Start, claim_folder, find_start, save_checkpoints_atomically, save_final_folder
 from buddygpt.training.run_card import write_run_card
 
@@ -103,13 +104,14 @@ def run_training(
         start: Where to start, if the recipe has already called [`find_start`].
 
     Raises:
-        UserError: As [`find_start`] and [`require_strategy`]; the run in `output_dir` had another origin; or another
+        UserError: As [`find_start`], [`require_strategy`] and [`add_model_losses`]; the run in `output_dir` had another origin; or another
             process is training there.
     """
     args = trainer.args
     require_strategy(trainer)
     _add_callbacks(trainer, prompts, run_card, bias_update_speed, describe_step)
     average_over_tokens(trainer)
+    add_model_losses(trainer)
 
     # Resume only from a run with the same inputs.
     start = start or find_start(args, trainer.model)

@@ -21,6 +21,7 @@ training/evaluation.py            Trainer.get_eval_dataloader           replace 
 training/evaluation.py            Trainer.evaluation_loop               replace   averages over tokens, not batches
 training/evaluation.py            Trainer.prediction_step               replace   counts the tokens of each batch
 training/evaluation.py            SFTTrainer._metrics                   read      corrects the means of other values
+training/model_losses.py          Trainer.compute_loss                  replace   adds the losses that TRL leaves out
 training/callbacks/throughput.py  Trainer.get_batch_samples             replace   measures the time of each fetch
 training/callbacks/throughput.py  DPOTrainer.ref_model                  read      MFU does not count a reference model
 training/callbacks/alarms.py      Trainer.training_step                 replace   logs only have means of many steps
