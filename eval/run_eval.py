@@ -25,6 +25,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 from transformers import AutoConfig, AutoTokenizer
 
+import buddygpt.eval.harness  # makes lm-eval score every answer from its first token
 import buddygpt.model  # noqa: F401  registers the model with the Auto classes
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, did_you_mean, run_script

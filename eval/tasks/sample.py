@@ -12,20 +12,17 @@ from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.instance import Instance
-from lm_eval.api.task import ConfigurableTask
 
 from buddygpt.data.text.benchmarks import LETTERS, read_multiple_choice
+from buddygpt.eval.harness import Task
 
 
-class Dialogue(ConfigurableTask):
+class Dialogue(Task):
     """A task whose rows hold a conversation in `prompt`, rendered by the chat template or by `bare_text`.
 
     In multiple choice, the likelihood of an answer includes the mark that ends it. Without it, "12" could never be
     more likely than "1", nor an answer repeated twice more likely than the answer once.
     """
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def fewshot_context(self, doc, num_fewshot=0, *, apply_chat_template=False, chat_template=None, **_) -> str:
         if apply_chat_template:
@@ -33,9 +30,10 @@ class Dialogue(ConfigurableTask):
         return bare_text(doc["prompt"])
 
     def construct_requests(self, doc, ctx, *, apply_chat_template=False, **kwargs) -> list[Instance] | Instance:
-        # Tokenizers join a space with the word after it, so a prompt must not end in one.
+        # Tokenizers join a space or a mark with the word after it, so a prompt for generation must not end in one.
+        # sample_qa.yaml removes the mark from the answer.
         if self.OUTPUT_TYPE == "generate_until" and not apply_chat_template:
-            ctx = ctx.rstrip(" ")
+            ctx = ctx.rstrip(" ：")
         requests = super().construct_requests(doc, ctx, apply_chat_template=apply_chat_template, **kwargs)
         if self.OUTPUT_TYPE == "multiple_choice":
             end = "<|im_end|>" if apply_chat_template else "\n"
