@@ -4,6 +4,7 @@
     python data/convert_chat.py --input dpo.parquet --output outputs/train.jsonl \
         --eval_fraction 0.02 --eval_output outputs/eval.jsonl
     python data/convert_chat.py --input identity.json --output outputs/me.jsonl --fill name=Buddy author=Us
+    python data/convert_chat.py --input mine.csv --output outputs/sft.jsonl --map prompt=ask,completion=reply
 
 The schema of a file is recognized by the keys of its rows. Every row is checked: roles alternate, no turn is empty,
 the last turn is the assistant's, chosen differs from rejected. Text that looks like a special token gets spaces
@@ -25,7 +26,7 @@ from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import ROW_TYPES, find_files, write_atomically
 from buddygpt.data.chat.checker import RowChecker, SchemaError, find_schema, require_schema
 from buddygpt.data.chat.rules import count_remarks, fill_placeholders, select_turns, special_tokens
-from buddygpt.data.chat.schemas import SCHEMAS, Schema
+from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
 from buddygpt.data.text.rows import progress_bar, read_rows
 
 
@@ -39,6 +40,13 @@ class ConvertArguments:
     )
     schema: str | None = field(
         default=None, metadata={"help": f"The schema, instead of recognizing it: {', '.join(SCHEMAS)}."}
+    )
+    map: str | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of an unknown schema, as in prompt=ask,completion=reply; or prompt, chosen and rejected; "
+            "or prompt, completion and label. Also system, thinking, history, tools. Other columns are left out."
+        },
     )
     on_bad_row: Literal["stop", "skip"] = field(
         default="stop", metadata={"help": "Stop at the first bad row, or skip and count bad rows."}
@@ -64,10 +72,26 @@ class ConvertArguments:
             raise ValueError(f"schema `{self.schema}` is unknown{of_kind}; there are: {', '.join(known)}")
         if not 0 <= self.eval_fraction < 1 or (self.eval_fraction > 0) != (self.eval_output is not None):
             raise ValueError("eval_fraction (between 0 and 1) and eval_output go together")
+        if self.map is not None:
+            columns = self.mapped_columns()
+            matches = recognize(dict.fromkeys(columns, ""), self.kind)
+            if len(matches) != 1 and self.schema is None:
+                raise ValueError(
+                    f"map `{self.map}` names no known columns: give prompt=COLUMN,completion=COLUMN, or prompt, "
+                    "chosen and rejected, or prompt, completion and label"
+                )
+            self.schema = self.schema or matches[0].name
         for entry in self.fill:
             key, equals, _ = entry.partition("=")
             if not equals or not key.isidentifier():
                 raise ValueError(f"fill takes key=value, as in --fill name=Buddy; not `{entry}`")
+
+    def mapped_columns(self) -> dict[str, str]:
+        """Return `map` as a dict: known column -> column of the file."""
+        pairs = [entry.partition("=") for entry in (self.map or "").split(",") if entry.strip()]
+        if not all(known.strip() and column.strip() for known, _, column in pairs):
+            raise ValueError(f"map takes KNOWN=COLUMN,..., as in prompt=question,completion=answer; not `{self.map}`")
+        return {known.strip(): column.strip() for known, _, column in pairs}
 
 
 def main() -> None:
@@ -88,6 +112,11 @@ def main() -> None:
 
 def find_schemas(paths: list[Path], args: ConvertArguments) -> dict[Path, Schema]:
     """Return the schema of every file. All must be of one kind."""
+    for path in paths if args.map else ():
+        row = next((row for row in read_rows(path) if not row.error and row.content), None)
+        missing = [column for column in args.mapped_columns().values() if row and column not in row.content]
+        if row and missing:
+            raise UserError(f"{path}: no column `{missing[0]}`; there are: {', '.join(row.content)}. Fix --map")
     if args.schema:
         return dict.fromkeys(paths, SCHEMAS[args.schema])
     schemas = {path: find_schema(path, args.kind) for path in paths}
@@ -152,11 +181,15 @@ def standard_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield every good row of one file in standard form; fill `counts`, and the first line of each reason to skip."""
     values = dict(entry.split("=", 1) for entry in args.fill)
+    columns = args.mapped_columns()
     with progress_bar([path], desc=path.name) as bar:
         for row in read_rows(path, bar=bar):
             counts["read"] += 1
             if not args.schema:
                 require_schema(path, row, schema, args.kind)
+            if columns and not row.error:
+                content = {known: row.content[column] for known, column in columns.items() if column in row.content}
+                row = row._replace(content=content)
             if values and not row.error:
                 row = row._replace(content=fill_placeholders(row.content, values))
 

@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.chat.rules import FORMS, BadRow, check_row, escape, refuse_label
-from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
+from buddygpt.data.chat.rules import FORMS, BadRow, check_row, escape, refuse_label, refuse_media
+from buddygpt.data.chat.schemas import Schema, named_columns, recognize
 from buddygpt.data.text.rows import Row, read_rows
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ def convert(
     """
     if not row:
         raise BadRow(EMPTY_ROW)
+    row = named_columns(row)
+    refuse_media(row)
     if schema.kind == "sft":
         refuse_label(row)
     if missing := schema.keys - row.keys():
@@ -193,10 +195,10 @@ def find_schema(path: Path, kind: str | None = None) -> Schema:
 
     # Say why there is none.
     if first_row:
-        keys = ", ".join(first_row.content)
         raise SchemaError(
-            f"{path}:{first_row.number}: fits no schema; its keys: {keys}; {excerpt(first_row.content)}. "
-            f"Known schemas: {list_schemas(kind)}"
+            f"{path}:{first_row.number}: fits no schema{f' of kind {kind}' if kind else ''}; its columns: "
+            f"{', '.join(first_row.content)}; {excerpt(first_row.content)}. Say which columns hold what with "
+            "data/convert_chat.py --map prompt=question,completion=answer"
         )
     if unreadable:
         raise UserError(f"{path}:{unreadable.number}: {unreadable.error or EMPTY_ROW}")
@@ -215,12 +217,6 @@ def _require_same(path: Path, row: Row, schema: Schema, matches: list[Schema]) -
             f"{path}:{row.number}: a row of schema {matches[0].name} after rows of {schema.name}: "
             f"{excerpt(row.content)}. Split the file"
         )
-
-
-def list_schemas(kind: str | None = None) -> str:
-    """Return the names and keys of the schemas of one kind, or of all."""
-    known = [entry for entry in SCHEMAS.values() if kind in (None, entry.kind)]
-    return "; ".join(f"{entry.name} ({', '.join(sorted(entry.keys))})" for entry in known)
 
 
 def excerpt(row: Any) -> str:

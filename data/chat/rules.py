@@ -1,6 +1,6 @@
 """The standard forms of chat rows, and the rules that a row must keep before a model trains on it.
 
-Standard forms (a message is `{"role", "content"}`; an assistant's may have `tool_calls` and `reasoning_content`):
+Standard forms (a message is `{"role", "content"}`; an assistant's may have `tool_calls`):
 
     sft          {"messages": [message, ...]}
     preference   {"prompt": [message, ...], "chosen": [message], "rejected": [message]}
@@ -39,6 +39,20 @@ SPECIAL_TOKEN = r'<[|｜][^\s<>|｜"\\]+[|｜]>|</?tool_(?:call|response)>'
 # A special token in three parts: opening, name, closing.
 TOKEN_PARTS = re.compile(r"(<[|｜]|\W?)(.*?)([|｜]>|\W?)", re.DOTALL)
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
+# Keys of a turn or a row for the thinking before an answer; converted rows have it in the answer's text.
+THINKING_KEYS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "thinking_content",
+    "think",
+    "thoughts",
+    "thought",
+    "cot",
+    "complex_cot",
+    "chain_of_thought",
+)
+MEDIA = re.compile(r"(?:image|picture|video|audio)s?(?:_(?:url|path|file)s?)?$", re.IGNORECASE)
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -56,6 +70,7 @@ def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = 
         special_tokens: Tokens of the tokenizer in use that no text may contain, in addition to `SPECIAL_TOKEN`.
     """
     keys = FORMS[kind]
+    refuse_media(row)
     if not all(isinstance(row.get(key), list) for key in keys):
         raise BadRow(f"not in the standard form: {', '.join(keys)} must be lists of messages; keys: {', '.join(row)}")
     if kind == "sft":
@@ -82,6 +97,9 @@ def check_messages(messages: Any) -> None:
         role, content = message["role"], message["content"]
         if not isinstance(content, str):
             raise BadRow(f"the content of turn {number} is not a string")
+        for key in THINKING_KEYS:
+            if message.get(key):
+                raise BadRow(f"turn {number} has `{key}`, which chat templates leave out: convert the row")
         is_call = role == "assistant" and message.get("tool_calls")
         current = "call" if is_call else role
         if current not in NEXT[previous]:
@@ -113,6 +131,13 @@ def _check_text(row_as_json: str, special_tokens: tuple[str, ...]) -> None:
         raise BadRow("the text contains a NUL character")
 
 
+def refuse_media(item: dict[str, Any]) -> None:
+    """Raise [`BadRow`] if a row or a turn has pictures, sound or video."""
+    for key in item:
+        if item[key] and MEDIA.match(key):
+            raise BadRow(f"it needs a picture, sound or video (`{key}`)")
+
+
 def is_blank(text: str) -> bool:
     """Return True for a text of spaces and zero-width characters only."""
     return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
@@ -125,8 +150,12 @@ def read_label(row: dict[str, Any]) -> bool | None:
 
 
 def refuse_label(row: dict[str, Any]) -> None:
-    """Raise [`BadRow`] if an instruction row has a label: its answer may be a bad one."""
-    if read_label(row) is not None:
+    """Raise [`BadRow`] if an instruction row has a label: its answer may be a bad one.
+
+    The label 0 or 1 of a row without messages is a class of the task that the row is about.
+    """
+    is_class = str(row.get("label")) in ("0", "1") and not {"messages", "conversations", "kto_tag"} & row.keys()
+    if read_label(row) is not None and not is_class:
         raise BadRow("the answer is labeled good or bad (kto), so it is no instruction; drop a label of other meaning")
 
 
@@ -176,13 +205,10 @@ def fill_placeholders(row: dict[str, Any], values: dict[str, str]) -> dict[str, 
 
 
 def count_remarks(row: dict[str, Any]) -> Counter:
-    """Count what is allowed in a standard row but may surprise: unfilled placeholders and hidden reasoning."""
+    """Count what is allowed in a standard row but may surprise: unfilled placeholders."""
     remarks = Counter()
     for match in PLACEHOLDER.finditer(json.dumps(row, ensure_ascii=False)):
         remarks[f"placeholder {match[0]} not filled (`fill` of data/convert_chat.py sets it)"] += 1
-    for key in ("prompt", "chosen", "rejected", "completion", "messages"):
-        if any("reasoning_content" in message for message in row.get(key, ())):
-            remarks["rows with reasoning_content: trained on only if the chat template renders it"] = 1
     return remarks
 
 

@@ -4,8 +4,10 @@
     def my_set(row):
         return instruction(row, question=row["query"], answer=row["reply"])
 
-`keys` are the columns that every row has; a file's schema is recognized by them. The function returns a row in the
-standard form of its kind (see rules.py), or a list of such rows. Use these to build it:
+A schema with one column for the question and one for the answer is a line in COLUMNS instead.
+
+`keys` are the columns that every row has, in lower case; a file's schema is recognized by them. The function returns a
+row in the standard form of its kind (see rules.py), or a list of such rows. Use these to build it:
 
     sft          instruction(row, question, answer), or conversation(row, turns)
     kto          labeled(row, turns)
@@ -27,7 +29,10 @@ from buddygpt.data.chat.turns import (
     exchange,
     read_answer,
     read_dialogue,
+    read_thinking,
     read_turns,
+    respell_thinking,
+    think,
     turn,
 )
 
@@ -35,13 +40,17 @@ StandardRow = dict[str, Any]
 
 
 class Schema(NamedTuple):
-    """Rows with all `keys`, and a true or false label if `has_label`, are read into standard rows of `kind`."""
+    """Rows with all `keys`, and a true or false label if `has_label`, are read into standard rows of `kind`.
+
+    A row that also fits a schema that does not yield is not read by one that does.
+    """
 
     name: str
     kind: str
     keys: frozenset[str]
     has_label: bool
     read: Callable[[dict[str, Any]], StandardRow | list[StandardRow]]
+    yields: bool = False
 
     def fits(self, row: dict[str, Any]) -> bool:
         return self.keys <= row.keys() and (not self.has_label or read_label(row) is not None)
@@ -50,14 +59,20 @@ class Schema(NamedTuple):
 SCHEMAS: dict[str, Schema] = {}
 
 
-def schema(name: str, kind: str, keys: str, has_label: bool = False) -> Callable:
+def schema(name: str, kind: str, keys: str, has_label: bool = False, yields: bool = False) -> Callable:
     """Register the decorated function as a schema. `keys` are separated by spaces."""
 
     def register(read: Callable) -> Callable:
-        SCHEMAS[name] = Schema(name, kind, frozenset(keys.split()), has_label, read)
+        SCHEMAS[name] = Schema(name, kind, frozenset(keys.split()), has_label, read, yields)
         return read
 
     return register
+
+
+def named_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a row that are not null, with names in lower case (medical-o1 has `Question`)."""
+    columns = {key: value for key, value in row.items() if value is not None}
+    return {key.lower(): value for key, value in columns.items() if key.lower() not in columns} | columns
 
 
 def recognize(row: dict[str, Any], kind: str | None = None) -> list[Schema]:
@@ -66,39 +81,82 @@ def recognize(row: dict[str, Any], kind: str | None = None) -> list[Schema]:
     Args:
         kind: Only schemas of this kind. None: of the last kind of `FORMS` that the row fits any schema of.
     """
+    row = named_columns(row)
     fitting = [entry for entry in SCHEMAS.values() if kind in (None, entry.kind) and entry.fits(row)]
     fitting = [entry for entry in fitting if not any(entry.keys < other.keys for other in fitting)]
     for last_kind in reversed(FORMS):
         if entries := [entry for entry in fitting if entry.kind == last_kind]:
-            return entries
+            return [entry for entry in entries if not entry.yields] or entries
     return []
 
 
 # --- Instructions ---
 
 
-def instruction(row: dict[str, Any], question: str, answer: str) -> StandardRow:
-    """Return a question and its answer, after the exchanges of the row's `history` of [question, answer]."""
+def instruction(row: dict[str, Any], question: Any, answer: Any) -> StandardRow:
+    """Return a question and its answer, after the exchanges of the row's `history` of [question, answer].
+
+    Question and answer are texts or (TRL, Nemotron) lists of turns.
+    """
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(item, list) and len(item) == 2 for item in history):
         raise BadRow("history is not a list of [question, answer]")
     turns = []
     for earlier_question, earlier_answer in history:
         turns += exchange(earlier_question, earlier_answer)
-    return conversation(row, turns + exchange(question, answer))
+    turns += read_answer(question, "user") if isinstance(question, list) else [turn("user", question)]
+    turns += read_answer(answer, "assistant") if isinstance(answer, list) else [turn("assistant", answer)]
+    return conversation(row, turns)
 
 
 def conversation(row: dict[str, Any], turns: list[dict[str, Any]]) -> StandardRow:
-    """Return an instruction row of several turns."""
+    """Return an instruction row of several turns. Thinking in a column of the row belongs to the last answer."""
+    if turns and turns[-1]["role"] == "assistant" and isinstance(turns[-1]["content"], str):
+        answer = respell_thinking(turns[-1]["content"])
+        turns = [*turns[:-1], turns[-1] | {"content": think(read_thinking(row), answer)}]
     return add_context(row, {"messages": turns})
 
 
 def join_input(row: dict[str, Any], key: str) -> str:
-    """Return the text under `key` and, on the next line, the row's `input` if it has one."""
-    texts = [text for text in (row[key], row.get("input")) if text]
+    """Return the text under `key` and, on the next lines, the row's `input` and (Dolly) `context` if it has them."""
+    texts = [row[name] for name in dict.fromkeys((key, "input", "context")) if row.get(name)]
     if not all(isinstance(text, str) for text in texts):
         raise BadRow(f"{key} or input is not a string")
     return "\n".join(texts)
+
+
+# Schemas of one question and one answer: name -> column of the question, of the answer, others that must be there.
+# Rows that fit another schema too are read by that one.
+COLUMNS = {
+    "instruction_response": "instruction response",  # Dolly
+    "question_response": "question response",  # OpenOrca, medical-o1
+    "query_response": "query response",  # swift, MetaMath
+    "query_answer": "query answer",  # CodeFeedback
+    "problem_solution": "problem solution",  # NuminaMath
+    "input_output": "input output",  # Nemotron
+    "prompt_completion": "prompt completion",  # TRL
+    "prompt_output": "prompt output",
+    "instruction_answer": "instruction answer",
+    "r1_distill": "input content reasoning_content",
+    "openthoughts": "problem deepseek_solution deepseek_reasoning",
+    "s1k": "question attempt thinking_trajectories",
+    "s1k_1.1": "question deepseek_attempt deepseek_thinking_trajectory",
+}
+
+
+def add_column_schema(name: str, question: str, answer: str, *others: str) -> None:
+    def read(row: dict[str, Any]) -> StandardRow:
+        asked = row[question] if isinstance(row[question], list) else join_input(row, question)
+        thoughts = row[others[0]] if others else None
+        if isinstance(thoughts, list) and len(thoughts) == 1:
+            thoughts = thoughts[0]
+        return instruction(row | {"reasoning": thoughts} if others else row, asked, row[answer])
+
+    schema(name, "sft", " ".join((question, answer, *others)), yields=True)(read)
+
+
+for _name, _keys in COLUMNS.items():
+    add_column_schema(_name, *_keys.split())
 
 
 @schema("alpaca", kind="sft", keys="instruction output")
@@ -147,6 +205,8 @@ def messages(row: dict[str, Any]) -> StandardRow:
 @schema("human_assistant", kind="sft", keys="conversation")
 def human_assistant(row: dict[str, Any]) -> StandardRow:
     items = row["conversation"]
+    if isinstance(items, list) and all(isinstance(item, dict) and "role" in item for item in items):
+        return conversation(row, read_turns(items))  # LMSYS, WildChat
     if not isinstance(items, list) or not all({"human", "assistant"} <= set(item) for item in items):
         raise BadRow("conversation is not a list of objects with human and assistant")
     turns = []
@@ -173,6 +233,47 @@ def moss(row: dict[str, Any]) -> StandardRow:
     return conversation({"system": row.get("meta_instruction")}, turns)
 
 
+@schema("data_list", kind="sft", keys="data", yields=True)
+def data_list(row: dict[str, Any]) -> StandardRow:
+    """UltraChat and HuatuoGPT: a list of texts that take turns."""
+    if not isinstance(row["data"], list) or not all(isinstance(item, str) for item in row["data"]):
+        raise BadRow("data is not a list of texts")
+    return conversation(row, read_turns(row["data"]))
+
+
+@schema("huatuo_qa", kind="sft", keys="questions answers", yields=True)
+def huatuo_qa(row: dict[str, Any]) -> list[StandardRow]:
+    """Questions, each a text or a list of its wordings (the first is taken), and their answers."""
+    rows = []
+    for question, answer in zip(row["questions"], row["answers"], strict=True):
+        rows.append(instruction({}, question[0] if isinstance(question, list) else question, answer))
+    return rows
+
+
+@schema("xlam", kind="sft", keys="query answers tools", yields=True)
+def xlam(row: dict[str, Any]) -> StandardRow:
+    """A question and the calls that answer it."""
+    calls = read_turns([{"role": "tool_call", "content": row["answers"]}])
+    return conversation(row, [turn("user", row["query"]), *calls])
+
+
+@schema("oasst", kind="sft", keys="message_tree_id prompt", yields=True)
+def oasst(row: dict[str, Any]) -> StandardRow:
+    """A tree of replies (OpenAssistant's *.trees.jsonl.gz): the conversation of the best replies."""
+    message, messages = row["prompt"], []
+    while message:
+        messages.append({"role": message["role"], "text": message["text"]})
+        replies = [reply for reply in message.get("replies") or () if not reply.get("deleted")]
+        message = min(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0), default=None)
+    turns = read_turns(messages)
+    return conversation({}, turns[:-1] if turns[-1]["role"] == "user" else turns)
+
+
+@schema("oasst_message", kind="sft", keys="message_id message_tree_id text role", yields=True)
+def oasst_message(row: dict[str, Any]) -> StandardRow:
+    raise BadRow("one message of a tree; use the file *.trees.jsonl.gz of the same data set")
+
+
 # --- Labeled answers ---
 
 
@@ -190,6 +291,11 @@ def messages_label(row: dict[str, Any]) -> StandardRow:
 @schema("sharegpt_label", kind="kto", keys="conversations label", has_label=True)
 def sharegpt_label(row: dict[str, Any]) -> StandardRow:
     return labeled(row, read_turns(row["conversations"]))
+
+
+@schema("alpaca_label", kind="kto", keys="instruction output kto_tag", has_label=True)
+def alpaca_label(row: dict[str, Any]) -> StandardRow:
+    return labeled(row, exchange(join_input(row, "instruction"), row["output"]))
 
 
 @schema("kto", kind="kto", keys="prompt completion label")
@@ -250,6 +356,69 @@ def dialogue_pair(row: dict[str, Any]) -> StandardRow:
         dialogues.append(read_dialogue(side) if isinstance(side, str) else read_turns(side))
     chosen, rejected = dialogues
     return pair(row, [], chosen, rejected)
+
+
+@schema("question_preference", kind="preference", keys="question chosen rejected", yields=True)
+def question_preference(row: dict[str, Any]) -> StandardRow:
+    return preference(row | {"prompt": join_input(row, "question")})
+
+
+@schema("query_preference", kind="preference", keys="query response rejected_response", yields=True)
+def query_preference(row: dict[str, Any]) -> StandardRow:
+    """swift: the answer is the chosen one."""
+    turns = instruction({"history": row.get("history")}, join_input(row, "query"), row["response"])["messages"]
+    return pair(row, turns[:-1], turns[-1:], read_answer(row["rejected_response"], "assistant"))
+
+
+@schema("messages_preference", kind="preference", keys="messages rejected_response", yields=True)
+def messages_preference(row: dict[str, Any]) -> StandardRow:
+    """swift: the last turn is the chosen answer."""
+    turns = read_turns(row["messages"])
+    return pair(row, turns[:-1], turns[-1:], read_answer(row["rejected_response"], "assistant"))
+
+
+@schema("rejected_messages", kind="preference", keys="messages rejected_messages", yields=True)
+def rejected_messages(row: dict[str, Any]) -> StandardRow:
+    return pair(row, [], read_turns(row["messages"]), read_turns(row["rejected_messages"]))
+
+
+@schema("openai_preference", kind="preference", keys="input preferred_output non_preferred_output", yields=True)
+def openai_preference(row: dict[str, Any]) -> StandardRow:
+    prompt = read_turns(row["input"]["messages"])
+    chosen, rejected = read_turns(row["preferred_output"]), read_turns(row["non_preferred_output"])
+    return pair(row | {"tools": row["input"].get("tools")}, prompt, chosen, rejected)
+
+
+@schema("safe_rlhf", kind="preference", keys="prompt response_0 response_1 better_response_id", yields=True)
+def safe_rlhf(row: dict[str, Any]) -> StandardRow:
+    """PKU-SafeRLHF: the answer that people found more helpful is chosen; it need not be the safer one."""
+    better = int(row["better_response_id"])
+    if better not in (0, 1):
+        raise BadRow("better_response_id is neither 0 nor 1")
+    return preference(row | {"chosen": row[f"response_{better}"], "rejected": row[f"response_{1 - better}"]})
+
+
+def best_and_worst(answers: list[tuple[float, str]]) -> dict[str, str]:
+    """Return the answers of the highest and of the lowest score as `chosen` and `rejected`."""
+    if len({score for score, _ in answers}) < 2:
+        raise BadRow("there are no two answers of different scores")
+    return {"chosen": max(answers, key=lambda item: item[0])[1], "rejected": min(answers, key=lambda item: item[0])[1]}
+
+
+@schema("nectar", kind="preference", keys="prompt answers", yields=True)
+def nectar(row: dict[str, Any]) -> StandardRow:
+    """Answers with ranks: the first is chosen over the last."""
+    return preference(row | best_and_worst([(-float(item["rank"]), item["answer"]) for item in row["answers"]]))
+
+
+@schema("ultrafeedback", kind="preference", keys="instruction completions", yields=True)
+def ultrafeedback(row: dict[str, Any]) -> StandardRow:
+    """Answers with scores (UltraFeedback before it was binarized): the best is chosen over the worst."""
+    answers = []
+    for item in row["completions"]:
+        score = item.get("fine-grained_score", item.get("overall_score"))
+        answers.append((float(score), item["response"]))
+    return preference(row | best_and_worst(answers) | {"prompt": row["instruction"]})
 
 
 @schema("hc3", kind="preference", keys="question human_answers chatgpt_answers")

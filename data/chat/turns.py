@@ -1,22 +1,48 @@
-"""Read turns, tool calls and tools in the spellings they are published in, as messages of the standard forms."""
+"""Read turns, thinking and text parts in the spellings they are published in, as messages of the standard forms."""
 
-import json
 import re
 from typing import Any
 
-from buddygpt.data.chat.rules import BadRow
+from buddygpt.data.chat.calls import read_calls, read_calls_in_text, read_tools
+from buddygpt.data.chat.rules import MEDIA, THINKING_KEYS, BadRow, refuse_media
 
 ROLES = {
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "function": "tool",
+    "ipython": "tool",
     "system": "system",
+    "developer": "system",
 }
+CALL_ROLES = ("function_call", "tool_call")
+TEXT_PARTS = ("text", "input_text", "output_text", "observation", "tool_result", "tool_response")
+THINKING_PARTS = ("thinking", "reasoning", "think")
+CALL_PARTS = ("tool_call", "function_call", "tool_use")
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+LIST_PREFIX = re.compile(r"(?:问|答|Human|Assistant|User)\s*[:：]\s*")
+
+# Thinking in an answer's text, in other tags than <think>; and the tags around the answer after it.
+THINKING_TEXT = re.compile(
+    r"\s*(?:<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|<(thinking|thought|reasoning)>(.*?)</\2>"
+    r"|\[THINK\](.*?)\[/THINK\])\s*",
+    re.DOTALL,
+)
+ANSWER_TEXT = re.compile(
+    r"\s*(?:<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>)?|<(answer|output|response)>(.*?)</\2>)\s*",
+    re.DOTALL,
+)
 
 
 def turn(role: str, content: str) -> dict[str, Any]:
@@ -28,47 +54,161 @@ def exchange(question: str, answer: str) -> list[dict[str, Any]]:
 
 
 def read_turns(items: Any) -> list[dict[str, Any]]:
-    """Read a list of turns; a system turn without text is dropped."""
+    """Read a list of turns, or of texts that take turns; a system turn without text is dropped.
+
+    Calls in turns of their own, one after the other, become the calls of one turn.
+    """
     if not isinstance(items, list):
         raise BadRow("the turns are not a list")
-    messages = [read_turn(item) for item in items]
-    return [message for message in messages if message["role"] != "system" or message["content"]]
+    if items and all(isinstance(item, str) for item in items):  # LIMA, UltraChat, HuatuoGPT
+        texts = [LIST_PREFIX.sub("", item, count=1) if LIST_PREFIX.match(item) else item for item in items]
+        return [turn("user" if number % 2 == 0 else "assistant", text) for number, text in enumerate(texts)]
+    messages: list[dict[str, Any]] = []
+    thinking = ""
+    for item in order_results(items):
+        message = read_turn(item)
+        if message["role"] == "thinking":
+            thinking = message["content"]
+            continue
+        if message["role"] == "assistant" and thinking:
+            message["content"], thinking = think(thinking, message["content"]), ""
+        previous = messages[-1] if messages else {"role": "start"}
+        if message.get("tool_calls") and not message["content"] and previous["role"] == "assistant":
+            previous["tool_calls"] = previous.get("tool_calls", []) + message["tool_calls"]
+        elif message["role"] != "system" or message["content"]:
+            messages.append(message)
+    return messages
+
+
+def order_results(items: list[Any]) -> list[Any]:
+    """Return the turns with the results of parallel calls in the order of the calls, if both have ids."""
+    order: dict[Any, int] = {}
+    ordered: list[Any] = []
+    for item in items:
+        calls = item.get("tool_calls") if isinstance(item, dict) else None
+        if isinstance(calls, list):
+            order = {
+                call["id"]: number for number, call in enumerate(calls) if isinstance(call, dict) and "id" in call
+            }
+        place = len(ordered)
+        rank = order.get(item.get("tool_call_id")) if isinstance(item, dict) and order else None
+        while rank is not None and place and order.get(ordered[place - 1].get("tool_call_id"), -1) > rank:
+            place -= 1
+        ordered.insert(place, item)
+    return ordered
 
 
 def read_turn(item: Any) -> dict[str, Any]:
-    """Read one turn with the keys from/value (ShareGPT) or role/content (OpenAI)."""
+    """Read one turn with the keys from/value (ShareGPT), role/content (OpenAI) or role/text."""
     if not isinstance(item, dict) or ("from" not in item and "role" not in item):
         raise BadRow("a turn is not an object with role and content, or from and value")
-    name = item.get("from", item.get("role"))
+    refuse_media(item)
+    name = str(item.get("from", item.get("role"))).lower()
+    content = next((item[key] for key in ("value", "content", "text") if item.get(key) is not None), None)
+    if name in THINKING_KEYS:
+        return turn("thinking", read_text(content))
     if name not in ROLES:
-        raise BadRow(f"unknown role {name!r:.40}")
-    content = item.get("value", item.get("content"))
+        raise BadRow(f"unknown role {item.get('from', item.get('role'))!r:.40}")
 
-    # ShareGPT: the turn's text is the JSON of one call or of several.
-    if name == "function_call":
-        calls = parse_json(content, "a tool call")
-        calls = calls if isinstance(calls, list) else [calls]
-        return turn("assistant", "") | {"tool_calls": [read_call(call) for call in calls]}
+    # ShareGPT and swift: the turn's text is the JSON of one call or of several.
+    if name in CALL_ROLES:
+        calls = read_calls(content, "a tool call") if content else read_calls(item.get("tool_calls"), "tool_calls")
+        if not calls:
+            raise BadRow("a tool call is not an object with name and arguments")
+        return turn("assistant", "") | {"tool_calls": calls}
 
     # OpenAI: the calls have a key for themselves, and the content may be null next to them.
-    calls = parse_json(item.get("tool_calls"), "tool_calls")
-    if content is None and calls:
-        content = ""
-    message = turn(ROLES[name], read_text(content))
-    if item.get("reasoning_content"):
-        message["reasoning_content"] = read_text(item["reasoning_content"])
+    calls = read_calls(item.get("tool_calls"), "tool_calls") + read_calls(item.get("function_call"), "function_call")
+    text, thoughts = "", ""
+    if content is not None or not calls:
+        text, thoughts, more_calls = read_parts(content)
+        calls += more_calls
+    if ROLES[name] == "assistant":
+        text = think(thoughts or read_thinking(item), respell_thinking(text), bool(calls))
+    if ROLES[name] == "system":
+        text = respell_system(text)
+    message = turn(ROLES[name], text)
     if calls:
-        message["tool_calls"] = [read_call(call) for call in calls]
+        message["tool_calls"] = calls
     return message
 
 
 def read_text(content: Any) -> str:
     """Read a string, or a list of text parts `{"type": "text", "text" or "value": ...}`."""
+    text, thoughts, calls = read_parts(content)
+    if thoughts or calls:
+        raise BadRow("content is neither a string nor a list of text parts")
+    return text
+
+
+def read_parts(content: Any) -> tuple[str, str, list[dict[str, Any]]]:
+    """Read a string, or a list of typed parts; return its text, its thinking and its calls.
+
+    A part has its content under `text`, `value`, `content` or (Anthropic) the name of its type.
+    """
     if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(part.get("text", part.get("value")) for part in content)
-    raise BadRow("content is neither a string nor a list of text parts")
+        return content, "", []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise BadRow("content is neither a string nor a list of text parts")
+    text, thoughts, calls = "", "", []
+    for part in content:
+        kind = str(part.get("type"))
+        keys = ("text", "value", "content", "thinking", "reasoning")
+        value = next((part[key] for key in keys if part.get(key) is not None), None)
+        if MEDIA.match(kind.removeprefix("input_")):
+            raise BadRow(f"it needs a picture, sound or video (a part of type {kind})")
+        if kind in CALL_PARTS:
+            calls += read_calls(part if value is None else value, "a tool call")
+        elif kind in THINKING_PARTS and isinstance(value, str):
+            thoughts += value
+        elif kind in TEXT_PARTS and isinstance(value, str | list):
+            text += read_text(value)
+        else:
+            raise BadRow("content is neither a string nor a list of text parts")
+    return text, thoughts, calls
+
+
+# --- Thinking ---
+
+
+def think(thinking: str, answer: Any, has_calls: bool = False) -> Any:
+    """Return an answer after its thinking in <think> tags, as Qwen3 and DeepSeek-R1 write it.
+
+    An answer that has such tags already is left as it is, and one without text stays empty.
+    """
+    if not thinking.strip() or not isinstance(answer, str) or "<think>" in answer:
+        return answer
+    if not answer.strip() and not has_calls:
+        return answer
+    return f"<think>\n{thinking.strip()}\n</think>\n\n{answer.lstrip()}"
+
+
+def read_thinking(row: dict[str, Any]) -> str:
+    """Return the thinking that a row or a turn has under a key of its own, or ""."""
+    for key in THINKING_KEYS:
+        value = row.get(key)
+        if isinstance(value, str) and value.strip() and value not in ("on", "off"):  # Nemotron's switch
+            return value
+        if isinstance(value, list | dict) and value:
+            raise BadRow(f"{key} is not a string")
+    return ""
+
+
+def respell_thinking(answer: str) -> str:
+    """Return an answer whose thinking is in <think> tags, whatever tags it was in."""
+    found = THINKING_TEXT.match(answer)
+    if not found:
+        return answer
+    rest = answer[found.end() :]
+    if solution := ANSWER_TEXT.fullmatch(rest):
+        rest = solution[1] or solution[3] or ""
+    return think(found[1] or found[3] or found[4] or "", rest.strip())
+
+
+def respell_system(text: str) -> str:
+    """Return a system text that asks for thinking in <think> tags if it asked for OpenThoughts' tags."""
+    text = text.replace("<|begin_of_thought|>", "<think>").replace("<|end_of_thought|>", "</think>")
+    return text.replace("<|begin_of_solution|>", "").replace("<|end_of_solution|>", "")
 
 
 def read_answer(value: Any, role: str) -> list[dict[str, Any]]:
@@ -91,53 +231,27 @@ def read_dialogue(text: str) -> list[dict[str, Any]]:
     return messages
 
 
-def parse_json(value: Any, name: str) -> Any:
-    """Return a value, parsed if it is a JSON string; None for anything empty."""
-    if not isinstance(value, str) or not value:
-        return value or None
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise BadRow(f"{name} is not valid JSON") from error
-
-
-def read_call(call: Any) -> dict[str, Any]:
-    """Read a call in the OpenAI form or bare `{"name", "arguments"}`, as an object or as JSON; parse its arguments."""
-    try:
-        if isinstance(call, str):
-            call = json.loads(call)
-        function = call.get("function", call)
-        arguments = function["arguments"]
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        return {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise BadRow("a tool call is not an object with name and arguments") from error
-
-
-def read_tool(tool: Any) -> dict[str, Any]:
-    """Read a function in the OpenAI form, or bare."""
-    if isinstance(tool, dict) and "function" in tool:
-        return tool
-    return {"type": "function", "function": dict(tool)}
-
-
 def add_context(row: dict[str, Any], standard: dict[str, Any], key: str = "messages") -> dict[str, Any]:
     """Return a standard row with the system text and the tools of the row it was made from.
 
-    The tools are a list, or its JSON, under `tools` of the row or (minimind-3) of one of its `conversations`.
+    The tools are a list, or its JSON, under `tools` or `functions` of the row or (minimind-3) of one of its turns.
 
     Args:
-        key: The list of messages that the `system` text of `row` opens.
+        key: The list of messages that the system text of `row` opens.
     """
-    if row.get("system"):
-        standard = standard | {key: [turn("system", row["system"]), *standard[key]]}
+    system = next((row[name] for name in ("system", "system_prompt") if row.get(name)), None)
+    if system:
+        opening = turn("system", respell_system(read_text(system)))
+        repeated = standard[key][:1] == [opening]
+        standard = standard | {key: standard[key] if repeated else [opening, *standard[key]]}
     holders = [row]
-    for item in row.get("conversations") or ():
+    for item in [*(row.get("conversations") or ()), *(row.get("messages") or ())]:
         if isinstance(item, dict):
             holders.append(item)
-    given = [holder["tools"] for holder in holders if holder.get("tools")]
-    tools = parse_json(given[0], "tools") if given else None
-    if tools:
-        standard = standard | {"tools": [read_tool(tool) for tool in tools]}
-    return standard
+    given = [holder[name] for holder in holders for name in ("tools", "functions") if holder.get(name)]
+    tools = read_tools(given[0]) if given else []
+    messages, tools = read_calls_in_text(standard[key], tools)
+    for answer in {"chosen", "rejected", "completion"} & standard.keys():
+        standard = standard | {answer: read_calls_in_text(standard[key] + standard[answer], tools)[0][-1:]}
+    standard = standard | {key: messages}
+    return standard | {"tools": tools} if tools else standard

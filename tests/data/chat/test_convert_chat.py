@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from standard_rows import ANSWER, ASSISTANT, FOLLOW_UP, PAIR, SYSTEM, TOOL, TOOL_ROW, USER
+from standard_rows import ANSWER, ASSISTANT, FOLLOW_UP, LABELED, PAIR, SYSTEM, TOOL, TOOL_ROW, USER
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data import convert_chat
@@ -140,7 +140,8 @@ def test_the_held_out_split_is_stable_and_keeps_one_question_on_one_side(tmp_pat
         (b'[{"q": "q", "a": "a"},\n{"q": ]', "a.jsonl:1: cannot be read: .*JSON"),
         (
             b'{"text": "q"}\n',
-            r'a.jsonl:1: fits no schema; its keys: text; {"text": "q"}. Known schemas: alpaca .* give --schema NAME',
+            r'a.jsonl:1: fits no schema; its columns: text; {"text": "q"}. .* --map prompt=question,completion=answer'
+            ".* give --schema NAME",
         ),
         (
             b'{"prompt": "q", "response": "a", "messages": []}\n',
@@ -198,6 +199,19 @@ def test_with_a_named_schema_rows_of_other_schemas_are_bad(tmp_path, run):
     assert len(written) == 2 and "no key instruction and output" in text
 
 
+@pytest.mark.parametrize(
+    ("columns", "row", "expected"),
+    [
+        ("prompt=ask,completion=reply", {"ask": "q", "reply": "a", "text": "x", "label": 1}, ANSWER),
+        ("prompt=ask, completion=reply, system=who", {"ask": "q", "reply": "a", "who": ""}, ANSWER),
+        ("prompt=ask,chosen=good,rejected=bad", {"ask": "q", "good": "a", "bad": "b"}, PAIR),
+        ("prompt=ask,completion=reply,label=ok", {"ask": "q", "reply": "a", "ok": False}, LABELED),
+    ],
+)
+def test_columns_of_an_unknown_schema_are_named(tmp_path, run, columns, row, expected):
+    assert run("--input", write(tmp_path / "a.jsonl", [row]), "--map", columns)[1] == [expected]
+
+
 def test_a_row_of_two_kinds_is_a_pair_unless_the_kind_is_given(tmp_path, run):
     file = write(
         tmp_path / "a.jsonl", [{"messages": [USER, ASSISTANT], "prompt": "q", "chosen": "a", "rejected": "b"}]
@@ -223,6 +237,9 @@ def test_a_file_of_another_type_than_its_name_says_is_an_error(tmp_path, run, na
         (["--input", "FILE", "--kind", "kto"], "fits no schema"),
         (["--input", "PAIR", "--turns", "last"], "--turns last is for instructions"),
         (["--input", "FILE", "--fill", "Buddy"], "fill takes key=value"),
+        (["--input", "FILE", "--map", "prompt"], "map takes KNOWN=COLUMN"),
+        (["--input", "FILE", "--map", "ask=instruction"], "names no known columns"),
+        (["--input", "FILE", "--map", "prompt=ask,completion=output"], "no column `ask`; there are: instruction"),
         (["--input", "FILE", "--eval_fraction", "0.1"], "go together"),
         (["--input", "FILE", "--eval_fraction", "1.5", "--eval_output", "x.jsonl"], "go together"),
         (["--input", "FILE", "--output", "FILE"], "named twice"),
