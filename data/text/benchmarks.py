@@ -8,7 +8,7 @@ import csv
 import gzip
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from buddygpt.data.text.rows import read_rows
 
 BENCHMARK_TYPES = (*ROW_TYPES, ".txt")
 QUESTION_KEYS = ("question", "problem", "prompt", "query", "q_main", "instruction", "content", "text", "问题", "题目")
+CONTEXT_KEYS = ("body", "passage", "context", "article", "background", "材料", "背景", "文章", "短文")
 SPLITS = ("test", "val", "valid", "dev", "train", "data")
 OPTION_KEY = re.compile("(option_?|选项)?[a-h]")
 LETTERS = ("A", "B", "C", "D")
@@ -32,14 +33,15 @@ class BenchmarkItem(NamedTuple):
     place: str  # BENCHMARK/FILE:ROW: the first characters of the question
     question: str
     options: list[str]
+    context: str = ""  # the passage that the question is about
 
 
 def read_benchmarks(paths: list[str]) -> Iterator[BenchmarkItem]:
     """Yield the questions of benchmarks in .csv, .jsonl, .json, .parquet, or .txt files with a question per line.
 
-    A row has its question in one of `QUESTION_KEYS`, and its options in A, B, ..., in option_a, ..., in `options` or
-    in `choices`. A .csv file without a header is read in MMLU's form: question, options, letter of the answer. A file
-    in another form is skipped with a warning.
+    A row has its question in one of `QUESTION_KEYS`, the passage that it is about in one of `CONTEXT_KEYS`, and its
+    options in A, B, ..., in option_a, ..., in `options` or in `choices`. A .csv file without a header is read in
+    MMLU's form: question, options, letter of the answer. A file in another form is skipped with a warning.
 
     Args:
         paths: A folder, file or glob for each benchmark.
@@ -52,11 +54,11 @@ def read_benchmarks(paths: list[str]) -> Iterator[BenchmarkItem]:
         for file in find_files([path], BENCHMARK_TYPES):
             count = 0
             for number, row in _read_rows(file):
-                question = _find_question(row)
+                question = _find_text(row, QUESTION_KEYS)
                 if question:
                     count += 1
                     place = f"{name}/{file.name}:{number}: {question[:40]}"
-                    yield BenchmarkItem(place, question, _find_options(row))
+                    yield BenchmarkItem(place, question, _find_options(row), _find_text(row, CONTEXT_KEYS))
             if count:
                 has_questions = True
             else:
@@ -115,9 +117,9 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
-def _find_question(row: dict[str, Any]) -> str:
-    """Return the question of a row, or an empty string."""
-    for key in QUESTION_KEYS:
+def _find_text(row: dict[str, Any], keys: Sequence[str]) -> str:
+    """Return the text in the first of these columns that has one, or an empty string."""
+    for key in keys:
         if isinstance(row.get(key), str):
             return row[key].strip()
     return ""

@@ -8,6 +8,9 @@ PaLM (Chowdhery et al. 2022, section 8: 70% of the 8-grams of a question), not o
 as in GPT-3. So a law or a novel that a benchmark quotes is kept: it has the words of the question, but not the wrong
 options.
 
+If an item has a passage that its question is about, the passage counts as part of the question, and `COVERED` of the
+question without the passage must be there too: a text with the passage alone is kept.
+
 A question is also found without its options if it has at least `MIN_UNITS` units, or `MIN_SHARED` if several items
 share it ("which of the following is true" is no question), and if `COVERED_ALONE` of it is in a text of up to
 `MAX_LENGTH` n-grams. In longer texts such a match is usually a quotation of the same source. Shorter questions ("the
@@ -21,6 +24,7 @@ import sys
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from datatrove.data import Document
@@ -102,15 +106,17 @@ def build_index(paths: list[str], folder: Path) -> "BenchmarkIndex":
         UserError: A benchmark cannot be read, or every question is too short.
     """
     items = _hash_items(paths)
-    uses = Counter(question.tobytes() for _, question, _ in items)
+    uses = Counter(item.units[: item.question].tobytes() for item in items)
 
-    # For each item: the number of n-grams of its question and of the whole, and whether the question is enough.
+    # For each item: the number of n-grams of its question and of the whole, whether the question is enough, and the
+    # first n-gram that is not of the passage only.
     table, grams = [], []
-    for _, question, units in items:
-        grams.append(hash_ngrams(units, NGRAM))
-        is_shared = uses[question.tobytes()] > 1
-        is_enough = len(question) >= (MIN_SHARED if is_shared else MIN_UNITS)
-        table.append((max(0, len(question) - NGRAM + 1), len(grams[-1]), is_enough))
+    for item in items:
+        grams.append(hash_ngrams(item.units, NGRAM))
+        is_shared = uses[item.units[: item.question].tobytes()] > 1
+        is_enough = item.question >= (MIN_SHARED if is_shared else MIN_UNITS)
+        last = max(0, item.question - NGRAM)
+        table.append((max(0, item.question - NGRAM + 1), len(grams[-1]), is_enough, min(item.context, last)))
 
     # For each n-gram: its hash, item and position in the item, sorted by hash.
     counts = np.array([len(each) for each in grams])
@@ -124,24 +130,31 @@ def build_index(paths: list[str], folder: Path) -> "BenchmarkIndex":
     np.save(folder / "hashes.npy", hashes[order])
     np.save(folder / "postings.npy", postings.astype(np.uint32))
     np.save(folder / "items.npy", np.array(table, np.uint32))
-    places = json.dumps([place for place, _, _ in items], ensure_ascii=False, indent=1)
+    places = json.dumps([item.place for item in items], ensure_ascii=False, indent=1)
     (folder / "items.json").write_text(places, encoding="utf-8")
     return BenchmarkIndex(folder)
 
 
-def _hash_items(paths: list[str]) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Return place, units of the question and units of question and options for each different item.
+class HashedItem(NamedTuple):
+    """The units of an item: of its passage, question and options."""
 
-    Items that are too short to recognize are skipped with a warning.
-    """
-    items: dict[bytes, tuple[str, np.ndarray, np.ndarray]] = {}
+    place: str
+    units: np.ndarray
+    context: int  # units of the passage
+    question: int  # units of the passage and the question
+
+
+def _hash_items(paths: list[str]) -> list[HashedItem]:
+    """Return each different item. Items that are too short to recognize are skipped with a warning."""
+    items: dict[bytes, HashedItem] = {}
     for item in read_benchmarks(paths):
-        question = _hash_words(item.question)
-        units = np.concatenate([question, _hash_words("\n".join(item.options))])
+        parts = [_hash_words(part) for part in (item.context, item.question, "\n".join(item.options))]
+        units = np.concatenate(parts)
         if len(units) < (NGRAM if item.options else MIN_UNITS):
             tqdm.write(f"skipped {item.place}: too short to recognize", file=sys.stderr)
         else:
-            items.setdefault(units.tobytes(), (item.place, question, units))
+            context, question = len(parts[0]), len(parts[0]) + len(parts[1])
+            items.setdefault(units.tobytes(), HashedItem(item.place, units, context, question))
     if not items:
         raise UserError(f"{', '.join(paths)}: every question is too short to recognize")
     return list(items.values())
@@ -159,7 +172,8 @@ class BenchmarkIndex:
     Attributes:
         hashes: uint64, (n-grams,): sorted hashes, memory-mapped.
         postings: uint32, (n-grams, 2): item and position in the item of each n-gram, memory-mapped.
-        items: int64, (items, 3): n-grams of the question, n-grams of the item, 1 if the question alone is enough.
+        items: int64, (items, 4): n-grams of passage and question, n-grams of the item, 1 if the question alone is
+            enough, the first n-gram of the question proper.
         places: BENCHMARK/FILE:ROW and the beginning of each item.
     """
 
@@ -196,7 +210,7 @@ class BenchmarkIndex:
     def _candidates(self, items: np.ndarray, positions: np.ndarray) -> list[int]:
         """Return the items with enough different n-grams anywhere in the text."""
         found, counts = np.unique(np.unique(items << 32 | positions) >> 32, return_counts=True)
-        question, total, _ = self.items[found].T
+        question, total, _, _ = self.items[found].T
         return found[counts >= COVERED * np.where(question, question, total)].tolist()
 
     def _contains(self, item: int, places: np.ndarray, positions: np.ndarray, length: int) -> bool:
@@ -208,7 +222,7 @@ class BenchmarkIndex:
             positions: Which n-gram of the item matches there.
             length: Number of n-grams of the text.
         """
-        question, total, is_enough = self.items[item].tolist()
+        question, total, is_enough, asked = self.items[item].tolist()
         question_is_enough = is_enough and length <= MAX_LENGTH
 
         # Overlapping spans: each match is within the first half of one of them.
@@ -217,7 +231,8 @@ class BenchmarkIndex:
             low, high = np.searchsorted(places, [start, start + 2 * span])
             found = np.unique(positions[low:high])
             in_question = (found < question).sum()
-            if in_question < COVERED * question:
+            in_asked = ((found >= asked) & (found < question)).sum()
+            if in_question < COVERED * question or in_asked < COVERED * (question - asked):
                 continue
             in_options = len(found) - in_question
             if in_options >= COVERED * (total - question):

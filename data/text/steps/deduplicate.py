@@ -49,6 +49,8 @@ CHUNK = 256  # shingles permuted at once: as many as fit in the cache of a core
 COMPARED = 2**16  # pairs compared at once
 READ_AHEAD = 1000  # signatures of each task that a bucket reads at once
 SPARE_FILES = 100  # files that a process may open in addition to the signatures
+# Folders of the index. A new name for new hashes: fingerprints that other hashes made would match nothing.
+INDEX_FOLDERS = {"exact": "exact", "minhash": "minhash-2"}
 ROWS = 2**32  # a document's number is task * ROWS + row
 
 
@@ -66,12 +68,17 @@ def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None 
         known: Number of tasks in that index.
 
     Raises:
-        UserError: A task is missing in `index`, or it was made with another method.
+        UserError: A task is missing in `index`, or it was made with another method or by an older version.
     """
     index = Index(method, work / "duplicates" / "index", index, known)
     for number in range(known):
         file = index.signatures("bucket_000", number)
         if not file.is_file():
+            if (index.old / method).is_dir() and not (index.old / INDEX_FOLDERS[method]).is_dir():
+                raise UserError(
+                    f"{index.old} was made by an older version, with other fingerprints: duplicates of earlier "
+                    "documents cannot be found. Prepare all text again, into another `output`"
+                )
             raise UserError(f"{file} is missing: duplicates of earlier documents cannot be found. Restore the file")
     folder = _folder(work, method)
     return [
@@ -124,7 +131,7 @@ class Index(NamedTuple):
         return self._folder(number) / "sketches" / f"{number:05d}.sketch"
 
     def _folder(self, number: int) -> Path:
-        return (self.old if number < self.known else self.new) / self.method
+        return (self.old if number < self.known else self.new) / INDEX_FOLDERS[self.method]
 
 
 class DuplicateSignature(MinhashDedupSignature):
@@ -134,7 +141,9 @@ class DuplicateSignature(MinhashDedupSignature):
 
     def __init__(self, index: Index) -> None:
         # The tokenizer is not used; datatrove's default needs spaCy.
-        super().__init__(str(index.new / index.method / "signatures"), _config(index.method), WhitespaceTokenizer())
+        super().__init__(
+            str(index.new / INDEX_FOLDERS[index.method] / "signatures"), _config(index.method), WhitespaceTokenizer()
+        )
         self.index, self.file = index, None
         random = np.random.RandomState(self.config.seed)
         self.factors, self.offsets = random.randint(0, 2**32, (2, BUCKETS * HASHES), dtype=np.uint32)

@@ -5,6 +5,7 @@ import gzip
 import json
 from pathlib import Path
 
+import opencc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -77,6 +78,36 @@ def test_an_item_is_found_in_every_spelling(index, item):
     for text in spellings(item[0], item[1:]):
         found = index.find(frame[:5000] + text + frame)
         assert [place.split(": ")[1] for place in found] == [item[0][:40]]
+
+
+def test_an_item_is_found_in_traditional_chinese(index):
+    for config in ("s2t", "s2tw", "s2hk", "s2twp"):
+        converter = opencc.OpenCC(config)
+        for item in QUESTIONS[:4]:
+            text = converter.convert(spellings(item[0], item[1:])[0])
+            assert [place.split(": ")[1] for place in index.find(text)] == [item[0][:40]]
+
+
+def test_an_item_with_a_passage_is_found_as_a_whole(tmp_path):
+    passage = "小镇的图书馆每天早上九点开门，晚上六点关门。星期三的下午，馆员给孩子们讲故事，讲完以后大家一起画画。"
+    question = "孩子们什么时候可以听故事？"
+    rows = [
+        {
+            "Body": "Tom had 12 red apples in a basket and gave 5 of them to his sister Ann.",
+            "Question": "How many left?",
+        },
+        {"context": passage, "question": question, "options": ["星期一上午", "星期三下午", "星期五晚上", "星期天"]},
+        {"passage": passage, "question": "图书馆晚上几点关门，早上几点开门？"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    index = build_index([str(tmp_path / "a.jsonl")], tmp_path / "index")
+    for row in rows:
+        whole = "\n".join(
+            (row.get("Body") or row.get("context") or row["passage"], row.get("Question") or row["question"])
+        )
+        assert len(index.find("\n".join([whole, *row.get("options", [])]))) == 1, row
+    assert index.find(f"{passage}镇上的人都很喜欢这个图书馆。") == []
+    assert index.find("She looked into the basket. How many left? Nobody could tell, and nobody asked again.") == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,13 @@ import pytest
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.text.pipeline import DocumentReader, Stage
-from buddygpt.data.text.steps.deduplicate import DuplicateFilter, duplicate_stages, link_to_first, shingles
+from buddygpt.data.text.steps.deduplicate import (
+    INDEX_FOLDERS,
+    DuplicateFilter,
+    duplicate_stages,
+    link_to_first,
+    shingles,
+)
 from buddygpt.data.text.steps.ngrams import PIECE, hash_ngrams, hash_units
 
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
@@ -218,9 +224,26 @@ def test_duplicates_are_dropped_also_if_an_earlier_step_drops_documents(tmp_path
 def test_an_incomplete_index_is_refused(tmp_path):
     kept(tmp_path, "exact", [["甲"]])
     for method, known in (("minhash", 1), ("exact", 2)):
-        message = rf"{method}/signatures/bucket_000/0000{known - 1}\S+ is missing: duplicates"
+        message = rf"{INDEX_FOLDERS[method]}/signatures/bucket_000/0000{known - 1}\S+ is missing: duplicates"
         with pytest.raises(UserError, match=message):
             duplicate_stages(method, tmp_path, 1, tmp_path / "duplicates" / "index", known)
+
+
+def test_an_index_with_fingerprints_of_an_older_version_is_refused(tmp_path):
+    kept(tmp_path / "first", "minhash", [["甲"]])
+    index = tmp_path / "first" / "duplicates" / "index"
+    (index / INDEX_FOLDERS["minhash"]).rename(index / "minhash")
+    with pytest.raises(UserError, match="index was made by an older version, with other fingerprints: .* Prepare all"):
+        duplicate_stages("minhash", tmp_path / "second", 1, index, 1)
+
+
+def test_a_traditional_copy_of_a_text_is_a_duplicate(tmp_path):
+    simplified = "那里的线路只有几里长，后来发电厂为了这件事，在台上干了什么，大家都说不清，只看着窗外的群峰。"
+    traditional = "那裡的線路只有幾里長，後來發電廠為了這件事，在臺上乾了什麼，大家都說不清，只看著窗外的羣峯。"
+    hong_kong = "那裏的綫路只有幾里長，後來發電廠爲了這件事，在台上干了甚麼，大家都説不清，只看着窗外的羣峰。"
+    assert kept(tmp_path, "minhash", [[simplified, traditional], [hong_kong]]) == [[0], []]
+    assert hash_units("麼么幺裡裏里著着").tolist() == hash_units("么么么里里里着着").tolist()
+    assert kept(tmp_path / "exact", "exact", [[simplified, traditional]]) == [[0, 1]]
 
 
 def test_more_tasks_than_files_may_be_open(tmp_path, monkeypatch):
