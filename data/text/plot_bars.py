@@ -8,6 +8,8 @@ import sys
 
 from matplotlib.figure import Figure
 
+from buddygpt.cli.fonts import plot_labels
+
 COLORS = ["#c8ccd0", "#d1495b", "#edae49", "#00798c", "#8d5a97", "#5a9367", "#b5651d", "#3d405b", "#e07a9b", "#222222"]
 
 
@@ -19,7 +21,7 @@ def draw(names: list[str], bars: dict[str, list[float]], path: str) -> None:
     for (label, widths), color in zip(bars.items(), COLORS, strict=False):
         axes.barh(range(len(names)), widths, left=left, color=color, label=label, height=0.72)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), plot_labels(names))
     axes.invert_yaxis()
     axes.set_xlim(0, max(*left, 1))
     axes.set_xlabel("share of the rows read, %")

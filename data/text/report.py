@@ -20,11 +20,12 @@ EXAMPLES = 3  # examples of each rule that each task keeps, and that the report 
 EXCERPT = 240  # characters of an example
 RULES_IN_PICTURE = 9  # the others are added up
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+PICTURE = "![not written, by source and rule](report.png)"
 MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
 
 
 def write_report(folder: Path, manifest: dict[str, Any], examples: Path) -> None:
-    """Write FOLDER/report.md and FOLDER/report.png.
+    """Write FOLDER/report.md and, if any row was dropped, FOLDER/report.png.
 
     Args:
         folder: An existing folder.
@@ -36,11 +37,12 @@ def write_report(folder: Path, manifest: dict[str, Any], examples: Path) -> None
     profiles: dict[str, dict[str, Any]] = {}
     for append_round in manifest["generations"]:
         profiles.update(append_round["profiles"])
+    any_dropped = any(count.dropped for count in counts.values())
     sections = [
         f"# Data report\n\n{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
         f"{manifest['text_bytes'] / 1e6:,.1f} MB of text from {len(manifest['sources'])} sources.",
         f"## Mixture\n\n{_mixture(manifest['sources'])}",
-        f"## What became of the rows\n\n{_rows(counts)}\n\n![not written, by source and rule](report.png)",
+        f"## What became of the rows\n\n{_rows(counts)}" + (f"\n\n{PICTURE}" if any_dropped else ""),
         f"## Dropped by rule\n\nRows, and their share of the rows read.\n\n{_table_of(counts, 'dropped')}",
         "## Changed by operator\n\nDocuments, including those dropped later, and their share of the rows read.\n\n"
         f"{_table_of(counts, 'changed', with_chars=True)}",
@@ -49,7 +51,8 @@ def write_report(folder: Path, manifest: dict[str, Any], examples: Path) -> None
         f"## Examples\n\n{_examples(examples, profiles)}",
     ]
     (folder / "report.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    _draw(counts, folder / "report.png")
+    if any_dropped:  # held-out rows alone would be one grey bar
+        _draw(counts, folder / "report.png")
 
 
 class ExampleWriter(JsonlWriter):
@@ -230,9 +233,7 @@ def _draw(counts: dict[str, RowCounts], path: Path) -> None:
     bars = {}
     for label, rows in parts.items():
         bars[label] = [100 * n / max(count.read, 1) for n, count in zip(rows, counts.values(), strict=True)]
-    # Fonts may lack Han characters; the number is the row in the first tables of the report.
-    names = [name if name.isascii() else f"source {number}" for number, name in enumerate(counts, 1)]
 
     # matplotlib takes 40 MB, so another process draws. `-I` keeps this folder, with its tokenize.py, off its path.
     command = [sys.executable, "-I", str(Path(__file__).with_name("plot_bars.py")), str(path)]
-    subprocess.run(command, input=json.dumps({"names": names, "bars": bars}), text=True, check=True)
+    subprocess.run(command, input=json.dumps({"names": list(counts), "bars": bars}), text=True, check=True)

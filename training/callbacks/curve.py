@@ -1,23 +1,26 @@
 """Draw `loss_curve.png` from the values that `Trainer` logged."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from buddygpt.cli.fonts import plot_labels
 from buddygpt.training.callbacks.figures import plt, save_figure
 
+# title -> {key of the logs: label}
 PANELS = {
-    "loss": ("loss", "eval_loss"),
-    "bits per byte": ("bits_per_byte", "eval_bits_per_byte"),
-    "preference accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
-    "expert load, 1 = even": ("router/load_max", "router/load_min"),
-    "learning rate": ("learning_rate",),
-    "tokens per second": ("tokens_per_second",),
+    "loss": {"loss": "training", "eval_loss": "held-out"},
+    "bits per byte": {"bits_per_byte": "training", "eval_bits_per_byte": "held-out"},
+    "preference accuracy": {"rewards/accuracies": "training", "eval_rewards/accuracies": "held-out"},
+    "expert load (1 = even)": {"router/load_max": "busiest expert", "router/load_min": "idlest expert"},
+    "learning rate": {"learning_rate": "learning rate"},
 }
 SOURCE = re.compile("eval_(.+)_bits_per_byte")  # bits per byte of the held-out text of one source
 SOURCES_PANEL = "held-out bits per byte by source"
+LOG_SCALE = ("loss", "bits per byte", SOURCES_PANEL)  # if the first steps would flatten the rest of the curve
 
 
 class CurveCallback(TrainerCallback):
@@ -31,32 +34,49 @@ class CurveCallback(TrainerCallback):
 
 
 def plot_history(history: list[dict[str, Any]], path: Path) -> None:
-    """Draw one panel for each entry of `PANELS` that occurs in `history` (`TrainerState.log_history`), by step."""
+    """Draw a panel, two in a row, for each entry of `PANELS` that occurs in `history` (`TrainerState.log_history`)."""
     panels = _find_panels(history)
     if not panels:
         return
-    width = 4.5 * len(panels)
-    if SOURCES_PANEL in panels:
-        width += 1.5  # for its legend, which has many lines and stands to the right of the panel
-    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.5), squeeze=False, layout="constrained")
-    for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
-        for key in keys:
-            steps = [row["step"] for row in history if key in row]
-            values = [row[key] for row in history if key in row]
-            style = "o-" if key.startswith("eval_") else "-"
-            axis.plot(steps, values, style, markersize=3, label=SOURCE.sub(r"\1", key))
+    rows = math.ceil(len(panels) / 2)
+    columns = min(len(panels), 2)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    for axis, (title, labels) in zip(axes.flat, panels.items(), strict=False):
+        for key, label in labels.items():
+            _draw_line(axis, history, key, label)
+        drawn = [value for line in axis.lines for value in line.get_ydata()]
+        if title in LOG_SCALE and drawn and 0 < 4 * min(drawn) < max(drawn):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(_label_two_and_five)
         axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if title == SOURCES_PANEL:
-            axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-        else:
+        axis.grid(alpha=0.3, which="both")
+        if len(labels) > 1:
             axis.legend(fontsize="small")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     save_figure(figure, path)
 
 
-def _find_panels(history: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return the keys to draw in each panel; panels without values are left out."""
+def _draw_line(axis: plt.Axes, history: list[dict[str, Any]], key: str, label: str) -> None:
+    steps = [row["step"] for row in history if key in row]
+    values = [row[key] for row in history if key in row]
+    style = "o-" if key.startswith("eval_") else "-"
+    axis.plot(steps, values, style, markersize=3, label=label)
+
+
+def _label_two_and_five(value: float, position: int) -> str:
+    """Return the label of a minor tick of a logarithmic axis: 0.2 and 0.5, but not 0.3."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+
+
+def _find_panels(history: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return the keys to draw in each panel and their labels; panels without values are left out."""
     logged = {key for row in history for key in row}
-    panels = {title: [key for key in keys if key in logged] for title, keys in PANELS.items()}
-    panels[SOURCES_PANEL] = sorted(key for key in logged if SOURCE.fullmatch(key))
-    return {title: keys for title, keys in panels.items() if keys}
+    panels = {}
+    for title, labels in PANELS.items():
+        panels[title] = {key: label for key, label in labels.items() if key in logged}
+    keys = sorted(key for key in logged if SOURCE.fullmatch(key))
+    names = [SOURCE.fullmatch(key)[1] for key in keys]
+    panels[SOURCES_PANEL] = dict(zip(keys, plot_labels(names), strict=True))
+    return {title: labels for title, labels in panels.items() if labels}
