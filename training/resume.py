@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
@@ -217,6 +217,42 @@ def _model_shapes(model: Model) -> dict[str, list[int]]:
         # Some stock architectures join weights in memory that they save separately, such as the experts of a layer.
         empty = revert_weight_conversion(model, empty)
     return {name: list(tensor.shape) for name, tensor in empty.items()}
+
+
+class ResumedStateCallback(TrainerCallback):
+    """Restores what trainers lose on resume: the best checkpoint of a folder that was moved, and TRL's `num_tokens`.
+
+    Args:
+        trainer: The trainer, not yet started.
+        checkpoint: The checkpoint that the run resumes from.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoint: str | None) -> None:
+        self.trainer = trainer
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if hasattr(self.trainer, "_total_train_tokens"):
+            self.trainer._total_train_tokens = state.num_input_tokens_seen
+        if self.checkpoint is None:
+            return
+        best = TrainerState.load_from_json(str(Path(self.checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
+        if best is None:
+            return
+        # The folder of the run comes first: the recorded one may be that of the original, of which this is a copy.
+        candidates = [Path(args.output_dir) / Path(best).name, Path(self.checkpoint).with_name(Path(best).name), best]
+        existing = [str(folder) for folder in candidates if os.path.isdir(folder)]
+        if existing:
+            state.best_model_checkpoint = existing[0]
+        else:
+            print(
+                f"warning: the best checkpoint, {best}, is gone; the best of the next ones is taken", file=sys.stderr
+            )
+            state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if hasattr(self.trainer, "_total_train_tokens"):
+            state.num_input_tokens_seen = self.trainer._total_train_tokens
 
 
 def claim_folder(folder: str | Path) -> TextIO | None:

@@ -24,7 +24,14 @@ from buddygpt.training.extensions import claim_extensions
 from buddygpt.training.hardware import HardwareCallback, require_hardware, require_strategy
 from buddygpt.training.liger import register_liger
 from buddygpt.training.model_losses import add_model_losses
-from buddygpt.training.resume import Start, claim_folder, find_start, save_checkpoints_atomically, save_final_folder
+from buddygpt.training.resume import (
+    ResumedStateCallback,
+    Start,
+    claim_folder,
+    find_start,
+    save_checkpoints_atomically,
+    save_final_folder,
+)
 from buddygpt.training.run_card import write_run_card
 
 
@@ -104,8 +111,8 @@ def run_training(
         start: Where to start, if the recipe has already called [`find_start`].
 
     Raises:
-        UserError: As [`find_start`], [`require_strategy`] and [`add_model_losses`]; the run in `output_dir` had another origin; or another
-            process is training there.
+        UserError: As [`find_start`], [`require_strategy`] and [`add_model_losses`]; the run in `output_dir` had
+            another origin; or another process is training there.
     """
     args = trainer.args
     require_strategy(trainer)
@@ -123,16 +130,18 @@ def run_training(
 
     lock = claim_folder(args.output_dir) if args.should_save else None
     save_checkpoints_atomically(trainer)
+    trainer.add_callback(ResumedStateCallback(trainer, start.checkpoint))
     if start.step >= args.max_steps > 0:
         # The run is finished, but `Trainer` would take one more step if the epoch has more data: give it no batch.
         trainer.get_batch_samples = lambda *_: ([], None)
     trainer.train(resume_from_checkpoint=start.checkpoint)
-    evaluation = _final_evaluation(trainer) if trainer.eval_dataset is not None else {}
+    step = _step_of_weights(trainer)
+    evaluation = _evaluation_at(trainer, step) if trainer.eval_dataset is not None else {}
 
     _save_final_model(trainer)
     if trainer.is_world_process_zero():
-        metrics = {**_last_logged(trainer, "loss"), **evaluation}
-        write_run_card(trainer, {**run_card, "metrics": metrics})
+        metrics = {**_last_logged(trainer, "loss", step), **evaluation}
+        write_run_card(trainer, {**run_card, "weights_of_step": step, "metrics": metrics})
     if lock:
         Path(lock.name).unlink()
     trainer.accelerator.print(f"Saved to {args.output_dir}")
@@ -195,19 +204,27 @@ def _describe_changed_arguments(checkpoint: Path, trainer: Trainer) -> str:
     return f" with {', '.join(changed)}" if changed else ""
 
 
-def _final_evaluation(trainer: Trainer) -> dict[str, float]:
-    """Return the metrics of the evaluation at the last step; evaluate now if there was none."""
+def _step_of_weights(trainer: Trainer) -> int:
+    """Return the step of the model in memory: the best one if `load_best_model_at_end` has loaded it, or the last."""
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best is not None:
+        return int(Path(best).name.rsplit("-", 1)[1])
+    return trainer.state.global_step
+
+
+def _evaluation_at(trainer: Trainer, step: int) -> dict[str, float]:
+    """Return the metrics of the evaluation at the step of the weights; evaluate now if there was none."""
     metrics = {}
     for row in trainer.state.log_history:
-        if row["step"] == trainer.state.global_step:
+        if row["step"] == step:
             metrics |= {key: value for key, value in row.items() if key.startswith("eval_")}
     return metrics or trainer.evaluate()
 
 
-def _last_logged(trainer: Trainer, key: str) -> dict[str, float]:
-    """Return the last row of the log that has `key`."""
+def _last_logged(trainer: Trainer, key: str, step: int) -> dict[str, float]:
+    """Return the last row of the log up to `step` that has `key`."""
     for row in reversed(trainer.state.log_history):
-        if key in row:
+        if key in row and row["step"] <= step:
             return row
     return {}
 

@@ -15,6 +15,7 @@ TABLE = """
 training/resume.py                Trainer._save_checkpoint              replace   checkpoints are complete or absent
 training/resume.py                Trainer._get_output_dir               replace   saves to a temporary folder first
 training/resume.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
+training/resume.py                SFTTrainer._total_train_tokens        set       TRL counts from 0 again
 training/run.py                   Trainer.get_batch_samples             replace   a finished run takes no further step
 training/run.py                   Trainer.callback_handler              read      our callbacks must run first
 training/evaluation.py            Trainer.get_eval_dataloader           replace   no row is read twice
@@ -30,6 +31,7 @@ training/callbacks/alarms.py      Trainer._tr_loss                      read    
 pretrain/stream_trainer.py        Trainer._get_train_sampler            override  starts at the current step
 pretrain/stream_trainer.py        Trainer._load_rng_state               override  postponed: the loader draws a number
 pretrain/stream_trainer.py        Trainer.get_batch_samples             override  restores it after the first fetch
+rlhf/dpo.py                       DPOTrainer._prepare_dataset           override  the rows are tokenized already
 pretrain/replay.py                Trainer._load_from_checkpoint         call      loads weights without training
 pretrain/replay.py                Trainer._prepare_inputs               call      moves a row to the device
 pretrain/replay.py                Trainer.compute_loss_context_manager  call      uses the precision of the run

@@ -102,6 +102,16 @@ def test_sft_answers_are_what_is_learned(workspace, base, chat_model):
     assert losses[-1] < losses[0]
 
 
+def test_sft_counts_tokens_across_a_resume(workspace, base, chat_model):
+    resumed = workspace / "sft-resumed"
+    shutil.copytree(chat_model / "checkpoint-3", resumed / "checkpoint-3")
+    run("sft/sft.py", *sft_arguments(workspace, base), "--output_dir", resumed)
+    counts = [[row["num_tokens"] for row in history(run) if "num_tokens" in row] for run in (resumed, chat_model)]
+    assert counts[0] == counts[1] and counts[0][-1] > counts[0][0]
+    card, expected = (json.loads((run / "run.json").read_text()) for run in (resumed, chat_model))
+    assert card["tokens_seen"] == expected["tokens_seen"] == counts[0][-1]
+
+
 def test_sft_with_lora_ends_with_a_merged_model(workspace, base):
     output = workspace / "sft-lora"
     lora = ["--use_peft", "true", "--lora_r", 4, "--lora_target_modules", "all-linear"]

@@ -325,6 +325,42 @@ def test_the_best_checkpoint_is_kept_and_named(tiny, tmp_path):
     check_folder(tmp_path / "run")
 
 
+# The highest loss counts as the best, so that the first evaluation is the best one.
+BEST = {"load_best_model_at_end": "true", "metric_for_best_model": "loss", "greater_is_better": "true",
+        "save_total_limit": 2, "eval_steps": 2, "save_steps": 2}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_the_best_checkpoint_of_a_moved_run_is_kept_and_its_scores_are_reported(tiny, tmp_path, how):
+    run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", **BEST, max_steps=4))
+    (shutil.move if how == "moved" else shutil.copytree)(tmp_path / "run", tmp_path / "other")
+    run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "other", **BEST, max_steps=8))
+
+    names = {path.name for path in (tmp_path / "other").glob("checkpoint-*")}
+    state = json.loads((tmp_path / "other/checkpoint-8/trainer_state.json").read_text())
+    losses = {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
+    assert max(losses, key=losses.get) == 2 and names == {"checkpoint-2", "checkpoint-8"}
+    card = json.loads((tmp_path / "other/run.json").read_text())
+    assert (card["weights_of_step"], card["steps"]) == (2, 8)
+    assert card["metrics"]["eval_loss"] == losses[2] and card["metrics"]["step"] == 2
+    assert_same(tmp_path / "other", tmp_path / "other/checkpoint-2")
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_that_was_deleted_is_replaced_by_the_next_best(tiny, tmp_path, capsys):
+    command = arguments(tiny, tmp_path / "run", **BEST)
+    run("pretrain/pretrain.py", *command, "--max_steps", "4")
+    state = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "run/checkpoint-2")
+    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    run("pretrain/pretrain.py", *command, "--max_steps", "8")
+    assert "the best checkpoint, " in capsys.readouterr().err
+    card = json.loads((tmp_path / "run/run.json").read_text())
+    assert card["weights_of_step"] == card["metrics"]["step"] == 6
+    assert_same(tmp_path / "run", tmp_path / "run/checkpoint-6")
+
+
 @pytest.mark.parametrize(
     "option, message",
     [
