@@ -60,6 +60,8 @@ def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrain
     # Write one architecture after another until one of them keeps the tokenizer.
     while True:
         convert(model, config).save_pretrained(output)
+        if not isinstance(config, BuddyGPTConfig):
+            add_fields_of_transformers_4(output / "config.json")
         save_tokenizer(tokenizer, output)
         converted, converted_tokenizer = read_checkpoint(output)
         name = f"{type(converted).__name__} in {converted.dtype}"
@@ -94,6 +96,20 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     if loaded["missing_keys"]:
         raise UserError(f"{checkpoint} lacks weights: {', '.join(sorted(loaded['missing_keys']))}")
     return model, tokenizer
+
+
+def add_fields_of_transformers_4(file: Path) -> None:
+    """Repeat in config.json what transformers 5 has renamed: version 4 would silently use its defaults."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    scaling = dict(config["rope_parameters"])
+    config["rope_theta"] = scaling.pop("rope_theta")
+    if "partial_rotary_factor" in scaling:
+        config["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    if scaling["rope_type"] != "default":
+        config["rope_scaling"] = scaling
+    if "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def is_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -199,6 +199,10 @@ def test_engines_find_an_output_head_and_no_unknown_layers(tmp_path, export):
         assert ("lm_head.weight" in weights) == (name != "Qwen3MoeForCausalLM")
         assert config.get("num_nextn_predict_layers", 0) == 0 and config.get("n_shared_experts", 1) > 0
         assert not any("gate_up_proj" in weight for weight in weights)  # one tensor per expert, as upstream
+        # transformers 4 reads these names; its defaults are other numbers.
+        assert config["rope_theta"] == 500000.0 and "rope_scaling" not in config
+        assert config.get("partial_rotary_factor") == (1.0 if name == "Glm4MoeForCausalLM" else None)
+        assert config.get("num_experts") == (sizes["n_routed_experts"] if name == "Qwen3MoeForCausalLM" else None)
 
 
 def test_a_scaled_rope_and_an_uneven_head_survive(tmp_path, export):
@@ -213,6 +217,8 @@ def test_a_scaled_rope_and_an_uneven_head_survive(tmp_path, export):
     )
     export(source, tmp_path / "native")
     assert torch.equal(logits(source), logits(tmp_path / "native"))
+    config = json.loads((tmp_path / "native" / "config.json").read_text())  # as transformers 4 reads it
+    assert config["rope_scaling"] | {"rope_theta": config["rope_theta"]} == rope
 
 
 GENERATE = """
