@@ -57,6 +57,8 @@ class StrictParser(TrlParser):
         for key, value in config.items():
             if key not in actions:
                 raise UserError(f"unknown key `{key}` in the config file{_suggestion(key, actions)}")
+            if value is False and "no" in (actions[key].choices or ()):
+                config[key] = value = "no"  # YAML 1.1 reads a bare `no` as false, as in `eval_strategy: no`
             _check_choices(key, value, actions[key].choices)
         return super().set_defaults_with_config(**config)
 

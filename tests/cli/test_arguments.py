@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from transformers import TrainingArguments
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
@@ -52,6 +53,13 @@ def test_mistakes_in_arguments(monkeypatch, tmp_path, yaml, words, message):
     with pytest.raises(UserError) as error:
         parse(monkeypatch, "--config", str(tmp_path / "a.yaml"), *words)
     assert message in str(error.value)
+
+
+def test_a_bare_no_in_yaml_is_the_word_no(monkeypatch, tmp_path):
+    (tmp_path / "a.yaml").write_text("output_dir: out\neval_strategy: no\nsave_strategy: no\n")
+    monkeypatch.setattr("sys.argv", ["script.py", "--config", str(tmp_path / "a.yaml")])
+    (args,) = parse_arguments(TrainingArguments)
+    assert args.eval_strategy == "no" and args.save_strategy == "no"
 
 
 def test_config_without_a_name(monkeypatch):
