@@ -78,17 +78,22 @@ def score_tasks(runs: list[Run]) -> TaskScores:
     """
     scores: TaskScores = {}
     for path, results in runs:
-        subtasks: dict[str, list[str]] = results["group_subtasks"]
-        tasks = {*results["results"], *results.get("groups", {})}
-        for children in subtasks.values():
-            tasks -= set(children)  # they are reported as subjects of their group
-        for task in sorted(tasks):
-            samples = {leaf: read_samples(path, leaf) for leaf in leaf_tasks(task, subtasks)}
+        for task in reported_tasks(results):
+            leaves = leaf_tasks(task, results["group_subtasks"])
+            samples = {leaf: read_samples(path, leaf) for leaf in leaves}
             all_samples = [sample for of_leaf in samples.values() for sample in of_leaf]
             scores[task] = score_samples(all_samples, results["results"].get(task, {}))
             for subject, of_subject in split_by_subject(task, samples).items():
                 scores[f"{task}/{subject}"] = score_samples(of_subject, {})
     return scores
+
+
+def reported_tasks(results: dict[str, Any]) -> list[str]:
+    """Return the tasks and groups of a results file. Tasks of a group are left out: they are its subjects."""
+    tasks = {*results["results"], *results.get("groups", {})}
+    for children in results["group_subtasks"].values():
+        tasks -= set(children)
+    return sorted(tasks)
 
 
 def leaf_tasks(task: str, subtasks: dict[str, list[str]]) -> list[str]:
@@ -187,7 +192,14 @@ def to_markdown(scores: dict[str, TaskScores], runs: dict[str, list[Run]]) -> st
         subjects = [name for name in names if name.startswith(f"{task}/")]
         if subjects:
             sections += [f"## {task} by subject", score_table("subject", subjects, scores, first_metric_only=True)]
-    sections += ["## Checkpoints", checkpoint_table(runs)]
+    sections += [
+        "## Prompts",
+        "Examples before each question (few-shot), and questions whose prompt was truncated on the left to fit into "
+        "the model's context. Only `eval/run_eval.py` counts the latter.",
+        prompt_table(tasks, runs),
+        "## Checkpoints",
+        checkpoint_table(runs),
+    ]
     return "\n\n".join(sections) + "\n"
 
 
@@ -227,6 +239,20 @@ def format_score(score: Score | None) -> str:
     low, high = score["ci95"]
     mark = " (chance)" if at_chance(score) else ""
     return f"{score['value']:.1%} [{100 * low:.1f}, {100 * high:.1f}]{mark}"
+
+
+def prompt_table(tasks: list[str], runs: dict[str, list[Run]]) -> str:
+    """Return a table with a row per task, and a column per checkpoint: `5-shot, 12 truncated`."""
+    cells = {task: dict.fromkeys(runs, "") for task in tasks}
+    for checkpoint, of_checkpoint in runs.items():
+        for _, results in of_checkpoint:
+            for task in reported_tasks(results):
+                leaves = leaf_tasks(task, results["group_subtasks"])
+                shots = "/".join(sorted({str(results["n-shot"][leaf]) for leaf in leaves}))
+                truncated = results.get("truncated_prompts")
+                count = "not counted" if truncated is None else f"{sum(truncated[leaf] for leaf in leaves)} truncated"
+                cells[task][checkpoint] = f"{shots}-shot, {count}"
+    return markdown_table(["task", *runs], [[task, *of_task.values()] for task, of_task in cells.items()])
 
 
 def checkpoint_table(runs: dict[str, list[Run]]) -> str:

@@ -21,6 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 from transformers import AutoConfig, AutoTokenizer
@@ -143,15 +145,17 @@ def evaluate(
         UserError: The results could not be written.
     """
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
+    device = args.device or default_device()
+    model = HFLM(**model_args, batch_size=args.batch_size, device=device)
     results = simple_evaluate(
-        model="hf",
-        model_args=model_args,
+        model=model,
+        model_args=model_args,  # for the record, with the two below
+        batch_size=args.batch_size,
+        device=device,
         tasks=args.tasks,
         task_manager=task_manager,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
-        batch_size=args.batch_size,
-        device=args.device or default_device(),
         apply_chat_template=uses_chat_template,
         fewshot_as_multiturn=uses_chat_template,
         evaluation_tracker=tracker,
@@ -161,12 +165,31 @@ def evaluate(
 
     print(make_table(results))
     samples = results.pop("samples")
+    results["truncated_prompts"] = {task: count_truncated(model, rows) for task, rows in samples.items()}
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
         tracker.save_results_samples(task_name=task, samples=rows)
     # lm-eval only logs a warning if it cannot write.
     if not list(output.glob(f"samples_*_{tracker.date_id}.jsonl")):
         raise UserError(f"the results could not be written to {output}; see the warning above.")
+
+
+def count_truncated(model: HFLM, samples: list[dict[str, Any]]) -> int:
+    """Return how many questions had a prompt that lm-eval cut on the left, because it exceeded the context."""
+    truncated = set()
+    for sample in samples:
+        for prompt, *answer in sample["arguments"]:
+            if not answer:  # a whole document, read in windows
+                continue
+            if isinstance(answer[0], dict):  # the settings of generation
+                text = prompt
+                room = model.max_length - normalize_gen_kwargs(answer[0], model.max_gen_toks)["max_gen_toks"]
+            else:
+                text = prompt + answer[0]
+                room = model.max_length + 1  # nothing is predicted after the last token
+            if len(model.tok_encode(text)) > room:
+                truncated.add(sample["doc_id"])
+    return len(truncated)
 
 
 def default_device() -> str:

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_bits_per_byte_equal_a_computation_over_windows_after_the_separator(eval
 
 
 @pytest.mark.slow
-def test_report_agrees_with_lm_eval_and_shows_subjects_chance_and_intervals(evaluated):
+def test_report_agrees_with_lm_eval_and_shows_subjects_chance_intervals_and_prompts(evaluated, tokenizer):
     (path,) = (evaluated / "results" / "chat").glob("results_*.json")
     results = json.loads(path.read_text(encoding="utf-8"))
     for task, metrics in scores(evaluated)["chat"].items():
@@ -203,9 +204,29 @@ def test_report_agrees_with_lm_eval_and_shows_subjects_chance_and_intervals(eval
     text = (evaluated / "report.md").read_text(encoding="utf-8")
     assert "| sample_exam_text | acc | 8 | 25.0% |" in text and "75.0% [40.9, 92.9] |" in text
     assert "| capitals | acc | 4 | 25.0% |" in text and "| chat template | none |" in text
+    n_truncated = 0
+    for row in samples(evaluated, "chat", "sample_exam_letter"):
+        prompt = row["arguments"]["gen_args_0"]["arg_0"]
+        n_truncated += len(tokenizer(prompt + "A")["input_ids"]) > CONTEXT + 1
+    assert f"| 2-shot, {n_truncated} truncated |\n" in text
+    assert "| sample_exam_text | 0-shot, 0 truncated | 0-shot, 0 truncated |" in text
     assert (evaluated / "scores.png").stat().st_size > 10_000
     subjects = [scores(evaluated)["chat"][f"sample_exam_text/{subject}"]["acc"] for subject in ("capitals", "sums")]
     assert [score["n"] for score in subjects] == [4, 4] and sum(score["value"] for score in subjects) / 2 == 6 / 8
+
+
+def test_prompts_that_do_not_fit_with_their_answer_are_counted_once_per_question():
+    run_eval = importlib.import_module("buddygpt.eval.run_eval")
+    model = SimpleNamespace(max_length=10, max_gen_toks=4, tok_encode=list)  # a token per character
+    options = [
+        {"doc_id": 0, "arguments": [("123456789", "A"), ("123456789", "BC")]},  # 11 tokens: the last is not read
+        {"doc_id": 1, "arguments": [("123456789", "ABC"), ("1234567890", "AB")]},
+    ]
+    assert run_eval.count_truncated(model, options) == 1
+    answers = [{"doc_id": number, "arguments": [("1234567", {"max_gen_toks": number})]} for number in (3, 4)]
+    answers.append({"doc_id": 5, "arguments": [("1234567", {})]})
+    assert run_eval.count_truncated(model, answers) == 2
+    assert run_eval.count_truncated(model, [{"doc_id": 0, "arguments": [("a long document",)]}]) == 0
 
 
 def test_interval_is_wilsons_and_chance_inside_it_is_marked():

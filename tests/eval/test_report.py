@@ -1,0 +1,48 @@
+"""Tests of the report on results files as lm-eval writes them."""
+
+import json
+
+from buddygpt.eval import report
+
+
+def write_results(folder, scores, n_shot=0, time="2026-01-01T00-00-00", **more):
+    """Write a results file with one metric, `acc`, for each question of the tasks in `scores`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, values in scores.items():
+        rows = []
+        for number, value in enumerate(values):
+            row = {"doc_id": number, "doc": {}, "arguments": {"a": {}, "b": {}}, "metrics": ["acc"], "filter": "none"}
+            rows.append(json.dumps(row | {"acc": value}) + "\n")
+        (folder / f"samples_{task}_{time}.jsonl").write_text("".join(rows), encoding="utf-8")
+    results = {
+        "results": {task: {"acc,none": sum(values) / len(values)} for task, values in scores.items()},
+        "group_subtasks": {},
+        "n-shot": dict.fromkeys(scores, n_shot),
+        "config": {"model_args": {"pretrained": "model"}, "limit": None},
+        "lm_eval_version": "0.4.13",
+    }
+    path = folder / f"results_{time}.json"
+    path.write_text(json.dumps(results | more), encoding="utf-8")
+    return path
+
+
+def test_few_shot_and_truncated_prompts_are_shown_by_task_and_checkpoint(tmp_path):
+    write_results(tmp_path / "base", {"one": [0, 1], "two": [1, 1]}, n_shot=5, truncated_prompts={"one": 2, "two": 0})
+    write_results(tmp_path / "plain", {"one": [0, 1]})
+    runs = report.read_runs(tmp_path)
+    table = report.prompt_table(["one", "two"], runs)
+    assert "| one | 5-shot, 2 truncated | 0-shot, not counted |" in table
+    assert "| two | 5-shot, 0 truncated |  |" in table
+
+
+def test_the_subjects_of_a_group_share_a_cell(tmp_path):
+    subtasks = {"exam": ["exam_a", "exam_b"]}
+    values = {"exam_a": [0, 1], "exam_b": [1, 1]}
+    path = write_results(
+        tmp_path / "base", values, group_subtasks=subtasks, truncated_prompts={"exam_a": 2, "exam_b": 1}
+    )
+    results = json.loads(path.read_text())
+    results |= {"groups": {"exam": {}}, "n-shot": {"exam_a": 5, "exam_b": 0}}
+    path.write_text(json.dumps(results))
+    table = report.prompt_table(["exam"], report.read_runs(tmp_path))
+    assert "| exam | 0/5-shot, 3 truncated |" in table
