@@ -10,6 +10,7 @@ from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 
 from buddygpt.data.shards.blocks import BlockStream
 from buddygpt.data.shards.trace import describe_blocks
+from buddygpt.training.pickles import reporting_damage
 
 
 class StreamTrainer(Trainer):
@@ -41,7 +42,8 @@ class StreamTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         batches = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._rng_checkpoint is not None:
-            super()._load_rng_state(self._rng_checkpoint)
+            with reporting_damage(self._rng_checkpoint):
+                super()._load_rng_state(self._rng_checkpoint)
             self._rng_checkpoint = None
         return batches
 

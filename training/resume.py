@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from buddygpt.cli.checkpoints import make_tokenizers_portable
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
+from buddygpt.training.pickles import require_plain_metadata
 
 CHECKSUMS = "checksums.json"
 PARTIAL = f"{PREFIX_CHECKPOINT_DIR}.partial"
@@ -101,6 +102,7 @@ def _find_start_on_rank_0(args: TrainingArguments, model: Model) -> Start:
         damage = find_damage(Path(checkpoint))
         if damage:
             raise UserError(f"cannot resume from {checkpoint}: {damage}")
+    require_plain_metadata(Path(checkpoint))
     step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     card = Path(checkpoint).parent / "run.json"
     return Start(checkpoint, step, json.loads(card.read_text(encoding="utf-8")) if card.exists() else {})

@@ -1,17 +1,18 @@
 """The steps that all recipes share once their `Trainer` exists: resume, train, evaluate, save, write the run card."""
 
+import json
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from buddygpt.cli.checkpoints import load_tokenizer, require_causal_lm
+from buddygpt.cli.checkpoints import end_of_answer_token, load_tokenizer, require_causal_lm
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.training.callbacks.alarms import AlarmCallback
 from buddygpt.training.callbacks.curve import CurveCallback
@@ -24,6 +25,7 @@ from buddygpt.training.extensions import claim_extensions
 from buddygpt.training.hardware import HardwareCallback, require_hardware, require_strategy
 from buddygpt.training.liger import register_liger
 from buddygpt.training.model_losses import add_model_losses
+from buddygpt.training.pickles import load_without_code, reporting_damage
 from buddygpt.training.resume import (
     ResumedStateCallback,
     Start,
@@ -70,6 +72,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if tokenizer.chat_template is None:
         raise UserError(f"{model_args.model_name_or_path} has no chat template: add a chat_template.jinja to it")
+    stop_at_end_of_answer(tokenizer)
 
     if model_args.use_peft and model_args.lora_target_modules is None:
         model_args.lora_target_modules = "all-linear"  # peft has defaults for stock architectures only
@@ -85,6 +88,18 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
         if training_args.eval_packing is None and training_args.packing_strategy != "bfd":
             training_args.eval_packing = False  # "wrapped" and "bfd_split" cut rows elsewhere, which changes eval_loss
     return tokenizer
+
+
+def stop_at_end_of_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the token that ends an answer in the chat template the eos token; the base model may have another one.
+
+    `Trainer` then adds it to the model's config and generation config, so that answers stop in every engine.
+    """
+    end = end_of_answer_token(tokenizer)
+    if tokenizer.eos_token != end:
+        print(f"Answers end with {end}: it becomes the eos_token, which was {tokenizer.eos_token}")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.eos_token = end
 
 
 def run_training(
@@ -125,7 +140,7 @@ def run_training(
     run_card["origin"]["global_batch"] = trainer.get_total_train_batch_size(args)
     if start.checkpoint:
         _require_same_origin(start, run_card["origin"])
-        changes = _describe_changed_arguments(Path(start.checkpoint), trainer)
+        changes = _describe_changed_arguments(start, trainer)
         trainer.accelerator.print(f"Resuming from {start.checkpoint}{changes}")
 
     lock = claim_folder(args.output_dir) if args.should_save else None
@@ -134,7 +149,12 @@ def run_training(
     if start.step >= args.max_steps > 0:
         # The run is finished, but `Trainer` would take one more step if the epoch has more data: give it no batch.
         trainer.get_batch_samples = lambda *_: ([], None)
-    trainer.train(resume_from_checkpoint=start.checkpoint)
+    load_without_code(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=start.checkpoint)
+    except UnpicklingError as error:  # DeepSpeed loads while it builds its engine
+        with reporting_damage(start.checkpoint):
+            raise error
     step = _step_of_weights(trainer)
     evaluation = _evaluation_at(trainer, step) if trainer.eval_dataset is not None else {}
 
@@ -193,13 +213,10 @@ def _require_same_origin(start: Start, origin: dict[str, Any]) -> None:
         )
 
 
-def _describe_changed_arguments(checkpoint: Path, trainer: Trainer) -> str:
-    """Return the training arguments that differ from those of the checkpoint: " with key old -> new, ..."."""
-    file = checkpoint / "training_args.bin"
-    if not file.exists():
-        return ""
-    before = torch.load(file, weights_only=False).to_dict()
-    now = trainer.args.to_dict()
+def _describe_changed_arguments(start: Start, trainer: Trainer) -> str:
+    """Return the training arguments that differ from those in the run card: " with key old -> new, ..."."""
+    before = start.card.get("training_arguments", {})
+    now = json.loads(json.dumps(trainer.args.to_dict(), default=str))
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     return f" with {', '.join(changed)}" if changed else ""
 

@@ -16,6 +16,10 @@ training/resume.py                Trainer._save_checkpoint              replace 
 training/resume.py                Trainer._get_output_dir               replace   saves to a temporary folder first
 training/resume.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
 training/resume.py                SFTTrainer._total_train_tokens        set       TRL counts from 0 again
+training/pickles.py               Trainer._load_from_checkpoint         replace   errors become one line
+training/pickles.py               Trainer._load_optimizer_and_scheduler replace   errors become one line
+training/pickles.py               Trainer._load_scaler                  replace   errors become one line
+training/pickles.py               Trainer._load_rng_state               replace   errors become one line
 training/run.py                   Trainer.get_batch_samples             replace   a finished run takes no further step
 training/run.py                   Trainer.callback_handler              read      our callbacks must run first
 training/evaluation.py            Trainer.get_eval_dataloader           replace   no row is read twice

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 from tiny_shards import Shard, write_shards
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.utils.data import BatchSampler
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer
 
@@ -29,7 +32,8 @@ from buddygpt.data.shards.history import make_order
 from buddygpt.data.shards.order import BlockOrder, Quota
 from buddygpt.model.presets import PRESETS, load_config
 from buddygpt.pretrain.stream_trainer import PositionSampler
-from buddygpt.training.resume import claim_folder, find_damage, last_checkpoint
+from buddygpt.training.pickles import require_plain_metadata
+from buddygpt.training.resume import claim_folder, find_damage, last_checkpoint, write_checksums
 
 VOCABULARY = 64
 BLOCK = 32
@@ -393,6 +397,74 @@ def test_another_global_batch_is_refused_with_the_remedy(tiny, whole):
 def test_the_requested_z_loss_is_used(tiny, tmp_path):
     run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", max_steps=1, eval_strategy="no", z_loss_coef=0.01))
     assert json.loads((tmp_path / "run/config.json").read_text())["z_loss_coef"] == 0.01
+
+
+# --- pickles ---
+
+
+class Crafted:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def resume_crafted(tiny: Path, whole: Path, folder: Path, name: str, content: object) -> str:
+    """Resume from a checkpoint whose file `name` was replaced, with correct checksums; return the error."""
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("checkpoint-12", "checkpoint-9", "checkpoint-3"))
+    target = folder / "checkpoint-6" / name
+    target.parent.mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+        target.write_bytes(content)
+    elif name.endswith(".metadata"):
+        target.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, target)
+    write_checksums(folder / "checkpoint-6")
+    try:
+        run("pretrain/pretrain.py", *arguments(tiny, folder, max_steps=7, eval_strategy="no", save_strategy="no"))
+    except UserError as error:
+        return str(error)
+    return "resumed"
+
+
+PICKLES = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model_fsdp_0/.metadata")
+
+
+@pytest.mark.slow
+def test_no_pickle_of_a_checkpoint_runs_code(tiny, whole, tmp_path):
+    for number, name in enumerate(PICKLES):
+        executed = tmp_path / f"executed-{number}"
+        for content in (Crafted(executed), {"state": Crafted(executed)}):
+            outcome = resume_crafted(tiny, whole, tmp_path / "run", name, content)
+            shutil.rmtree(tmp_path / "run")
+            assert not executed.exists(), name
+            if name == "training_args.bin":  # it is not needed, so it is not loaded
+                assert outcome == "resumed"
+            else:
+                assert outcome.startswith(f"cannot load {tmp_path / 'run/checkpoint-6'}: a file in it holds"), name
+
+
+@pytest.mark.slow
+def test_a_pickle_of_other_content_is_told_in_one_line(tiny, whole, tmp_path):
+    for name, content in [
+        ("optimizer.pt", {"a": 1}),
+        ("rng_state.pth", {}),
+        ("scheduler.pt", b"text\n"),
+        ("optimizer.pt", b""),
+    ]:
+        outcome = resume_crafted(tiny, whole, tmp_path / "run", name, content)
+        shutil.rmtree(tmp_path / "run")
+        assert outcome.startswith("cannot load ") and "\n" not in outcome, name
+
+
+def test_metadata_of_distributed_checkpoints_is_read(tmp_path):
+    state = {"weight": torch.ones(2, 3), "step": 3}
+    distributed_checkpoint.save(state, storage_writer=FileSystemWriter(tmp_path / "optimizer_0"), no_dist=True)
+    require_plain_metadata(tmp_path)
 
 
 # --- data ---
