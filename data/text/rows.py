@@ -15,8 +15,10 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +30,7 @@ from tqdm import tqdm
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_type
 
+ROW_LISTS = {"data", "rows", "examples", "samples", "items", "records", "instances", "train"}  # hold a file's rows
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
 HAN = re.compile("[\u4e00-\u9fff]")
@@ -87,7 +90,7 @@ def read_rows(
     """Yield every row of a file, also bad ones. Memory holds one row at a time, or one batch of a parquet file.
 
     Args:
-        path: A .jsonl, .json (lines or an array), .parquet or .csv file or URL. With a `text_key`, also .txt and .md.
+        path: A .jsonl, .json (see `_read_json`), .parquet or .csv file or URL. With a `text_key`, also .txt and .md.
         text_key: The first of these columns that a row has is its text; only the text is returned.
         bar: A [`progress_bar`].
         txt_sample_by: `document` if a .txt file is one document, `line` if every line is one. A .md file is always one
@@ -97,7 +100,12 @@ def read_rows(
     Raises:
         UserError: The file has another type or no such column, or is damaged so that no further row can be read.
     """
-    readers = {".jsonl": _read_json, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
+    readers = {
+        ".jsonl": partial(_read_json, is_lines=True),
+        ".json": _read_json,
+        ".parquet": _read_parquet,
+        ".csv": _read_csv,
+    }
     if text_key:
         readers[".txt"] = {"document": _read_document, "line": _read_lines}[txt_sample_by]
         readers[".md"] = _read_document
@@ -128,6 +136,8 @@ def _select(row: Row, text_key: Sequence[str] | None, keep: Sequence[str]) -> Ro
     """Return the row as requested: all columns, or its text and the columns of `keep`. A bad row gets an error."""
     if row.error:
         return row
+    if _all_of(row.content, dict) and all(map(_is_message, row.content)):
+        row = row._replace(content={"messages": row.content})  # a conversation
     if not isinstance(row.content, dict):
         return Row(row.number, None, f"the row is not an object but {type(row.content).__name__}")
     if text_key is None:
@@ -181,15 +191,112 @@ def _skip_byte_order_mark(stream: BinaryIO) -> None:
         stream.read(3)
 
 
-def _read_json(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str]) -> Iterator[Row]:
+def _read_json(
+    stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str], is_lines: bool = False
+) -> Iterator[Row]:
+    """Read an array of rows, a row per line, rows that span several lines, or one object of rows or of columns.
+
+    Blank lines are no rows. A list of messages is a row too, see `_select`.
+
+    Args:
+        is_lines: An object on the only line is a row, whatever it holds.
+    """
     if stream.peek(1).lstrip().startswith(b"["):
         yield from _read_array(stream)
         return
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
-            yield _parse_line(number, line.rstrip())
-        else:
-            yield Row(number, {})
+    lines = ((number, line.rstrip()) for number, line in enumerate(stream, start=1) if line.strip())
+    number, line = next(lines, (0, b""))
+    if not number:
+        return
+    if _continues(line):
+        decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        rows = _read_values(stream, decode(line + b"\n"), number, decode)
+        is_lines = False
+    else:
+        rows = (_parse_line(*each) for each in chain([(number, line)], lines))
+    first = next(rows)
+    found = [] if is_lines else _rows_of_object(first.content)
+    second = next(rows, None) if found else None
+    if found and second is None:
+        yield from (Row(number, content) for number, content in enumerate(found, start=1))
+    else:
+        yield from chain([first], [second] if second else [], rows)
+
+
+def _continues(line: bytes) -> bool:
+    """Return True if a line is the beginning of an object that ends on another line."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return line.endswith((b"{", b"[", b",", b":")) and error.pos >= len(error.doc) - 1
+    except (ValueError, RecursionError):
+        pass
+    return False
+
+
+def _read_values(stream: BinaryIO, text: str, number: int, decode: Callable[[bytes], str]) -> Iterator[Row]:
+    """Parse JSON values that follow each other, each on any number of lines.
+
+    Args:
+        text: The beginning of the stream, which has been read.
+        number: The line of its first character.
+        decode: An incremental decoder that has read `text`.
+    """
+    start = 0
+    while True:
+        begin = _skip_space(text, start)
+        number += text.count("\n", start, begin)
+        start = begin
+        try:
+            content, end = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            reason = _encoding_error(text) or f"not valid JSON: {getattr(error, 'msg', error)}"
+            if not _may_be_incomplete(text, error):
+                raise ValueError(f"the object at line {number}: {reason}") from error
+            more = stream.read(max(CHUNK, len(text) - start))
+            if not more:
+                if start < len(text):
+                    yield Row(number, None, reason)
+                return
+            text = text[start:] + decode(more)
+            start = 0
+            continue
+        error = _encoding_error(text[start:end])
+        yield Row(number, None if error else content, error)
+        number += text.count("\n", start, end)
+        start = end
+
+
+def _rows_of_object(content: Any) -> list[Any]:
+    """Return the rows of an object that is a whole file; an empty list if it is a row itself.
+
+    It holds a list of rows (`{"data": [{...}, ...]}`), a row under each key, or a list or (pandas) an object of values
+    under each column.
+    """
+    if not isinstance(content, dict) or not content:
+        return []
+    lists = [content[key] for key in ROW_LISTS & content.keys() if _all_of(content[key], dict)]
+    if len(lists) == 1 and not ("instruction" in content or any(map(_is_message, lists[0]))):
+        return lists[0]
+    values = list(content.values())
+    if _all_of(values, dict) and not any(map(_is_message, values)):
+        names = values[0].keys()
+        if names and all(value.keys() == names for value in values):
+            is_columns = all(name.isdigit() for name in names)
+            return [{key: content[key][name] for key in content} for name in names] if is_columns else values
+    is_columns = len(values) > 1 and all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
+    if is_columns and not any(_is_message(item) for value in values for item in value):
+        return [dict(zip(content, row, strict=True)) for row in zip(*values, strict=True)]
+    return []
+
+
+def _all_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
+
+
+def _is_message(value: Any) -> bool:
+    """Return True for a turn of a conversation: role and content, or from and value."""
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
 
 
 def _parse_line(number: int, data: bytes) -> Row:
@@ -233,6 +340,9 @@ def _read_array(stream: BinaryIO) -> Iterator[Row]:
             text = text[start:] + decode(more)
             start = 0
             continue
+        if number == 1 and _is_message(content):  # the array is no list of rows but a row: a list of messages
+            yield from _read_values(stream, "[" + text[start:], 1, decode)
+            return
         error = _encoding_error(text[start:end])
         yield Row(number, None if error else content, error)
         is_open = text[end] == ","

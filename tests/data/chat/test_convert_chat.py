@@ -55,9 +55,10 @@ def test_the_same_rows_are_read_from_every_type_of_file(tmp_path, run):
     write(tmp_path / "lines.jsonl", rows)
     (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress((tmp_path / "lines.jsonl").read_bytes()))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "object.json").write_text(json.dumps({"data": rows}, indent=1), encoding="utf-8")
     (tmp_path / "rows.csv").write_text("instruction,output\n" + "".join(f"q{i}\u2028,a{i}\n" for i in range(3)))
     written = [run("--input", file)[1] for file in sorted(tmp_path.iterdir())]
-    assert len(written) == 6
+    assert len(written) == 7
     assert all(rows == written[0] for rows in written)
     assert written[0][2]["messages"][0]["content"] == "q2\u2028"
     assert len(run("--input", str(tmp_path / "lines.*"))[1]) == 9
@@ -131,9 +132,10 @@ def test_the_held_out_split_is_stable_and_keeps_one_question_on_one_side(tmp_pat
     [
         (b"", "is empty"),
         (b"[]", "is empty"),
-        (b"\n\n", "a.jsonl:1: the row is empty"),
+        (b"\n\n", "is empty"),
+        (b"{}\n", "a.jsonl:1: the row is empty"),
         (b'{"instruction": "q", "output": "a"}\n{"instruction": \n', r"a.jsonl:2: not valid JSON"),
-        (b'{"instruction": "q", "output": "a"}\n\n', r"a.jsonl:2: the row is empty"),
+        (b'{"instruction": "q", "output": "a"}\n\n{}\n', r"a.jsonl:3: the row is empty"),
         (b'{"instruction": "q", "output": "a"}\n"text"\n', r"a.jsonl:2: the row is not an object but str"),
         (b'{"instruction": "\xff", "output": "a"}\n', r"a.jsonl:1: not valid UTF-8"),
         (b'[{"q": "q", "a": "a"},\n{"q": "\xff", "a": "a"}]', "a.jsonl:2: .*not valid UTF-8"),

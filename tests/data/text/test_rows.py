@@ -73,7 +73,9 @@ def test_utf16_is_recognized(tmp_path):
         ('{"text": "a\\u0000b"}\n', ["a\x00b"]),
         ("", []),
         ("[]", []),
-        ("\n \n", ["", ""]),
+        ("\n \n", []),
+        ('\n{"text": "a"}\n\n  \n{"text": "b"}\n\n', ["a", "b"]),
+        ('{\n  "text": "a",\n  "x": [\n{"y": "{"}\n]}\n{\n"text": "b"\n}\n', ["a", "b"]),
     ],
 )
 def test_unusual_files_are_read(data, contents, tmp_path):
@@ -93,6 +95,39 @@ def test_unusual_files_are_read(data, contents, tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', 2, "no column `text`; there are: body"),
         ("a.json", b'[{"text": "a"}, {"body": "b"}]', 2, "no column `text`; there are: body"),
     ],
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+TWO_ROWS = [{"q": "a", "a": "b"}, {"q": "c", "a": None}]
+JSON_FORMS = {
+    "an object that holds a list": ({"version": "1.0", "data": TWO_ROWS}, TWO_ROWS),
+    "instances (LMFlow)": ({"type": "text2text", "instances": TWO_ROWS}, TWO_ROWS),
+    "a row under each key": ({"x": TWO_ROWS[0], "y": TWO_ROWS[1]}, TWO_ROWS),
+    "columns": ({"q": ["a", "c"], "a": ["b", None]}, TWO_ROWS),
+    "columns (pandas)": ({"q": {"0": "a", "1": "c"}, "a": {"0": "b", "1": None}}, TWO_ROWS),
+    "a conversation": (MESSAGES, [{"messages": MESSAGES}]),
+    "conversations": ([MESSAGES, MESSAGES], [{"messages": MESSAGES}] * 2),
+    "one row of messages": ({"messages": MESSAGES}, [{"messages": MESSAGES}]),
+    "one pair": ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None),
+    "one pair of turns": ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, None),
+    "one task with instances": ({"instruction": "q", "instances": [{"input": "", "output": "a"}]}, None),
+    "one conversation of MOSS": ({"conversation_id": "1", "chat": {"turn_1": {"Human": "q"}}}, None),
+}
+
+
+@pytest.mark.parametrize("form", JSON_FORMS)
+def test_rows_are_read_from_every_form_of_json(form, tmp_path):
+    content, expected = JSON_FORMS[form]
+    for indent in (None, 2):
+        (tmp_path / "a.json").write_text(json.dumps(content, indent=indent), encoding="utf-8")
+        assert [row.content for row in read_rows(tmp_path / "a.json")] == (expected or [content])
+
+
+def test_lists_of_messages_may_be_lines_and_a_line_of_its_own_is_a_row(tmp_path):
+    json_file(tmp_path / "a.jsonl", [MESSAGES] * 3)
+    assert [row.content for row in read_rows(tmp_path / "a.jsonl")] == [{"messages": MESSAGES}] * 3
+    json_file(tmp_path / "b.jsonl", [{"questions": ["a"], "answers": ["b"]}])
+    assert [row.content for row in read_rows(tmp_path / "b.jsonl")] == [{"questions": ["a"], "answers": ["b"]}]
+
+
 )
 def test_a_bad_row_is_named_by_its_place(name, data, number, message, tmp_path):
     if data.startswith(b"[["):
@@ -126,6 +161,11 @@ def test_a_bad_row_is_named_by_its_place(name, data, number, message, tmp_path):
 def test_a_file_that_cannot_be_read_on_is_one_line(name, data, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         rows_of(tmp_path / name, data)
+        (
+            "a.json",
+            b'{\n"text": "a"\n}\n{\n"text": b}' + b" " * 99,
+            r"a\.json:1: .*the object at line 4: not valid JSON: Expecting value",
+        ),
     assert "\n" not in str(caught.value)
 
 
