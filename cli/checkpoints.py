@@ -30,6 +30,30 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
         raise UserError(f"cannot read a tokenizer from {name_or_path}: {_first_line(error)}") from error
 
 
+def end_of_answer_token(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the special token with which the chat template ends an answer, such as <|im_end|>.
+
+    Raises:
+        UserError: The template refuses a question with an answer, or ends the answer with plain text.
+    """
+    from jinja2 import TemplateError
+
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError as error:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses an answer: {error}") from error
+    end = tokenizer(text.rpartition("answer")[2], add_special_tokens=False).input_ids
+    tokens = tokenizer.added_tokens_decoder
+    marks = [tokens[number].content for number in end if number in tokens and tokens[number].special]
+    if not marks:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} ends answers without a special token, so the model could "
+            f"not learn to stop: write {tokenizer.eos_token or 'one'} after each answer in chat_template.jinja"
+        )
+    return marks[0]
+
+
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Save a tokenizer so that transformers 4 and 5 and other engines read the same tokens from it."""
     tokenizer.save_pretrained(folder)

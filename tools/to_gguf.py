@@ -297,7 +297,9 @@ def read_back(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
 def modelfile_text(file_name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text of a Modelfile as documented by Ollama, without a TEMPLATE if the model's is not ChatML."""
     lines = [f"FROM ./{file_name}"]
+    stops = []
     if is_chatml(tokenizer):
+        stops.append("<|im_end|>")  # even if the model's eos token is another one
         lines.append(f'TEMPLATE """{OLLAMA_CHATML}"""')
     else:
         print("warning: the chat template is not plain ChatML: write the TEMPLATE of the Modelfile yourself")
@@ -307,7 +309,7 @@ def modelfile_text(file_name: str, model: PreTrainedModel, tokenizer: PreTrained
         end_ids = []
     elif not isinstance(end_ids, list):
         end_ids = [end_ids]
-    stops = tokenizer.convert_ids_to_tokens(end_ids)
+    stops += tokenizer.convert_ids_to_tokens(end_ids)
     stops += [tokenizer.eos_token, getattr(tokenizer, "document_separator_token", None)]
     for stop in dict.fromkeys(stops):  # each once
         if stop:

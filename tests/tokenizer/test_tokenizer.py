@@ -19,7 +19,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
-from buddygpt.cli.checkpoints import save_tokenizer
+from buddygpt.cli.checkpoints import end_of_answer_token, save_tokenizer
 from buddygpt.cli.errors import UserError
 from buddygpt.tokenizer import byte_level_bpe, train_tokenizer
 from buddygpt.tokenizer.byte_level_bpe import PATTERN
@@ -210,6 +210,23 @@ def test_a_chat_ends_with_the_end_mark_of_its_last_turn(tokenizer):
             text = tokenizer.apply_chat_template(CHAT[:end], tools=tools, tokenize=False)
             prompt = tokenizer.apply_chat_template(CHAT[:end], tools=tools, tokenize=False, add_generation_prompt=True)
             assert text.endswith("<|im_end|>") and prompt == f"{text}\n<|im_start|>assistant\n"
+
+
+def test_the_token_that_ends_an_answer_is_found(folder):
+    other = AutoTokenizer.from_pretrained(folder)
+    other.eos_token = "<|endoftext|>"
+    assert end_of_answer_token(other) == "<|im_end|>"
+    turn = "{% for each in messages %}{{ each.content }}{{ 'END' if each.role == 'assistant' }}{% endfor %}"
+    for end, expected in {"</tool_call><|im_end|>\n": "<|im_end|>", "<|im_end|><|endoftext|>": "<|im_end|>"}.items():
+        other.chat_template = turn.replace("END", end)
+        assert end_of_answer_token(other) == expected
+    other.chat_template = turn.replace("'END'", "eos_token")
+    assert end_of_answer_token(other) == "<|endoftext|>"
+    without, refusing = turn.replace("END", ""), "{{ raise_exception('no') }}"
+    for template, message in {without: "ends answers without a special token", refusing: "refuses an answer"}.items():
+        other.chat_template = template
+        with pytest.raises(UserError, match=message):
+            end_of_answer_token(other)
 
 
 def test_a_developer_turn_is_a_system_turn(tokenizer):

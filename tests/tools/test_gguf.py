@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import gguf_tokenizer
@@ -242,6 +243,15 @@ def test_files_of_several_types_share_a_folder_and_nothing_is_overwritten(tmp_pa
     ]
     with pytest.raises(UserError, match=r"holds more than GGUF files \(chat_template.jinja\)"):
         export(source, source)
+
+
+def test_a_chat_stops_at_the_end_of_a_turn_even_if_that_is_not_the_eos_token(sample):
+    tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
+    tokenizer.eos_token = "<|endoftext|>"
+    config = SimpleNamespace(max_position_embeddings=64)
+    model = SimpleNamespace(config=config, generation_config=GenerationConfig(eos_token_id=tokenizer.eos_token_id))
+    text = to_gguf.modelfile_text("model.gguf", model, tokenizer)
+    assert text.count("PARAMETER stop") == 2 and 'stop "<|im_end|>"' in text and 'stop "<|endoftext|>"' in text
 
 
 def test_a_template_that_is_not_chatml_is_left_to_the_user(tmp_path, checkpoint, export):

@@ -26,6 +26,7 @@ SCRIPT_OF = {
     "eval": "eval/run_eval.py",
 }
 CPU = dict.fromkeys(("pretrain", "sft", "rlhf"), ["--use_cpu", "true", "--bf16", "false"])  # where there is no GPU
+SEPARATOR, END = "<|endoftext|>", "<|im_end|>"
 QWEN = ROOT.parent / "shared" / "data" / "tokenizers" / "qwen2.5"
 
 
@@ -122,6 +123,26 @@ def test_sft_with_lora_ends_with_a_merged_model(workspace, base):
     assert before.keys() == merged.keys()
     changed = {name for name in before if not torch.equal(before[name], merged[name])}
     assert changed and all("proj" in name for name in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["--use_peft", "true", "--lora_r", 4]], ids=["full", "lora"])
+def test_answers_of_a_base_model_with_another_eos_stop(workspace, base, tmp_path, extra):
+    """As in Qwen's base models: eos is <|endoftext|>, but the template ends a turn with <|im_end|>."""
+    start = shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("checkpoint-*"))
+    separator, end = (AutoTokenizer.from_pretrained(base).convert_tokens_to_ids(t) for t in (SEPARATOR, END))
+    for name, change in {
+        "tokenizer_config.json": {"eos_token": SEPARATOR, "pad_token": None},
+        "config.json": {"eos_token_id": separator},
+        "generation_config.json": {"eos_token_id": separator},
+    }.items():
+        (start / name).write_text(json.dumps(json.loads((start / name).read_text()) | change))
+    run("sft/sft.py", *sft_arguments(workspace, start), *extra, "--max_steps", 2, "--output_dir", tmp_path / "sft")
+    run("export/to_native.py", "--checkpoint", tmp_path / "sft", "--output", tmp_path / "native")
+    for name in ("sft", "native"):
+        model, tokenizer = (each.from_pretrained(tmp_path / name) for each in (AutoModelForCausalLM, AutoTokenizer))
+        assert model.generation_config.eos_token_id == [end, separator] and model.config.eos_token_id == end
+        assert (tokenizer.eos_token, tokenizer.pad_token) == (END, SEPARATOR)
 
 
 @pytest.mark.parametrize(
