@@ -1,12 +1,14 @@
 """Command-line arguments: `--config FILE.yaml`, then `--key value` overrides; an unknown key is an error."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
+from buddygpt.cli.encoding import not_utf8
 from buddygpt.cli.errors import UserError, did_you_mean
 
 
@@ -39,11 +41,18 @@ def parse_arguments(
     except FileNotFoundError as error:
         raise UserError(f"no such file: {error.filename}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"the config file is not valid YAML: {error}") from error
+        raise UserError(f"{_config_file()} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_config_file()} is {not_utf8(error.object)}") from error
     except IndexError as error:  # TrlParser reads the word after `--config` without checking that there is one
         raise UserError("--config needs the name of a YAML file") from error
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+
+
+def _config_file() -> str:
+    """Return the word after `--config`, as `TrlParser` finds it."""
+    return sys.argv[sys.argv.index("--config") + 1]
 
 
 class StrictParser(TrlParser):

@@ -5,19 +5,23 @@
 """
 
 import csv
-import gzip
+import io
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
+import pyarrow as pa
 from tqdm import tqdm
 
+from buddygpt.cli.encoding import not_utf8
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import ROW_TYPES, file_type, find_files
-from buddygpt.data.text.rows import read_rows
+from buddygpt.data.text.rows import decompress, one_line, read_rows
 
 BENCHMARK_TYPES = (*ROW_TYPES, ".txt")
 QUESTION_KEYS = ("question", "problem", "prompt", "query", "q_main", "instruction", "content", "text", "问题", "题目")
@@ -88,7 +92,10 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     text_key = ["question"] if file_type(file) == ".txt" else None
     for row in read_rows(file, text_key, txt_sample_by="line"):
-        if row.error and row.number == 1:  # another kind of JSON file, such as settings that come with a benchmark
+        is_text = not row.error.startswith("not valid UTF-8")
+        if (
+            row.error and row.number == 1 and is_text
+        ):  # another kind of JSON file, such as settings that come with a benchmark
             return
         if row.error:
             raise UserError(f"{file}:{row.number}: {row.error}")
@@ -98,23 +105,31 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield line and columns of each row of a CSV file; nothing if it has no questions."""
-    opener = gzip.open if file.suffix == ".gz" else open
+    with _open_csv(file) as stream:
+        reader = csv.reader(stream)
+        rows: Iterator[list[str]] = reader
+        first = next(reader, [])
+        header = [cell.strip().lower() for cell in first]
+        if not set(header) & set(QUESTION_KEYS):
+            # MMLU's files have no header: the first row ends with the letter of the answer.
+            if not header or not re.fullmatch("[a-h]", header[-1]):
+                return
+            rows = chain([first], reader)
+            header = ["question", *"abcdefgh"[: len(first) - 2], "answer"]
+        for row in rows:
+            yield reader.line_num, dict(zip(header, row, strict=False))
+
+
+@contextmanager
+def _open_csv(file: Path) -> Iterator[TextIO]:
+    """Open a CSV file, plain, .gz or .zst. Whatever cannot be read in it is a [`UserError`]."""
     try:
-        with opener(file, "rt", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            rows: Iterator[list[str]] = reader
-            first = next(reader, [])
-            header = [cell.strip().lower() for cell in first]
-            if not set(header) & set(QUESTION_KEYS):
-                # MMLU's files have no header: the first row ends with the letter of the answer.
-                if not header or not re.fullmatch("[a-h]", header[-1]):
-                    return
-                rows = chain([first], reader)
-                header = ["question", *"abcdefgh"[: len(first) - 2], "answer"]
-            for row in rows:
-                yield reader.line_num, dict(zip(header, row, strict=False))
-    except (csv.Error, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
+        with open(file, "rb") as raw, decompress(raw, file.suffix.lower()) as stream:
+            yield io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: {not_utf8(error.object)}") from error
+    except (csv.Error, OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
 
 
 def _find_text(row: dict[str, Any], keys: Sequence[str]) -> str:
@@ -147,10 +162,11 @@ def read_multiple_choice(
         answer: Name of the column with the letter of the right option.
 
     Raises:
-        UserError: A column is missing, there are no rows, a cell is empty, or an answer is not one of A, B, C, D.
+        UserError: The file cannot be read, a column is missing, there are no rows, a cell is empty, or an answer is
+            not one of A, B, C, D.
     """
     columns = (question, *LETTERS, answer)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with _open_csv(file) as stream:
         rows = csv.DictReader(stream)
         missing = [column for column in columns if column not in (rows.fieldnames or ())]
         if missing:

@@ -27,13 +27,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from buddygpt.cli.encoding import marked_encoding, not_utf8
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_type
 
 ROW_LISTS = {"data", "rows", "examples", "samples", "items", "records", "instances", "train"}  # hold a file's rows
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
-HAN = re.compile("[\u4e00-\u9fff]")
 CHUNK = 2**16  # bytes of a JSON array to read at once
 LONGEST_TOKEN = 16  # characters of the longest JSON tokens that are invalid in part: `\ud83d\ude00`, `-Infinity`
 PARQUET_BUFFER = 2**20  # bytes; without a buffer pyarrow reads a column of a whole row group at once
@@ -117,7 +117,7 @@ def read_rows(
     number = 0  # of the last row that was read
     try:
         opened = fsspec.open(path) if is_url(path) else open(path, "rb")  # noqa: SIM115
-        with opened as raw, _decompress(raw, PurePosixPath(path).suffix.lower()) as stream:
+        with opened as raw, decompress(raw, PurePosixPath(path).suffix.lower()) as stream:
             _skip_byte_order_mark(stream)
             for row in readers[suffix](stream, text_key, keep):
                 number = row.number
@@ -175,7 +175,7 @@ def _find_columns(names: Sequence[str], text_key: Sequence[str] | None, keep: Se
     return [found[0], *(key for key in keep if key in names and key != found[0])]
 
 
-def _decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
+def decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
     if suffix == ".gz":
         return gzip.open(raw)
     if suffix == ".zst":  # Python's zstandard module accepts truncated files
@@ -184,10 +184,10 @@ def _decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 def _skip_byte_order_mark(stream: BinaryIO) -> None:
-    start = stream.peek(3)[:3]
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise ValueError("it is UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`")
-    if start == codecs.BOM_UTF8:
+    start = stream.peek(4)
+    if encoding := marked_encoding(start):
+        raise ValueError(f"it is {encoding}; convert it with `iconv -f {encoding} -t UTF-8`")
+    if start.startswith(codecs.BOM_UTF8):
         stream.read(3)
 
 
@@ -447,17 +447,3 @@ def _decode(number: int, data: bytes) -> Row:
     except UnicodeDecodeError as error:
         line = number + data.count(b"\n", 0, error.start)
         return Row(line, None, not_utf8(data))
-
-
-def not_utf8(data: bytes) -> str:
-    """Return an error message for bytes that are not UTF-8. It says so if they look like GB18030."""
-    damaged = data.decode(errors="replace")
-    try:
-        text = codecs.getincrementaldecoder("gb18030")().decode(data)  # incremental: the last character may be cut
-    except UnicodeDecodeError:
-        text = ""
-    # GB18030 decodes to Han in a row; as UTF-8 it has more replacement characters than Han, unlike damaged UTF-8.
-    has_han = re.search(f"{HAN.pattern}{{2}}", text)
-    if has_han and damaged.count("\ufffd") > len(HAN.findall(damaged)):
-        return "not valid UTF-8; it looks like GB18030: convert it with `iconv -f GB18030 -t UTF-8`"
-    return "not valid UTF-8"

@@ -33,6 +33,19 @@ def test_command_line_overrides_yaml_overrides_defaults(monkeypatch, tmp_path):
     assert parse(monkeypatch, "--config", str(config), "--size", "3") == expected
 
 
+def test_a_config_that_cannot_be_read_is_named(monkeypatch, tmp_path):
+    hint = "is not valid UTF-8; it looks like {0}: convert it with `iconv -f {0} -t UTF-8"
+    for data, message in (
+        ("name: 一只小猫 # 名字".encode("gb18030"), hint.format("GB18030")),
+        ("name: a".encode("utf-16"), hint.format("UTF-16")),
+        (b"name: caf\xe9", "is not valid UTF-8"),
+        (b"name: a\x00", "is not valid YAML: unacceptable character"),
+    ):
+        (tmp_path / "own.yaml").write_bytes(data)
+        with pytest.raises(UserError, match=f"own.yaml {message}"):
+            parse(monkeypatch, "--config", str(tmp_path / "own.yaml"))
+
+
 @pytest.mark.parametrize(
     ("yaml", "words", "message"),
     [

@@ -13,7 +13,7 @@ from conftest import ROOT
 from datatrove.data import Document
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.text.benchmarks import read_benchmarks
+from buddygpt.data.text.benchmarks import read_benchmarks, read_multiple_choice
 from buddygpt.data.text.steps.decontaminate import (
     MIN_SHARED,
     BenchmarkIndex,
@@ -156,6 +156,16 @@ def test_the_filter_drops_by_benchmark_and_names_the_item(index, tmp_path):
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "index").iterdir()}
 
 
+def test_an_exam_in_another_encoding_is_named_with_the_command_that_converts_it(tmp_path):
+    rows = [["question", *"ABCD", "answer"], *[[*question, "A"] for question in QUESTIONS]]
+    write_csv(tmp_path / "exam.csv", rows)
+    assert [row["question"] for _, row in read_multiple_choice(tmp_path / "exam.csv")] == [row[0] for row in QUESTIONS]
+    text = (tmp_path / "exam.csv").read_text(encoding="utf-8")
+    (tmp_path / "exam.csv").write_text(text, encoding="gb18030")
+    with pytest.raises(UserError, match=r"exam\.csv: not valid UTF-8; it looks like GB18030: convert it with `iconv"):
+        list(read_multiple_choice(tmp_path / "exam.csv"))
+
+
 def test_every_form_of_benchmark_is_read(tmp_path):
     question, options = QUESTIONS[0][0], QUESTIONS[0][1:]
     letters = dict(zip("ABCD", options, strict=True))
@@ -182,7 +192,13 @@ def test_every_form_of_benchmark_is_read(tmp_path):
         ("exam.jsonl", '{"question": "' + "问" * 20 + '"}\n{"question": \n', r"exam\.jsonl:2: not valid JSON"),
         ("exam.txt", "1+1=?\n", "every question is too short"),
         ("exam.csv", "id,title\n1,two\n", "no file has a column of questions"),
-        ("exam.csv", b"question,A\n\xff\xfe,1\n", r"exam\.csv: cannot be read"),
+        ("exam.csv", b"question,A\n\xff\xfe,1\n", r"exam\.csv: not valid UTF-8"),
+        (
+            "exam.csv",
+            f"question,A\n{QUESTIONS[0][0]},1\n".encode("gb18030"),
+            r"exam\.csv: not valid .* like GB18030: conv",
+        ),
+        ("exam.txt", f"{QUESTIONS[0][0]}\n".encode("gb18030"), r"exam\.txt:1: not valid UTF-8; it looks like GB18030"),
         ("other.txt", "question", "no file matches"),
     ],
 )

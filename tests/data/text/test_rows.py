@@ -32,8 +32,18 @@ def rows_of(path: Path, data: bytes, **options) -> list:
     return list(read_rows(path, ["text"], **options))
 
 
+ENCODED = {
+    "GB18030": GB,
+    "BIG5": "春天到了，院子裡的桃花開了，孩子們在樹下讀書。",
+    "BIG5-HKSCS": "學校的圖書館在三樓，那裡有很多關於香港歷史的書，嗰度好靜。",
+    "SHIFT_JIS": "吾輩は猫である。名前はまだ無い。",
+    "EUC-JP": "どこで生れたかとんと見当がつかぬ。",
+    "EUC-KR": "나는 고양이로소이다. 이름은 아직 없다.",
+}
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
-def test_gb18030_is_recognized_and_damaged_utf8_is_not_taken_for_it(name, tmp_path):
+def test_an_encoding_is_told_and_damaged_utf8_is_not_taken_for_one(name, tmp_path):
     wrap = {"a.jsonl": '{"text": "%s"}\n', "a.json": '[{"text": "%s"}]', "a.csv": "text\n%s\n", "a.txt": "%s"}[name]
 
     def error(data: bytes) -> str:
@@ -42,8 +52,9 @@ def test_gb18030_is_recognized_and_damaged_utf8_is_not_taken_for_it(name, tmp_pa
         except UserError as error:  # an array cannot be read on
             return str(error)
 
-    hint = "not valid UTF-8; it looks like GB18030: convert it with `iconv -f GB18030 -t UTF-8`"
-    assert error((wrap % GB).encode("gb18030")).endswith(hint)
+    for encoding, text in ENCODED.items():
+        hint = f"not valid UTF-8; it looks like {encoding}: convert it with `iconv -f {encoding} -t UTF-8`"
+        assert error((wrap % text).encode(encoding)).endswith(hint)
     for damaged in (
         (wrap % GB).encode().replace("桃".encode(), "桃".encode()[:2]),
         (wrap % "caf\xe9 na\xefve").encode("latin-1"),
@@ -58,9 +69,10 @@ def test_gb18030_in_a_parquet_file_is_recognized(tmp_path):
     assert "it looks like GB18030" in row.error
 
 
-def test_utf16_is_recognized(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: it is UTF-16; convert it with `iconv -f UTF-16"):
-        rows_of(tmp_path / "a.jsonl", '{"text": "a"}\n'.encode("utf-16"))
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+def test_utf16_and_utf32_are_told_by_their_byte_order_marks(encoding, tmp_path):
+    with pytest.raises(UserError, match=rf"a\.jsonl: cannot be read: it is {encoding}; .*`iconv -f {encoding} -t"):
+        rows_of(tmp_path / "a.jsonl", '{"text": "a"}\n'.encode(encoding))
 
 
 @pytest.mark.parametrize(
