@@ -8,7 +8,9 @@ Writes lm-eval's own `results_TIME.json` and `samples_TASK_TIME.jsonl` to `OUTPU
 `chat` are prompted through their chat template, all others with bare text; nothing is guessed.
 """
 
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 import buddygpt.eval.harness  # makes lm-eval score every answer from its first token
 import buddygpt.model  # noqa: F401  registers the model with the Auto classes
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, did_you_mean, run_script
+from buddygpt.cli.weights import require_all_weights, require_finite_weights
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -61,11 +64,29 @@ class EvalArguments:
         default=False, metadata={"help": "Run code found in a checkpoint. Ours needs none: buddygpt is installed."}
     )
 
+    def __post_init__(self) -> None:
+        for key in ("checkpoints", "tasks", "chat", "include_path"):
+            values = getattr(self, key)
+            if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+                raise ValueError(f"{key} is {values}; give a list of names")
+        if not (self.checkpoints and self.tasks):
+            raise ValueError("give one or more checkpoints and tasks")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; give a number of rows, at least 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"num_fewshot is {self.num_fewshot}; give 0 or more examples")
+        if not re.fullmatch(r"[1-9]\d*|auto(:\d+)?", str(self.batch_size)):
+            raise ValueError(f"batch_size is {self.batch_size}; give a number, at least 1, or `auto`")
+        dtype = getattr(torch, self.dtype, None)
+        if self.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype is {self.dtype}; give float32, bfloat16, float16 or auto")
+
 
 def main() -> None:
     (args,) = parse_arguments(EvalArguments, description=__doc__)
 
     # Check everything before the first model runs: an evaluation may take hours.
+    device = choose_device(args.device)
     folders = read_checkpoints(args.checkpoints)
     for name in args.chat:
         if name not in folders:
@@ -76,7 +97,7 @@ def main() -> None:
     for name, folder in folders.items():
         uses_chat_template = name in args.chat
         print(f"== {name}: {folder}{' (chat template)' if uses_chat_template else ''}", flush=True)
-        evaluate(model_args[name], Path(args.output) / name, uses_chat_template, task_manager, args)
+        evaluate(model_args[name], device, Path(args.output) / name, uses_chat_template, task_manager, args)
 
 
 def read_checkpoints(items: list[str]) -> dict[str, str]:
@@ -101,9 +122,9 @@ def read_checkpoints(items: list[str]) -> dict[str, str]:
 def build_model_args(name: str, folder: str, args: EvalArguments) -> dict[str, Any]:
     """Return lm-eval's arguments for one checkpoint; UserError if it cannot be loaded."""
     try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        require_all_weights(folder, args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
         raise UserError(f"checkpoints: {name}={folder} cannot be loaded: {error}") from error
     if name in args.chat and not tokenizer.chat_template:
         raise UserError(f"chat: {name}={folder} has no chat template; leave `{name}` out of `chat`.")
@@ -137,16 +158,21 @@ def load_tasks(args: EvalArguments) -> TaskManager:
 
 
 def evaluate(
-    model_args: dict[str, Any], output: Path, uses_chat_template: bool, task_manager: TaskManager, args: EvalArguments
+    model_args: dict[str, Any],
+    device: str,
+    output: Path,
+    uses_chat_template: bool,
+    task_manager: TaskManager,
+    args: EvalArguments,
 ) -> None:
     """Evaluate one checkpoint, print lm-eval's table and write its results to the folder `output`.
 
     Raises:
-        UserError: The results could not be written.
+        UserError: The model's weights or likelihoods are NaN, or the results could not be written.
     """
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
-    device = args.device or default_device()
     model = HFLM(**model_args, batch_size=args.batch_size, device=device)
+    require_finite_weights(model.model, model_args["pretrained"])
     results = simple_evaluate(
         model=model,
         model_args=model_args,  # for the record, with the two below
@@ -165,6 +191,7 @@ def evaluate(
 
     print(make_table(results))
     samples = results.pop("samples")
+    require_finite_likelihoods(samples, model_args)
     results["truncated_prompts"] = {task: count_truncated(model, rows) for task, rows in samples.items()}
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
@@ -192,11 +219,31 @@ def count_truncated(model: HFLM, samples: list[dict[str, Any]]) -> int:
     return len(truncated)
 
 
-def default_device() -> str:
-    """Return the accelerator, or cpu without one. lm-eval's default is cuda even without a GPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator().type
-    return "cpu"
+def require_finite_likelihoods(samples: dict[str, list[dict[str, Any]]], model_args: dict[str, Any]) -> None:
+    """Raise UserError if the model does not compute numbers. lm-eval would take the first option as its answer."""
+    for task, rows in samples.items():
+        for row in rows:
+            for response in row["resps"]:  # (likelihood, is greedy), likelihood or text, in a list
+                value = response[0][0] if isinstance(response[0], tuple) else response[0]
+                if isinstance(value, float) and math.isnan(value):
+                    raise UserError(
+                        f"{task}: {model_args['pretrained']} gives NaN in {model_args['dtype']}; try --dtype float32"
+                    )
+
+
+def choose_device(device: str | None) -> str:
+    """Return `device`, or without one, the accelerator if there is one (lm-eval's default is cuda in any case).
+
+    Raises:
+        UserError: There is no such device. lm-eval would use another one.
+    """
+    if device is None:
+        return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device: {device} cannot be used here ({str(error).splitlines()[0]})") from error
+    return "cpu" if torch.device(device).type == "cpu" else device  # lm-eval does not know cpu:0
 
 
 if __name__ == "__main__":

@@ -229,6 +229,39 @@ def test_prompts_that_do_not_fit_with_their_answer_are_counted_once_per_question
     assert run_eval.count_truncated(model, [{"doc_id": 0, "arguments": [("a long document",)]}]) == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--device", "nosuch"], "device: nosuch cannot be used here"),
+        (["--device", "meta"], "device: meta cannot be used here"),
+        (["--dtype", "nosuch"], "dtype is nosuch"),
+        (["--dtype", "int8"], "dtype is int8"),
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--limit", "0"], "limit is 0"),
+        (["--num_fewshot", "-1"], "num_fewshot is -1"),
+        (["--config", "CONFIG"], "tasks is sample_qa; give a list"),
+    ],
+)
+def test_values_that_lm_eval_would_replace_or_trip_over_are_refused(arguments, match, tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("tasks: sample_qa")
+    arguments = [argument.replace("CONFIG", str(tmp_path / "config.yaml")) for argument in arguments]
+    if "--config" not in arguments:
+        arguments += ["--tasks", "sample_qa"]
+    with pytest.raises(UserError, match=match):
+        run_eval(monkeypatch, "--checkpoints", f"a={tmp_path}", *arguments, "--output", tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_likelihoods_that_are_no_numbers_are_refused():
+    run_eval = importlib.import_module("buddygpt.eval.run_eval")
+    model_args = {"pretrained": "model", "dtype": "float16"}
+    rows = [{"resps": [[(-1.0, True)], [(-2.0, False)]]}, {"resps": [["an answer"]]}, {"resps": [[-3.0]]}]
+    run_eval.require_finite_likelihoods({"task": rows}, model_args)
+    for resps in ([[(-1.0, True)], [(math.nan, False)]], [[math.nan]]):
+        with pytest.raises(UserError, match="task: model gives NaN in float16"):
+            run_eval.require_finite_likelihoods({"task": [{"resps": resps}]}, model_args)
+
+
 def test_interval_is_wilsons_and_chance_inside_it_is_marked():
     report = importlib.import_module("buddygpt.eval.report")
     score = report.proportion(8, 10, 0.25)
