@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
@@ -99,13 +99,29 @@ def _find_start_on_rank_0(args: TrainingArguments, model: Model) -> Start:
             return Start()
     else:
         checkpoint = args.resume_from_checkpoint
+        if not Path(checkpoint).is_dir():
+            raise UserError(
+                f"resume_from_checkpoint: there is no folder {checkpoint}. Without this option, a run resumes from "
+                "the last checkpoint in its output_dir"
+            )
         damage = find_damage(Path(checkpoint))
         if damage:
             raise UserError(f"cannot resume from {checkpoint}: {damage}")
+        _require_same_model(Path(checkpoint), model)
     require_plain_metadata(Path(checkpoint))
-    step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    state = _read_json(Path(checkpoint) / TRAINER_STATE_NAME)
     card = Path(checkpoint).parent / "run.json"
-    return Start(checkpoint, step, json.loads(card.read_text(encoding="utf-8")) if card.exists() else {})
+    return Start(checkpoint, state.get("global_step", 0), _read_json(card) if card.exists() else {})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot resume: {path} cannot be read ({error}). Set another output_dir") from error
+    if not isinstance(content, dict):
+        raise UserError(f"cannot resume: {path} holds no JSON object. Set another output_dir")
+    return content
 
 
 def last_checkpoint(output_dir: str | Path, model: Model) -> str | None:
@@ -219,6 +235,53 @@ def _model_shapes(model: Model) -> dict[str, list[int]]:
         # Some stock architectures join weights in memory that they save separately, such as the experts of a layer.
         empty = revert_weight_conversion(model, empty)
     return {name: list(tensor.shape) for name, tensor in empty.items()}
+
+
+def require_training_state(folder: Path, trainer: Trainer) -> None:
+    """Raise UserError if a checkpoint lacks the optimizer state or the schedule that the trainer would load from it.
+
+    Trainers then begin with fresh ones, silently, or end in errors of their own.
+    """
+    there, here = _saved_state(folder), _needed_state(trainer)
+    remedy = f"or start a new run from its weights: --model_name_or_path {folder} and another output_dir"
+    if there is None:
+        raise UserError(
+            f"cannot resume from {folder}: it holds no optimizer and schedule, as save_only_model writes it. Resume "
+            f"from another checkpoint (resume_from_checkpoint), {remedy}"
+        )
+    if there != here:
+        raise UserError(
+            f"cannot resume from {folder}: its optimizer state is for {there}, this run is {here}. Start it as "
+            f"before, {remedy}"
+        )
+
+
+def _saved_state(folder: Path) -> str | None:
+    """Return the kind of optimizer state in a checkpoint, or None if it is not complete."""
+    if (folder / "latest").is_file():  # the name of DeepSpeed's folder
+        states = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        partitions = len([*states.glob("*zero_pp_rank_*_optim_states.pt")])
+        stage = 3 if [*states.glob("*zero_pp_rank_*_model_states.pt")] else 2
+        return _describe_deepspeed(stage if partitions else 0, partitions)
+    if not (folder / SCHEDULER_NAME).is_file():
+        return None
+    if (folder / OPTIMIZER_NAME_BIN).is_file() or [*folder.glob("optimizer_*/.metadata")]:
+        return "FSDP"
+    return "plain or data-parallel training" if (folder / OPTIMIZER_NAME).is_file() else None
+
+
+def _needed_state(trainer: Trainer) -> str:
+    if trainer.is_deepspeed_enabled:
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+        return _describe_deepspeed(stage, trainer.args.world_size)
+    return "FSDP" if trainer.is_fsdp_enabled else "plain or data-parallel training"
+
+
+def _describe_deepspeed(stage: int, processes: int) -> str:
+    if stage == 0:
+        return "DeepSpeed without ZeRO"
+    name = "ZeRO-3" if stage == 3 else "ZeRO-1 or ZeRO-2"
+    return f"{name} on {processes} process{'es' if processes > 1 else ''}"
 
 
 class ResumedStateCallback(TrainerCallback):

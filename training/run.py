@@ -31,6 +31,7 @@ from buddygpt.training.resume import (
     Start,
     claim_folder,
     find_start,
+    require_training_state,
     save_checkpoints_atomically,
     save_final_folder,
 )
@@ -126,8 +127,8 @@ def run_training(
         start: Where to start, if the recipe has already called [`find_start`].
 
     Raises:
-        UserError: As [`find_start`], [`require_strategy`] and [`add_model_losses`]; the run in `output_dir` had
-            another origin; or another process is training there.
+        UserError: As [`find_start`], [`require_strategy`], [`require_training_state`] and [`add_model_losses`]; the
+            run in `output_dir` had another origin; or another process is training there.
     """
     args = trainer.args
     require_strategy(trainer)
@@ -140,6 +141,7 @@ def run_training(
     run_card["origin"]["global_batch"] = trainer.get_total_train_batch_size(args)
     if start.checkpoint:
         _require_same_origin(start, run_card["origin"])
+        require_training_state(Path(start.checkpoint), trainer)
         changes = _describe_changed_arguments(start, trainer)
         trainer.accelerator.print(f"Resuming from {start.checkpoint}{changes}")
 

@@ -73,4 +73,7 @@ def describe_run(recipe: str, args: TuningArguments, model_args: ModelConfig) ->
         "base_sha256": checkpoint_sha256(model_args.model_name_or_path),
         "data_sha256": [file_sha256(path) for path in find_files(args.train_files, ROW_TYPES)],
     }
+    if model_args.use_peft:
+        prefixes = ("lora_", "use_", "load_in_")
+        origin |= {key: value for key, value in vars(model_args).items() if key.startswith(prefixes)}
     return {"recipe": recipe, "arguments": vars(args), "origin": origin}

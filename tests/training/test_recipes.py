@@ -123,6 +123,8 @@ def test_sft_with_lora_ends_with_a_merged_model(workspace, base):
     assert before.keys() == merged.keys()
     changed = {name for name in before if not torch.equal(before[name], merged[name])}
     assert changed and all("proj" in name for name in changed)
+    with pytest.raises(UserError, match=r"its lora_alpha was 32, this run's is 256. Set another output_dir"):
+        run("sft/sft.py", *sft_arguments(workspace, base), *lora, "--lora_alpha", 256, "--output_dir", output)
 
 
 @pytest.mark.slow

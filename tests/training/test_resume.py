@@ -33,7 +33,7 @@ from buddygpt.data.shards.order import BlockOrder, Quota
 from buddygpt.model.presets import PRESETS, load_config
 from buddygpt.pretrain.stream_trainer import PositionSampler
 from buddygpt.training.pickles import require_plain_metadata
-from buddygpt.training.resume import claim_folder, find_damage, last_checkpoint, write_checksums
+from buddygpt.training.resume import _saved_state, claim_folder, find_damage, last_checkpoint, write_checksums
 
 VOCABULARY = 64
 BLOCK = 32
@@ -397,6 +397,51 @@ def test_another_global_batch_is_refused_with_the_remedy(tiny, whole):
 def test_the_requested_z_loss_is_used(tiny, tmp_path):
     run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", max_steps=1, eval_strategy="no", z_loss_coef=0.01))
     assert json.loads((tmp_path / "run/config.json").read_text())["z_loss_coef"] == 0.01
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_what_a_resume_needs_is_refused(tiny, tmp_path):
+    run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "run", max_steps=3, save_only_model="true"))
+    more = arguments(tiny, tmp_path / "run", max_steps=6)
+    with pytest.raises(
+        UserError, match=r"checkpoint-3: it holds no optimizer and schedule, as save_only_model writes"
+    ):
+        run("pretrain/pretrain.py", *more)
+    weights_before = weights(tmp_path / "run/checkpoint-3")
+    for files, state in [
+        (["optimizer.pt"], None),  # without schedule
+        (["optimizer.pt", "scheduler.pt"], "plain or data-parallel training"),
+        (["optimizer.bin", "scheduler.pt"], "FSDP"),
+        (["latest", "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO-1 or ZeRO-2 on 1 process"),
+        (["latest", "global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt",
+          "global_step3/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+          "global_step3/zero_pp_rank_0_mp_rank_00_model_states.pt"], "ZeRO-3 on 2 processes"),
+    ]:  # fmt: skip
+        folder = tmp_path / "other/checkpoint-3"
+        shutil.copytree(tmp_path / "run/checkpoint-3", folder)
+        for name in files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("global_step3")
+        assert _saved_state(folder) == state
+        write_checksums(folder)
+        if state != "plain or data-parallel training":
+            message = f"is for {state}, this run is plain or data-parallel training" if state else "holds no optimizer"
+            with pytest.raises(UserError, match=message):
+                run("pretrain/pretrain.py", *more, "--resume_from_checkpoint", folder)
+        shutil.rmtree(tmp_path / "other")
+    assert weights_before.keys() == weights(tmp_path / "run/checkpoint-3").keys()
+
+
+def test_a_missing_or_broken_checkpoint_is_told(tiny, whole, tmp_path):
+    with pytest.raises(UserError, match=f"resume_from_checkpoint: there is no folder {tmp_path}/none"):
+        run("pretrain/pretrain.py", *arguments(tiny, whole, resume_from_checkpoint=tmp_path / "none"))
+    other = arguments(tiny, tmp_path / "run", resume_from_checkpoint=whole / "checkpoint-6")
+    with pytest.raises(UserError, match=r"cannot resume from .*checkpoint-6: tensor"):
+        run("pretrain/pretrain.py", *other, "--model_config", tiny / "debug-mla-moe.json")
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy/run.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot resume: .*copy/run.json cannot be read"):
+        run("pretrain/pretrain.py", *arguments(tiny, tmp_path / "copy"))
 
 
 # --- pickles ---
