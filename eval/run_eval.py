@@ -11,6 +11,7 @@ Writes lm-eval's own `results_TIME.json` and `samples_TASK_TIME.jsonl` to `OUTPU
 import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,24 +94,28 @@ def main() -> None:
             raise UserError(f"chat: `{name}` is not among the checkpoints ({', '.join(folders)}).")
     model_args = {name: build_model_args(name, folder, args) for name, folder in folders.items()}
     task_manager = load_tasks(args)
+    outputs = {name: make_output(Path(args.output) / name) for name in folders}
 
     for name, folder in folders.items():
         uses_chat_template = name in args.chat
         print(f"== {name}: {folder}{' (chat template)' if uses_chat_template else ''}", flush=True)
-        evaluate(model_args[name], device, Path(args.output) / name, uses_chat_template, task_manager, args)
+        evaluate(model_args[name], device, outputs[name], uses_chat_template, task_manager, args)
 
 
 def read_checkpoints(items: list[str]) -> dict[str, str]:
     """Return name -> folder for items of the form NAME=FOLDER.
 
     Raises:
-        UserError: An item has another form, a name occurs twice, or a folder is not a checkpoint.
+        UserError: An item has another form, a name is not a plain folder name or occurs twice, or a folder is not a
+            checkpoint.
     """
     folders: dict[str, str] = {}
     for item in items:
         name, _, folder = item.partition("=")
-        if not name or not folder or "/" in name:
-            raise UserError(f"checkpoints: `{item}` is not NAME=FOLDER.")
+        if not folder or not re.fullmatch(r"\w[\w.+ -]{0,99}", name):  # it becomes a folder below `output`
+            raise UserError(
+                f"checkpoints: `{item}` is not NAME=FOLDER, with a name of letters, digits, `.`, `-`, `_`."
+            )
         if name in folders:
             raise UserError(f"checkpoints: the name `{name}` is given twice, for {folders[name]} and {folder}.")
         if not (Path(folder) / "config.json").is_file():
@@ -155,6 +160,16 @@ def load_tasks(args: EvalArguments) -> TaskManager:
     except (OSError, ValueError) as error:
         raise UserError(f"tasks: {error} (benchmarks from local folders: eval/local_exams.py)") from error
     return manager
+
+
+def make_output(folder: Path) -> Path:
+    """Create a folder for results and return it; UserError if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"output: cannot write to {folder}: {error}") from error
+    return folder
 
 
 def evaluate(

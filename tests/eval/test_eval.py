@@ -252,6 +252,24 @@ def test_values_that_lm_eval_would_replace_or_trip_over_are_refused(arguments, m
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("name", ["..", ".", "../a", "a/b", "/a", "", ".a", "a\n", "a|b", "<b>", "n" * 300])
+def test_a_name_that_would_leave_the_output_folder_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / "config.json").touch()
+    checkpoints = ["--checkpoints", f"{name}={tmp_path}", "--tasks", "sample_qa"]
+    with pytest.raises(UserError, match="is not NAME=FOLDER"):
+        run_eval(monkeypatch, *checkpoints, "--output", tmp_path / "output")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path):
+    make_output = importlib.import_module("buddygpt.eval.run_eval").make_output
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below", "n" * 300):
+        with pytest.raises(UserError, match="output: cannot write to"):
+            make_output(tmp_path / name)
+    assert make_output(tmp_path / "new/模型 1").is_dir() and not list((tmp_path / "new/模型 1").iterdir())
+
+
 def test_likelihoods_that_are_no_numbers_are_refused():
     run_eval = importlib.import_module("buddygpt.eval.run_eval")
     model_args = {"pretrained": "model", "dtype": "float16"}
