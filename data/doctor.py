@@ -192,9 +192,9 @@ class Doctor:
         self.findings.languages[label] += 1
         self.findings.add_seen("rows", fingerprint(text), place)
         self.findings.add_example(label, (place, text, sequences))
-        for sequence in sequences:
-            self.findings.add_sequence(*sequence)
-        if not sequences:
+        if sequences:
+            self.findings.add_sequences(sequences, place)
+        else:
             self.findings.lengths.append(len(text))
         if item:
             self.findings.benchmark_rows += 1

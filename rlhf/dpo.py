@@ -7,13 +7,21 @@ Data: rows of `prompt`, `chosen`, `rejected` (make them with data/convert_chat.p
 YAML or as `--key value`. An interrupted run resumes.
 """
 
+from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.data.chat.load import load_rows
 from buddygpt.training.run import prepare_for_trl, recipe_defaults, run_recipe, run_training
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_checks
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options
+
+
+class TokenizedDPOTrainer(DPOTrainer):
+    """Takes rows that are tokenized already, whose answers end with their end mark (see data/chat/tokens.py)."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_) -> Dataset:
+        return dataset
 
 
 def main() -> None:
@@ -22,13 +30,17 @@ def main() -> None:
     )
     tokenizer = prepare_for_trl(model_args, training_args)
     # Rows that are not fit stop the run here, before the model is loaded.
-    checks = row_checks(args, training_args, tokenizer)
+    with training_args.main_process_first(desc="reading the rows"):  # the others read its cache
+        options = row_options(args, training_args, tokenizer, evaluation=False)
+        train_rows = load_rows(args.train_files, "preference", **options)
+        options = row_options(args, training_args, tokenizer, evaluation=True)
+        eval_rows = load_rows(args.eval_files, "preference", **options) if args.eval_files else None
     # TRL computes the loss of both answers (trl/trainer/dpo_trainer.py), with a frozen copy as the reference model.
-    trainer = DPOTrainer(
+    trainer = TokenizedDPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_rows(args.train_files, "preference", **checks),
-        eval_dataset=load_rows(args.eval_files, "preference", **checks) if args.eval_files else None,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),

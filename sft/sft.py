@@ -12,7 +12,7 @@ import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.data.chat.load import load_rows
 from buddygpt.training.run import prepare_for_trl, recipe_defaults, run_recipe, run_training
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_checks
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options
 
 
 def main() -> None:
@@ -21,13 +21,17 @@ def main() -> None:
     )
     tokenizer = prepare_for_trl(model_args, training_args)
     # Rows that are not fit stop the run here, before the model is loaded.
-    checks = row_checks(args, training_args, tokenizer) | {"assistant_only": training_args.assistant_only_loss}
+    with training_args.main_process_first(desc="reading the rows"):  # the others read its cache
+        options = row_options(args, training_args, tokenizer, evaluation=False)
+        train_rows = load_rows(args.train_files, "sft", **options)
+        options = row_options(args, training_args, tokenizer, evaluation=True)
+        eval_rows = load_rows(args.eval_files, "sft", **options) if args.eval_files else None
     # TRL replaces the model's forward pass and computes the loss itself (trl/trainer/sft_trainer.py, compute_loss).
     trainer = SFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=load_rows(args.train_files, "sft", **checks),
-        eval_dataset=load_rows(args.eval_files, "sft", **checks) if args.eval_files else None,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),

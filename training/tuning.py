@@ -33,15 +33,23 @@ def chat_prompts(questions: list[str]) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": question}] for question in questions]
 
 
-def row_checks(
-    args: TuningArguments, training_args: SFTConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase
+def row_options(
+    args: TuningArguments, training_args: SFTConfig | DPOConfig, tokenizer: PreTrainedTokenizerBase, evaluation: bool
 ) -> dict[str, Any]:
-    """Return the keyword arguments with which a recipe loads its rows."""
+    """Return the keyword arguments with which a recipe loads its rows for training or for evaluation."""
+    packing = getattr(training_args, "packing", False)
+    if evaluation and getattr(training_args, "eval_packing", None) is not None:
+        packing = training_args.eval_packing
+    # Packing keeps the start of a row, or all of it: then what is too long continues in the next sequence.
+    continues = packing and training_args.packing_strategy != "bfd"
     return {
         "tokenizer": tokenizer,
-        "max_length": training_args.max_length,
+        "max_length": None if continues else training_args.max_length,
+        "keep_end": not packing and training_args.truncation_mode == "keep_end",
+        "assistant_only": getattr(training_args, "assistant_only_loss", True),
         "benchmarks": args.exams,
         "force": args.train_on_unfit_data,
+        "num_proc": training_args.dataset_num_proc,
         "advise": name_commands,
     }
 

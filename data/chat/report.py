@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from buddygpt.data.chat.tokens import TokenSequence, find_faults
+from buddygpt.data.chat.tokens import TokenSequence, Truncation, find_faults
 
 PLACES = 5  # shown of each fault
 EXAMPLES = 2  # shown, of two languages if there are two
@@ -38,12 +38,11 @@ class Findings:
     benchmark_rows: int = 0
     places: dict[str, list[tuple]] = field(default_factory=dict)  # of faults, copies, benchmark items
     lengths: array = field(default_factory=lambda: array("I"))  # of every sequence, in tokens or characters
-    cut: int = 0  # sequences above max_length
-    untrained: int = 0  # sequences without loss in their first max_length tokens
-    tokens_kept: int = 0
-    tokens_with_loss: int = 0
     fingerprints: dict[str, set[int]] = field(default_factory=lambda: {"rows": set(), "questions": set()})
     examples: dict[str, list[tuple]] = field(default_factory=dict)  # language -> place, text, sequences
+
+    def __post_init__(self):
+        self.truncation = Truncation(self.max_length)  # of the rows that were tokenized
 
     def note(self, name: str, place: tuple) -> None:
         """Remember the first few places of something."""
@@ -68,13 +67,11 @@ class Findings:
         if len(examples) < EXAMPLES:
             examples.append(example)
 
-    def add_sequence(self, ids: list[int], loss: list[int]) -> None:
-        kept = loss[: self.max_length]
-        self.lengths.append(len(ids))
-        self.cut += len(ids) > self.max_length
-        self.untrained += not any(kept)
-        self.tokens_kept += len(kept)
-        self.tokens_with_loss += sum(kept)
+    def add_sequences(self, sequences: list[TokenSequence], place: Place) -> None:
+        """Count the sequences of a row."""
+        self.lengths.extend(len(ids) for ids, _ in sequences)
+        if not self.truncation.add(sequences):
+            self.note("untrained", place)
 
     @property
     def bad_rows(self) -> int:
@@ -84,9 +81,7 @@ class Findings:
         """Return why the rows are not fit to train on; an empty list if they are."""
         if not self.rows:
             return ["no row is fit"]
-        trained_on = self.tokenizer is None or self.untrained < len(self.lengths)
-        uncut = self.tokenizer is None or self.kind == "text" or self.cut < len(self.lengths)
-        reasons = find_faults(self.bad_rows, trained_on, uncut, self.max_length)
+        reasons = find_faults(self.bad_rows, None if self.kind == "text" else self.truncation)
         if self.benchmark_rows:
             reasons.append(f"{self.benchmark_rows:,} rows contain benchmark items")
         return reasons
@@ -144,15 +139,13 @@ def _format_lengths(findings: Findings) -> list[str]:
     if not findings.tokenizer:
         lines.append("             a tokenizer is needed for tokens, truncation and, for chats, loss and examples")
     elif findings.kind != "text":
-        total = int(lengths.sum(dtype=np.int64))
-        cut = findings.cut / len(lengths)
-        lost = 1 - findings.tokens_kept / total
-        share = findings.tokens_with_loss / max(findings.tokens_kept, 1)
-        limit = f"{findings.max_length:,}"
-        lines += [
-            f"truncation   {cut:.1%} of the sequences are above {limit}, which cuts {lost:.1%} of {total:,} tokens",
-            f"loss         {share:.1%} of the tokens kept carry loss; {findings.untrained:,} sequences have none",
-        ]
+        truncation = findings.truncation
+        share = truncation.with_loss / max(truncation.kept, 1)
+        lines.append(f"truncation   {str(truncation) or f'no row is longer than max_length {findings.max_length:,}'}")
+        lines.append(f"loss         {share:.1%} of the {truncation.kept:,} tokens kept carry loss")
+        if truncation.untrained:
+            places = _format_places(findings.places["untrained"])
+            lines.append(f"             {truncation.untrained:,} rows have no answer within max_length ({places})")
     return lines
 
 
@@ -214,6 +207,8 @@ def format_verdict(findings: Findings, convert_command: str) -> str:
     """Return the last line: fit, fit once converted by the command, or not fit and why."""
     if reasons := findings.reasons():
         return f"verdict: not fit: {'; '.join(reasons)}"
+    truncation = "" if findings.kind == "text" else str(findings.truncation)
+    but = f", but {truncation}" if truncation else ""
     if findings.not_standard:
-        return f"verdict: fit once converted: {convert_command}"
-    return "verdict: fit"
+        return f"verdict: fit once converted{but}: {convert_command}"
+    return f"verdict: fit{but}"

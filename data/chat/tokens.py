@@ -1,5 +1,8 @@
 """Turn chat rows into the tokens that TRL's trainers make of them, and mark the tokens that carry loss."""
 
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -9,6 +12,8 @@ from trl.data_utils import common_prefix_length
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.chat.rules import FORMS, BadRow
+
+MAX_UNTRAINED = 0.1  # share of rows whose answer is cut off; more are not fit to train on
 
 
 class TokenSequence(NamedTuple):
@@ -53,7 +58,16 @@ def _tokenize_instruction(
         return_dict=True,
     )
     ids = encoded["input_ids"]
-    return TokenSequence(ids, encoded["assistant_masks"] if assistant_only else [1] * len(ids))
+    loss = encoded["assistant_masks"] if assistant_only else [1] * len(ids)
+    start = 0
+    for carries_loss, turn in groupby(list(loss)):
+        end = start + len(list(turn))
+        if carries_loss:
+            end_of_answer = start + _end_of_answer(ids[start:end], tokenizer)
+            loss[end_of_answer:end] = [0] * (end - end_of_answer)
+        start = end
+    end = _end_of_answer(ids, tokenizer)
+    return TokenSequence(ids[:end], loss[:end])
 
 
 def _tokenize_answers(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
@@ -62,9 +76,29 @@ def _tokenize_answers(row: dict[str, Any], kind: str, tokenizer: PreTrainedToken
     prompt = tokenizer.apply_chat_template(row[prompt_key], add_generation_prompt=True, **options)["input_ids"]
     conversations = []
     for key in answer_keys:
-        conversations.append(tokenizer.apply_chat_template(row[prompt_key] + row[key], **options)["input_ids"])
+        ids = tokenizer.apply_chat_template(row[prompt_key] + row[key], **options)["input_ids"]
+        conversations.append(ids[: _end_of_answer(ids, tokenizer)])
     start = min(common_prefix_length(prompt, ids) for ids in conversations)
     return [TokenSequence(ids, [0] * start + [1] * (len(ids) - start)) for ids in conversations]
+
+
+def _end_of_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens up to the last one that is not blank, if that one is a mark such as <|im_end|>.
+
+    Many templates (Qwen's, Gemma's) write a line end after the mark that ends an answer. Generation stops at the mark,
+    so a loss on the line end teaches nothing, and in preference pairs it would be most of the loss.
+    """
+    end = len(ids)
+    while end and ids[end - 1] not in _marks(tokenizer):
+        if tokenizer.decode(ids[end - 1 : end]).strip():
+            return len(ids)
+        end -= 1
+    return end or len(ids)
+
+
+@cache
+def _marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    return frozenset(tokenizer.added_tokens_decoder)
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -84,21 +118,64 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
         raise UserError(f"the chat template of {tokenizer.name_or_path} has no {{% generation %}} marks") from error
 
 
-def find_faults(bad_rows: int, trained_on: bool, uncut: bool, max_length: int | None) -> list[str]:
+# --- What a limit of length cuts off ---
+
+
+@dataclass
+class Truncation:
+    """Counts of what a trainer reads of each row if it keeps `max_length` tokens of a sequence."""
+
+    max_length: int | None  # None: all tokens
+    keep_end: bool = False  # keep the last tokens, not the first
+    rows: int = 0
+    cut: int = 0  # rows with a longer sequence
+    untrained: int = 0  # rows with a sequence without loss in what is kept
+    tokens: int = 0
+    kept: int = 0
+    with_loss: int = 0  # of those kept
+
+    def add(self, sequences: list[TokenSequence]) -> bool:
+        """Count a row; return True if each of its sequences carries loss in what is kept."""
+        trained = True
+        for _, loss in sequences:
+            kept = loss
+            if self.max_length is not None:
+                kept = loss[-self.max_length :] if self.keep_end else loss[: self.max_length]
+            trained = trained and any(kept)
+            self.tokens += len(loss)
+            self.kept += len(kept)
+            self.with_loss += sum(kept)
+        self.rows += 1
+        self.cut += any(len(ids) > (self.max_length or len(ids)) for ids, _ in sequences)
+        self.untrained += not trained
+        return trained
+
+    def __str__(self) -> str:
+        """Return how much is cut off, in words; "" for nothing."""
+        if not self.cut:
+            return ""
+        lost, cut = 1 - self.kept / self.tokens, self.cut / self.rows
+        return f"max_length {self.max_length:,} cuts {cut:.1%} of the rows and {lost:.1%} of their tokens"
+
+
+def find_faults(bad_rows: int, truncation: Truncation | None = None) -> list[str]:
     """Return why a set of rows is not fit to train on; an empty list if it is.
 
     Args:
         bad_rows: How many rows break a rule.
-        trained_on: True if any row has a token that carries loss among its first `max_length`.
-        uncut: True if any row has at most `max_length` tokens.
-        max_length: Tokens that the trainer keeps of a row; None for all.
+        truncation: Counts of the good rows, if they were tokenized.
     """
     faults = []
     if bad_rows:
         faults.append(f"{bad_rows:,} bad row{'s' if bad_rows > 1 else ''}")
-    if not trained_on:
-        within = f" within max_length {max_length:,}" if max_length else ""
-        faults.append(f"no token carries loss{within}")
-    if not uncut:
-        faults.append(f"every row is longer than max_length {max_length}")
+    if truncation is None or not truncation.rows:
+        return faults
+    within = f" within max_length {truncation.max_length:,}" if truncation.max_length else ""
+    share = truncation.untrained / truncation.rows
+    if share == 1:
+        faults.append(f"no row has an answer{within}")
+    elif share > MAX_UNTRAINED:
+        faults.append(f"{share:.1%} of the rows have no answer{within}, more than {MAX_UNTRAINED:.0%}")
+    if truncation.cut == truncation.rows:
+        faults.append(f"every row is longer than max_length {truncation.max_length:,}")
     return faults

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data.chat import load
+from buddygpt.data.chat.checker import CheckedRow
 from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.tokens import tokenize
 from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
@@ -93,9 +96,10 @@ def test_lengths_truncation_and_loss_are_counted_in_tokens(tmp_path, doctor, tok
     kept = [tokenize(row, "sft", loaded)[0].loss[:limit] for row in rows]
     _, text = doctor(write(tmp_path / "a.jsonl", rows), "--tokenizer", tokenizer, "--max_length", limit)
     assert f"longest {lengths[3]:,}" in text
-    assert f"25.0% of the sequences are above {limit:,}" in text
-    assert f"cuts {1 - (sum(map(len, kept)) / sum(lengths)):.1%} of {sum(lengths):,} tokens" in text
-    assert f"loss         {sum(map(sum, kept)) / sum(map(len, kept)):.1%} of the tokens kept" in text
+    truncation = f"max_length {limit} cuts 25.0% of the rows and {1 - sum(map(len, kept)) / sum(lengths):.1%} of"
+    assert f"truncation   {truncation} their tokens" in text and f"verdict: fit, but {truncation} their tokens" in text
+    share = sum(map(sum, kept)) / sum(map(len, kept))
+    assert f"loss         {share:.1%} of the {sum(map(len, kept)):,} tokens kept" in text
 
 
 def test_bad_rows_are_counted_by_reason_with_their_lines(tmp_path, doctor):
@@ -166,7 +170,7 @@ def test_a_template_without_marks_or_that_refuses_rows_is_found(tmp_path, cache,
     other.save_pretrained(tmp_path / "refusing")
     status, text = doctor(file, "--tokenizer", tmp_path / "refusing")
     assert status == 1 and f"the chat template refuses it: no system turns ({file}:1)" in text
-    with pytest.raises(UserError, match=f"{file}: the chat template refuses it.*doctor.py"):
+    with pytest.raises(UserError, match=f"{file}:1: the chat template refuses it.*doctor.py"):
         load_messages([str(file)], tokenizer=AutoTokenizer.from_pretrained(tmp_path / "refusing"))
 
 
@@ -280,11 +284,12 @@ def test_a_recipe_refuses_what_the_doctor_rejects_unless_forced(tmp_path, cache,
     bad = write(tmp_path / "b.jsonl", [{"messages": ZH}, {"messages": ZH[:1]}, {"messages": EN}])
     command = rf"python data/doctor.py {tmp_path}/.\.jsonl --stage sft"
     assert len(load_messages([str(good)], tokenizer=loaded, max_length=64)) == 3
-    for files, length, reason in ((good, 20, "every row is longer"), (good, 5, "no token carries loss within")):
-        with pytest.raises(UserError, match=rf"{reason} .*{command} --tokenizer .* --max_length {length}\. Fix"):
-            load_messages([str(files)], tokenizer=loaded, max_length=length)
-        assert len(load_messages([str(files)], tokenizer=loaded, max_length=length, force=True)) == 3
-        assert f"warning: {files}: not fit" in capsys.readouterr().out
+    for length, reason in ((40, "every row is longer"), (5, "no row has an answer within")):
+        for force in (False, True)[: 1 + (length == 5)]:
+            with pytest.raises(UserError, match=rf"{reason} .*{command} --tokenizer .* --max_length {length}\. Fix"):
+                load_messages([str(good)], tokenizer=loaded, max_length=length, force=force)
+    assert len(load_messages([str(good)], tokenizer=loaded, max_length=40, force=True)) == 3
+    assert f"warning: {good}: not fit" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"b.jsonl:2: the last turn is `user`.*{command}.*--train_on_unfit_data"):
         load_messages([str(bad)], tokenizer=loaded, max_length=64)
     for _ in range(2):  # the second time from the cache
@@ -293,6 +298,73 @@ def test_a_recipe_refuses_what_the_doctor_rejects_unless_forced(tmp_path, cache,
         assert f"1 of 3 rows are bad and left out, first {bad}:2: the last turn" in capsys.readouterr().out
     with pytest.raises(UserError, match="every row is bad"):
         load_messages([str(write(tmp_path / "c.jsonl", [{"messages": ZH[:1]}]))], force=True)
+
+
+def test_rows_whose_answer_is_cut_off_are_counted_and_left_out_or_refused(tmp_path, cache, doctor, tokenizer, capsys):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    question = {"role": "user", "content": "你好，世界。" * 20}
+    pair = PAIR | {"prompt": [question]}
+    for kind, short, long in (("sft", {"messages": ZH}, {"messages": [question, ZH[1]]}), ("preference", PAIR, pair)):
+        stage = ["--stage", {"sft": "sft", "preference": "dpo"}[kind]]
+        options = {"kind": kind, "tokenizer": loaded, "max_length": 64}
+        some = [str(write(tmp_path / f"{kind}.jsonl", [short] * 10 + [long]))]
+        rows = load_rows(some, **options)
+        assert len(rows) == 10
+        told = capsys.readouterr().out
+        assert "1 of 11 rows have no answer within max_length 64 and are left out" in told
+        assert re.search(r"max_length 64 cuts 9\.1% of the rows and [\d.]+% of their tokens", told)
+        status, text = doctor(*some, *stage, "--tokenizer", tokenizer, "--max_length", 64)
+        assert status == 0 and f"1 rows have no answer within max_length ({some[0]}:11)" in text
+        assert re.search(r"verdict: fit, but max_length 64 cuts 9\.1% of the rows", text)
+        # TRL's `truncation_mode: keep_end` keeps the answers.
+        assert len(load_rows(some, **options, keep_end=True)) == 11
+
+        most = [str(write(tmp_path / f"{kind}-most.jsonl", [short] * 4 + [long] * 6))]
+        reason = "60.0% of the rows have no answer within max_length 64, more than 10%"
+        with pytest.raises(UserError, match=f"not fit: {reason}"):
+            load_rows(most, **options)
+        assert len(load_rows(most, **options, force=True)) == 4
+        status, text = doctor(*most, *stage, "--tokenizer", tokenizer, "--max_length", 64)
+        assert status == 1 and text.endswith(f"verdict: not fit: {reason}\n")
+
+
+def test_loaded_tokens_are_the_trainers_and_end_with_the_end_mark(tmp_path, cache, tokenizer):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    sft, dpo = write(tmp_path / "a.jsonl", [{"messages": [*ZH, *EN]}]), write(tmp_path / "b.jsonl", [PAIR])
+    # A template that writes a line end after the mark, inside the marks of the loss, as Qwen's and Gemma's do.
+    trailing = AutoTokenizer.from_pretrained(tokenizer)
+    trailing.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    for each in (loaded, trailing):
+        row = load_rows([str(sft)], "sft", tokenizer=each)[0]
+        trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        assert each.decode(trained) == f"{ZH[1]['content']}<|im_end|>{EN[1]['content']}<|im_end|>"
+        assert each.decode(row["input_ids"]).endswith("A small model.<|im_end|>")
+        row = load_rows([str(dpo)], "preference", tokenizer=each)[0]
+        assert each.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
+        answers = each.decode(row["chosen_ids"]), each.decode(row["rejected_ids"])
+        assert answers == (f"{ZH[1]['content']}<|im_end|>", "走开。<|im_end|>")
+
+
+def test_rows_come_from_the_cache_only_if_content_and_rules_are_the_same(tmp_path, cache, monkeypatch):
+    file = write(tmp_path / "a.jsonl", [{"messages": ZH}])
+    time = file.stat().st_mtime_ns
+    assert load_messages([str(file)])[0]["messages"] == ZH
+    write(file, [{"messages": EN}])
+    os.utime(file, ns=(time, time))  # as an editor or rsync may leave it
+    assert load_messages([str(file)])[0]["messages"] == EN
+
+    checked = []
+    monkeypatch.setattr(load.RowChecker, "check", lambda *_, **__: checked.append(1) or CheckedRow())
+    os.utime(file, ns=(time + 1, time + 1))
+    load_messages([str(file)])
+    assert not checked, "the content is the same"
+    monkeypatch.setattr(load, "_hash_of_code", lambda: "other rules")
+    load_messages([str(file)])
+    assert checked
 
 
 def test_a_recipe_and_the_doctor_agree(tmp_path, cache, doctor, tokenizer):
