@@ -162,6 +162,25 @@ def test_an_infinite_gradient_is_reported_at_its_step(tmp_path, blocks):
     assert len(warnings) == 1 and re.match(r"step 8: the loss is \d.*, the gradient norm inf", warnings[0])
 
 
+def test_steps_without_loss_and_gradient_are_reported_once(tmp_path, blocks):
+    def nothing_counts(trainer):
+        original = trainer.training_step
+
+        def training_step(model, inputs, *args, **kwargs):
+            loss = original(model, inputs, *args, **kwargs)
+            if not 8 <= trainer.state.global_step < 12:
+                return loss
+            model.zero_grad()  # as TRL does with a batch whose labels are all -100
+            return loss * 0
+
+        trainer.training_step = training_step
+
+    _, warnings = train_watched(tmp_path, blocks, 20, nothing_counts)
+    assert len(warnings) == 1 and warnings[0].startswith(
+        "step 9: the loss and the gradient norm are 0: no token counts"
+    )
+
+
 def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
     def spike(trainer):
         original, extra = trainer.training_step, {50: 6.0, 51: 6.0, 58: 6.0}  # two steps in a row are one spike

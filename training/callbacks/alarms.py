@@ -1,4 +1,4 @@
-"""Warn about NaN, loss spikes, dead experts and data stalls.
+"""Warn about NaN, steps that learn nothing, loss spikes, dead experts and data stalls.
 
 Each warning is one line on stderr and an entry of `warnings` in run.json. It names the step and the data it read.
 """
@@ -29,7 +29,7 @@ STALLED_SHARE, STALLED_LOGS = 0.3, 3
 
 
 class AlarmCallback(TrainerCallback):
-    """Warns if a loss or gradient norm is not finite, and about spikes, dead experts and stalls as defined above.
+    """Warns if a loss or gradient norm is not finite or both are 0, and about spikes, dead experts and stalls.
 
     A state that lasts is reported once. `Trainer` logs the mean loss of many steps and the gradient norm of the last
     one only. To name the step that went wrong, this callback records both for every step on the device, and reads them
@@ -106,6 +106,7 @@ class AlarmCallback(TrainerCallback):
         first, last = state.global_step - len(values) + 1, state.global_step
         for step, (loss, grad_norm) in enumerate(values, first):
             self._check_finite(step, loss, grad_norm)
+            self._check_zero(step, loss, grad_norm)
             self._check_spike(step, loss)
         self._check_data_wait(last, logs.get("data_wait", 0.0))
         if self.expert_load is not None:
@@ -115,6 +116,10 @@ class AlarmCallback(TrainerCallback):
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if self._begins("not finite", not finite):
             self._warn(step, f"the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}")
+
+    def _check_zero(self, step: int, loss: float, grad_norm: float) -> None:
+        if self._begins("zero", loss == grad_norm == 0):
+            self._warn(step, "the loss and the gradient norm are 0: no token counts, or there is nothing to learn")
 
     def _check_spike(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
