@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
-    """Call `AutoTokenizer.from_pretrained`.
+    """Call `AutoTokenizer.from_pretrained`, and warn if it reads the files in another way than they say.
 
     Raises:
         UserError: The folder is missing, or no tokenizer can be read from it.
@@ -25,9 +28,46 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     if "/" in name_or_path and _is_missing(name_or_path):
         raise UserError(f"no such tokenizer folder: {name_or_path}")
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read a tokenizer from {name_or_path}: {_first_line(error)}") from error
+    _warn_if_class_overrides_file(tokenizer)
+    return tokenizer
+
+
+def _warn_if_class_overrides_file(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Print one line if the tokenizer's class splits text in another way than tokenizer.json says."""
+    name = tokenizer.name_or_path
+    file = Path(name) / "tokenizer.json" if Path(name).is_dir() else try_to_load_from_cache(name, "tokenizer.json")
+    if not tokenizer.is_fast or not isinstance(file, str | Path) or not Path(file).is_file():
+        return
+    loaded = tokenizer_rules(tokenizer.backend_tokenizer.to_str())
+    saved = tokenizer_rules(Tokenizer.from_file(str(file)).to_str())
+    parts = [part for part in ("normalizer", "pre_tokenizer", "vocab", "merges") if loaded[part] != saved[part]]
+    if parts:
+        print(
+            f"warning: transformers reads {name} as {type(tokenizer).__name__}, with other {', '.join(parts)} than in "
+            "tokenizer.json, so text gets other tokens. If the file is right, set tokenizer_class to "
+            "PreTrainedTokenizerFast in tokenizer_config.json",
+            file=sys.stderr,
+        )
+
+
+def tokenizer_rules(backend: str) -> dict[str, Any]:
+    """Return the parts of a tokenizer's JSON that decide which ids a text gets."""
+    state = json.loads(backend)
+    splitting = json.dumps([state["normalizer"], state["pre_tokenizer"]])
+    # Offsets do not change ids, and classes of transformers write them differently.
+    normalizer, pre_tokenizer = json.loads(
+        splitting, object_hook=lambda each: {key: value for key, value in each.items() if key != "trim_offsets"}
+    )
+    return {
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "vocab": state["model"]["vocab"],
+        "merges": state["model"].get("merges"),
+        "added": [[token["id"], token["content"]] for token in state["added_tokens"]],
+    }
 
 
 def end_of_answer_token(tokenizer: "PreTrainedTokenizerBase") -> str:

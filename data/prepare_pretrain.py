@@ -149,7 +149,8 @@ def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> bool:
     check_mixture(sources, base, args.languages)
     tokenizer = read_text_tokenizer(args.tokenizer, args.document_separator)
     if existing:
-        existing.check_fingerprint(args.tokenizer, tokenizer.facts["tokenizer_sha256"])
+        existing.check_backend(args.tokenizer, tokenizer.state)
+        tokenizer.facts["tokenizer_sha256"] = base["tokenizer_sha256"]  # an old manifest keeps its kind of hash
 
     # Plan the work, and compare the plan with what exists.
     config = {key: value for key, value in asdict(args).items() if key not in IRRELEVANT_TO_SHARDS}

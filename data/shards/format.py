@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from buddygpt.cli.checkpoints import tokenizer_rules
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
 
@@ -31,18 +32,18 @@ INDEX_ENTRY_BYTES = 8
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a hash that is equal for two tokenizers exactly if both turn text into the same ids.
 
-    It is the sha256 of the vocabulary, the merges and the added tokens with their ids, and does not depend on the file
-    format of the tokenizer.
+    It is the sha256 of the normalizer, the pre-tokenizer, the vocabulary, the merges and the added tokens with their
+    ids, and does not depend on the file format of the tokenizer.
 
     Raises:
         UserError: The tokenizer has no `tokenizers` backend.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: only tokenizers with a `tokenizers` backend are supported")
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = state["model"]
-    added = [[token["id"], token["content"]] for token in state["added_tokens"]]
-    content = [model["vocab"], model.get("merges"), added]
+    return _hash(tokenizer_rules(tokenizer.backend_tokenizer.to_str()))
+
+
+def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -211,17 +212,21 @@ class TokenShards:
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raise UserError if the shards were made with another tokenizer."""
-        self.check_fingerprint(tokenizer.name_or_path, tokenizer_fingerprint(tokenizer))
+        self.check_backend(tokenizer.name_or_path, tokenizer.backend_tokenizer.to_str())
 
-    def check_fingerprint(self, name_or_path: str, fingerprint: str) -> None:
-        """Raise UserError if the shards were made with a tokenizer of another fingerprint.
+    def check_backend(self, name_or_path: str, backend: str) -> None:
+        """Raise UserError if the shards were made with another tokenizer.
 
         Args:
             name_or_path: The tokenizer's name in the message.
-            fingerprint: Its [`tokenizer_fingerprint`].
+            backend: Its JSON.
         """
         expected = self.manifest["tokenizer_sha256"]
-        if fingerprint != expected:
+        rules = tokenizer_rules(backend)
+        fingerprint = _hash(rules)
+        # Manifests from before December 2026 have a hash without normalizer and pre-tokenizer.
+        old = _hash([rules["vocab"], rules["merges"], rules["added"]])
+        if expected not in (fingerprint, old):
             raise UserError(
                 f"tokenizer {name_or_path} ({fingerprint[:12]}) is not the one that {self.folder} was made with, "
                 f"{self.manifest['tokenizer']} ({expected[:12]}). Use that one, or prepare the shards again with this."

@@ -2,8 +2,10 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from buddygpt.cli.checkpoints import load_tokenizer, tokenizer_rules
 from buddygpt.cli.errors import UserError
 from buddygpt.data import prepare_pretrain
 from buddygpt.data.shards.blocks import BlockDataset
@@ -437,3 +440,36 @@ def test_a_fingerprint_depends_on_content_not_on_files(tmp_path, tokenizer_folde
     assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(tokenizer)
     copy.add_tokens(["<new>"])
     assert tokenizer_fingerprint(copy) != tokenizer_fingerprint(tokenizer)
+    for part, other in {"normalizer": normalizers.NFC(), "pre_tokenizer": pre_tokenizers.ByteLevel(True)}.items():
+        changed = AutoTokenizer.from_pretrained(tokenizer_folder)
+        setattr(changed.backend_tokenizer, part, other)
+        assert tokenizer_fingerprint(changed) != tokenizer_fingerprint(tokenizer), part
+
+
+def test_a_class_that_overrides_tokenizer_json_is_told_in_one_line(tmp_path, tokenizer_folder, capsys):
+    load_tokenizer(str(tokenizer_folder))
+    assert "warning" not in capsys.readouterr().err
+    shutil.copytree(tokenizer_folder, tmp_path / "gpt2")
+    file = tmp_path / "gpt2" / "tokenizer.json"
+    state = json.loads(file.read_text("utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, state["pre_tokenizer"]]}
+    file.write_text(json.dumps(state))
+    config = tmp_path / "gpt2" / "tokenizer_config.json"
+    own = load_tokenizer(str(tmp_path / "gpt2"))
+    assert "warning" not in capsys.readouterr().err
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    overridden = load_tokenizer(str(tmp_path / "gpt2"))
+    assert "as GPT2Tokenizer, with other pre_tokenizer than in tokenizer.json" in capsys.readouterr().err
+    assert tokenizer_fingerprint(own) != tokenizer_fingerprint(overridden)
+
+
+def test_shards_with_an_older_hash_of_their_tokenizer_are_still_read(shards, tmp_path, tokenizer_folder):
+    shutil.copytree(shards, tmp_path / "old")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    rules = tokenizer_rules(tokenizer.backend_tokenizer.to_str())
+    content = json.dumps([rules["vocab"], rules["merges"], rules["added"]], sort_keys=True)
+    file = tmp_path / "old" / "manifest.json"
+    manifest = json.loads(file.read_text()) | {"tokenizer_sha256": hashlib.sha256(content.encode()).hexdigest()}
+    file.write_text(json.dumps(manifest))
+    TokenShards(tmp_path / "old").check_tokenizer(tokenizer)
