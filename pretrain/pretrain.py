@@ -36,7 +36,7 @@ from buddygpt.training.hardware import require_hardware
 from buddygpt.training.liger import register_liger
 from buddygpt.training.optimizers import choose_optimizer
 from buddygpt.training.resume import Start, find_start
-from buddygpt.training.run import recipe_defaults, run_recipe, run_training
+from buddygpt.training.run import recipe_defaults, require_positions, run_recipe, run_training
 
 
 @dataclass
@@ -199,11 +199,12 @@ def load_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> P
     """Return the checkpoint `model_name_or_path`, or a new model of `model_config`, with the requested z-loss.
 
     Raises:
-        UserError: Not exactly one of the two is given, it cannot be read, or it does not fit the tokenizer.
+        UserError: Not exactly one of the two is given, it cannot be read, or it does not fit tokenizer or block size.
     """
     if (args.model_config is None) == (args.model_name_or_path is None):
         raise UserError("give one of model_config (a new model) and model_name_or_path (a checkpoint)")
     model = load_checkpoint(args, tokenizer) if args.model_name_or_path else make_model(args, tokenizer)
+    require_positions("block_size", args.block_size, getattr(model.config, "max_position_embeddings", None))
     if args.z_loss_coef is not None:
         if not hasattr(model.config, "z_loss_coef"):
             raise UserError(f"z_loss_coef: a model of type {model.config.model_type} has no z-loss; remove the option")

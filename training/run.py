@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,8 +61,8 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     TRL loads the model itself, by name, so that ZeRO-3 can shard it while loading.
 
     Raises:
-        UserError: No checkpoint is named, it is not a causal language model, its tokenizer has no chat template, or
-            the hardware is not as requested (see [`require_hardware`]).
+        UserError: No checkpoint is named, it is not a causal language model, its tokenizer has no chat template, rows
+            may be longer than it supports, or the hardware is not as requested (see [`require_hardware`]).
     """
     if model_args.model_name_or_path is None:
         raise UserError("give model_name_or_path: the checkpoint to start from")
@@ -69,7 +70,10 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     register_liger(training_args)
 
     # Mistakes in the checkpoint should stop the run before the data is read.
-    require_causal_lm(model_args.model_name_or_path, training_args.trust_remote_code)
+    config = require_causal_lm(model_args.model_name_or_path, training_args.trust_remote_code)
+    changes = training_args.model_init_kwargs or {}
+    limit = changes.get("max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+    require_positions("max_length", training_args.max_length, limit)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if tokenizer.chat_template is None:
         raise UserError(f"{model_args.model_name_or_path} has no chat template: add a chat_template.jinja to it")
@@ -81,7 +85,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **changes,
     }
     if isinstance(training_args, SFTConfig):
         if training_args.eval_packing and not training_args.packing:
@@ -101,6 +105,26 @@ def stop_at_end_of_answer(tokenizer: PreTrainedTokenizerBase) -> None:
         print(f"Answers end with {end}: it becomes the eos_token, which was {tokenizer.eos_token}")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer.eos_token = end
+
+
+def require_positions(key: str, length: int | None, limit: int | None) -> None:
+    """Raise UserError if rows may have more tokens than the model has positions; warn if they have no limit.
+
+    Args:
+        key: The name of the option that limits rows, for the message.
+        length: Its value.
+        limit: The model's `max_position_embeddings`; None if it has none.
+    """
+    if limit is None:
+        return
+    if length is None:
+        print(f"warning: {key} is null: rows may be longer than the {limit} positions of the model", file=sys.stderr)
+    elif length > limit:
+        raise UserError(
+            f"{key} is {length}, but the model has only {limit} positions (max_position_embeddings). Use at most "
+            f"{limit}, or raise max_position_embeddings: in the model's config.json, for SFT and DPO also in "
+            "model_init_kwargs; a trained model needs rope_parameters as well"
+        )
 
 
 def run_training(

@@ -216,6 +216,13 @@ MISTAKES = {
     "other tokenizer": ("pretrain", ["--tokenizer", "STRANGE/tokenizer"], "is not the one that .* was made with"),
     "no tokenizer": ("pretrain", ["--tokenizer", "STRANGE/adapter"], "cannot read a tokenizer from"),
     "long blocks": ("pretrain", ["--block_size", 10_000_000], "less than one block"),
+    "blocks longer than the model": (
+        "pretrain",
+        ["--block_size", 129],
+        "block_size is 129, but the model has only 128",
+    ),
+    "rows longer than the model": ("sft", ["--max_length", 129], "max_length is 129, but the model has only 128"),
+    "pairs longer than the model": ("rlhf", ["--max_length", 129], "max_length is 129, but the model has only 128"),
     "two models": ("pretrain", ["--model_name_or_path", "BASE"], "give one of model_config"),
     "two precisions": ("pretrain", ["--dtype", "bfloat16", "--fp16", "true"], "contradict each other"),
     "no model config": ("pretrain", ["--model_config", "none.json"], "cannot read the model config none.json"),
