@@ -194,6 +194,17 @@ def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
     assert "loss spike" in warnings[0] and all(f"block {index} =" in warnings[0] for index in read)
 
 
+def test_a_loss_near_zero_may_multiply(tmp_path, blocks):
+    def learned_by_heart(trainer):
+        original, losses = trainer.training_step, {40: 0.06, 50: 0.12, 60: 0.5}
+        trainer.training_step = lambda *args, **kwargs: (
+            original(*args, **kwargs) * 0 + losses.get(trainer.state.global_step, 0.004)
+        )
+
+    _, warnings = train_watched(tmp_path, blocks, 64, learned_by_heart)
+    assert [warning.split(":")[0] for warning in warnings] == ["step 61"]
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock for ThroughputCallback that only `clock.sleep` moves, so that the load of the machine has no effect."""

@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback
 from buddygpt.training.callbacks.experts import ExpertLoadCallback
 from buddygpt.training.run_card import write_run_card
 
-# A spike is a loss above both limits: median + SPIKE_SIGMAS standard deviations of the last SPIKE_WINDOW steps, and
-# SPIKE_FACTOR x median. The standard deviation is estimated as 1.4826 x the median absolute deviation, which the spike
-# itself hardly moves.
-SPIKE_WINDOW, SPIKE_MIN_STEPS, SPIKE_SIGMAS, SPIKE_FACTOR = 64, 32, 6, 1.1
+# A spike is a loss above three limits: median + SPIKE_SIGMAS standard deviations of the last SPIKE_WINDOW steps,
+# SPIKE_FACTOR x median, and median + SPIKE_RISE nats, because a loss near zero often multiplies without meaning. The
+# standard deviation is estimated as 1.4826 x the median absolute deviation, which the spike itself hardly moves.
+SPIKE_WINDOW, SPIKE_MIN_STEPS, SPIKE_SIGMAS, SPIKE_FACTOR, SPIKE_RISE = 64, 32, 6, 1.1, 0.2
 # A dead expert got no token between two logs, while an even load would have given it at least this many.
 DEAD_EXPERT_TOKENS = 100
 # The loader is stalled if this share of the time was spent waiting for it, in this many logs in a row.
@@ -127,7 +127,8 @@ class AlarmCallback(TrainerCallback):
         if len(self.recent_losses) >= SPIKE_MIN_STEPS:
             median = statistics.median(self.recent_losses)
             deviation = statistics.median(abs(recent - median) for recent in self.recent_losses)
-            limit = max(median + SPIKE_SIGMAS * 1.4826 * deviation, SPIKE_FACTOR * median)
+            rise = max(SPIKE_SIGMAS * 1.4826 * deviation, SPIKE_RISE)
+            limit = max(median + rise, SPIKE_FACTOR * median)
             if self._begins("spike", loss > limit):
                 text = f"loss spike: {loss:.4g}; the median of the last steps is {median:.4g}, the limit {limit:.4g}"
                 self._warn(step, text)
