@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
 REMEDY = "Prepare the shards again with data/prepare_pretrain.py."
 INDEX_ENTRY_BYTES = 8
+SIZES = ("tokens", "documents", "text_bytes")
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -51,7 +52,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Return the manifest of a folder of token shards.
 
     Raises:
-        UserError: The manifest is missing, unreadable or of another version, or lacks a source or its epochs.
+        UserError: The manifest is missing, unreadable or of another version, lacks a source or its epochs, or has
+            numbers that are not the sums of its shards.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -72,7 +74,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         epochs = source["epochs"]
         if not isinstance(epochs, int | float) or not 0 < epochs < math.inf:
             raise UserError(f"{path}: source {source['name']} has {epochs} epochs; write a number above 0")
+    if wrong := find_wrong_sums(manifest):
+        raise UserError(f"{path} was changed: {'; '.join(wrong)}. {REMEDY}")
     return manifest
+
+
+def find_wrong_sums(manifest: dict[str, Any]) -> list[str]:
+    """Return one message for each number of a manifest that is not the sum of what its shards say."""
+    parts = [("the manifest", manifest, manifest["shards"])]
+    for source in manifest["sources"]:
+        shards = [shard for shard in manifest["shards"] if shard["source"] == source["name"]]
+        parts.append((f"source {source['name']}", source, shards))
+    wrong = []
+    for name, part, shards in parts:
+        for key in SIZES:
+            total = sum(shard[key] for shard in shards)
+            if part[key] != total:
+                wrong.append(f"{name} has {part[key]} {key}, its shards have {total}")
+    return wrong
 
 
 def documents_file(shard: dict[str, Any]) -> str:
@@ -156,7 +175,7 @@ class TokenShards:
         if source is not None:
             shards = [shard for shard in self.manifest["shards"] if shard["source"] == source]
             self.manifest["shards"] = shards
-            for key in ("tokens", "documents", "text_bytes"):
+            for key in SIZES:
                 self.manifest[key] = sum(shard[key] for shard in shards)
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self.shards: list[dict[str, Any]] = self.manifest["shards"]

@@ -398,20 +398,61 @@ def han_share(text: str) -> float:
     return counts[Kind.HAN] / max(len(text) - counts[Kind.SPACE], 1)
 
 
+# Frequent words that tell Latin languages apart, without letters that stand alone.
+COMMON_WORDS = {
+    "en": "the of and to in is that it for was on are as with at be this have from or by not but you we he they"
+    " his her which an their has had its can will if there would what all when more one so about said who"
+    " do them into than",
+    "de": "der die das und ist nicht ein eine einen zu den mit von auf im dem sich des auch es an werden aus er"
+    " hat dass sie nach wird bei einer um sind noch wie wir ich aber oder war haben kann durch wenn nur"
+    " vom zum",
+    "fr": "le la les des et est un une du que qui dans pour pas sur au avec ce il ne se sont par plus son elle"
+    " nous vous cette mais ou je on leur tout aux ont comme bien",
+    "es": "el la los las de que en un una es por con no para del se lo como su al sus pero este esta son entre"
+    " cuando muy sin sobre ser todo desde nos hay donde quien",
+    "it": "il di che la per un non sono in una del della con si le da al dei gli nel alla anche come questo ma"
+    " era delle lo ha nella sua suo dal essere hanno",
+    "pt": "que de do da em um para com uma os no se na por mais as dos como mas foi ao ele das tem seu sua ou"
+    " ser quando muito nos ela entre depois",
+    "nl": "de het een en van is dat niet op te zijn voor met aan er in ook als bij maar om uit door over naar"
+    " wordt heeft deze dit hij zij werd kan nog worden",
+    "id": "yang dan di dengan untuk ini itu dari dalam tidak akan pada adalah ke juga saya oleh atau ada karena"
+    " sebagai telah bisa mereka kami kita dapat",
+    "sv": "och att det som en av med den till inte har om ett var men sig han hon vi kan jag efter vid mot ut"
+    " over skulle",
+    "pl": "nie na do jest to ale jak po co tak za od dla przez tylko jego ich czy ten tego oraz pod jako ma",
+    "sw": "ya wa na kwa ni katika la za cha kuwa hii huo yake wake kama au lakini hiyo watu",
+    "tl": "ang ng sa na mga ay at ito ko hindi para may isang siya kung niya nila din",
+    "la": "et in est non ad cum ut qui quod sed quae ex per ab enim atque aut esse quam sunt etiam",
+    "vi": "va cua la co cho mot khong nguoi trong duoc nhung voi nhu cac khi da nay",
+}
+COMMON_WORDS = {name: frozenset(words.split()) for name, words in COMMON_WORDS.items()}
+LATIN_WORD = re.compile("[a-z]{2,}")
+LATIN_SAMPLE = 20_000  # characters
+
+
+def _is_english(text: str) -> bool:
+    """Return whether no other Latin language has more frequent words in the text than English."""
+    words = LATIN_WORD.findall(text[:LATIN_SAMPLE].lower())
+    counts = {name: sum(word in common for word in words) for name, common in COMMON_WORDS.items()}
+    most = max(counts.values())
+    return counts["en"] >= most or most < 0.1 * len(words)
+
+
 @measure
 def language(text: str, *, min_han: float, max_accented: float) -> str:
-    """`zh`, `en` or `other`, by the scripts of the letters.
+    """`zh`, `en` or `other`, by the scripts of the letters and, for Latin letters, by frequent words.
 
     `zh` if the share of Han is at least `min_han` and other scripts (kana, Hangul, Cyrillic, ...) have less than a
-    quarter as many letters; else `en` if at least 90% are A to Z and at most `max_accented` have accents, of which
-    other Latin languages have more; else `other`.
+    quarter as many letters; else `en` if at least 90% are A to Z, at most `max_accented` have accents, of which other
+    Latin languages have more, and no other Latin language has more of its frequent words there; else `other`.
     """
     counts = _kind_counts(text)
     han, foreign, accented = counts[Kind.HAN], counts[Kind.FOREIGN_LETTER], counts[Kind.ACCENTED_LETTER]
     letters = max(han + foreign + accented + counts[Kind.LETTER], 1)
     if han / letters >= min_han and foreign < han / 4:
         return "zh"
-    if counts[Kind.LETTER] >= 0.9 * letters and accented / letters <= max_accented:
+    if counts[Kind.LETTER] >= 0.9 * letters and accented / letters <= max_accented and _is_english(text):
         return "en"
     return "other"
 

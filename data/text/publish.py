@@ -8,14 +8,13 @@ from typing import Any
 from datatrove.pipeline.base import PipelineStep
 
 from buddygpt.cli.errors import UserError
-from buddygpt.data.shards.format import FORMAT_VERSION, MANIFEST, read_manifest
+from buddygpt.data.shards.format import FORMAT_VERSION, MANIFEST, SIZES, read_manifest
 from buddygpt.data.shards.mixture import collect_requests, resolve_mixture
 from buddygpt.data.text.counts import RowCounts, read_counts, sum_counts
 from buddygpt.data.text.pipeline import DocumentReader
 from buddygpt.data.text.plan import Plan
 from buddygpt.data.text.report import write_report
 
-SIZES = ("tokens", "documents", "text_bytes")
 PUBLISHED = "published"  # folder in WORK with the files that are being moved to an existing OUTPUT
 
 

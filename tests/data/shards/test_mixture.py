@@ -1,5 +1,6 @@
 """Every source is read as often as requested, block by block, also after appends and when a run resumes."""
 
+import json
 import random
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from tiny_shards import Shard, write_shards
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.blocks import BlockDataset
+from buddygpt.data.shards.format import TokenShards, verify_shards
 from buddygpt.data.shards.history import count_slots, make_order, update_history
 from buddygpt.data.shards.mixture import resolve_mixture
 from buddygpt.data.shards.order import BlockOrder, EpochOrder, Quota, permute
@@ -290,6 +292,21 @@ def test_going_back_before_a_change_keeps_it(tmp_path):
     shards.append(Shard("2.ds", "zh", [160]))
     history = update_history(history, BlockDataset(write_shards(tmp_path, shards), 16), 2, 4)
     assert [entry["epoch"] for entry in history] == [0, 4, 4]
+
+
+@pytest.mark.parametrize("key", ["tokens", "documents", "text_bytes"])
+def test_a_manifest_with_a_changed_sum_is_refused(key, tmp_path):
+    folder = write_shards(tmp_path, [Shard("0.ds", "zh", [40]), Shard("1.ds", "en", [40, 40])])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for part, name in ((manifest, "the manifest"), (manifest["sources"][1], "source en")):
+        part[key] += 1
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        part[key] -= 1
+        for read in (verify_shards, TokenShards):
+            with pytest.raises(
+                UserError, match=f"manifest.json was changed: {name} has {part[key] + 1} {key}, its shards"
+            ):
+                read(folder)
 
 
 def test_a_source_without_a_description_is_refused(tmp_path):

@@ -42,6 +42,9 @@ CODE = (
 )
 
 
+SCRIPTS = {"min_han": 0.1, "max_accented": 0.01}
+
+
 def clean(text: str, profile: str | Profile) -> tuple[str, str | None]:
     """Return the text that a profile leaves, and the rule that it breaks."""
     profile = profile if isinstance(profile, Profile) else load_profile(profile)
@@ -149,12 +152,19 @@ def test_line_ends_of_any_system_are_cleaned_alike(profile, tmp_path):
         ("alphanumeric_share", {}, "春a1，。 \n\t", 3 / 8),
         ("special_share", {}, "春a1，。 \n😀", 6 / 8),
         ("han_share", {}, "春 〇々𠀀龦，a\n", 5 / 7),
-        ("language", {"min_han": 0.1, "max_accented": 0.01}, "用 Python 写的 print", "zh"),
-        ("language", {"min_han": 0.1, "max_accented": 0.01}, "The spring has come.", "en"),
-        ("language", {"min_han": 0.1, "max_accented": 0.01}, "Der Frühling wäre schön für uns.", "other"),
-        ("language", {"min_han": 0.1, "max_accented": 0.01}, "春が来ました。桜がきれいですね。", "other"),
-        ("language", {"min_han": 0.1, "max_accented": 0.01}, "Весна пришла", "other"),
-        ("language", {"min_han": 0.1, "max_accented": 0.01}, "12.5 + 3", "other"),
+        ("language", SCRIPTS, "用 Python 写的 print", "zh"),
+        ("language", SCRIPTS, "The spring has come.", "en"),
+        ("language", SCRIPTS, "Der Frühling wäre schön für uns.", "other"),
+        ("language", SCRIPTS, "print(x); return [i for i in range(n)]", "en"),
+        ("language", SCRIPTS, "Das Buch liegt auf dem Tisch und der Hund ist nicht im Garten.", "other"),
+        ("language", SCRIPTS, "Il libro che ho letto non parla della guerra ma di una donna con il cane.", "other"),
+        ("language", SCRIPTS, "Los libros que se leen en la escuela son para todos, no solo por el maestro.", "other"),
+        ("language", SCRIPTS, "Het boek dat op de tafel ligt is niet van een van de kinderen.", "other"),
+        ("language", SCRIPTS, "Buku yang ada di meja itu adalah milik saya dan tidak untuk dijual.", "other"),
+        ("language", SCRIPTS, "Les enfants qui sont dans la maison ne vont pas sur la route avec le chien.", "other"),
+        ("language", SCRIPTS, "春が来ました。桜がきれいですね。", "other"),
+        ("language", SCRIPTS, "Весна пришла", "other"),
+        ("language", SCRIPTS, "12.5 + 3", "other"),
         ("average_line_length", {}, "abcd\nef", 3.5),
         ("max_line_length", {}, "abcd\nef", 4),
         ("prose_share", {}, "目录\n第一章\n他来了，又走了。后记\n", 10 / 15),
@@ -174,7 +184,7 @@ def test_a_measure_measures_what_it_says(operator, parameters, text, value):
 
 @pytest.mark.parametrize("operator", sorted(MEASURES))
 def test_measures_take_empty_and_hostile_text(operator):
-    parameters = {"advert_density": {"patterns": ["a"]}, "language": {"min_han": 0.1, "max_accented": 0.01}}
+    parameters = {"advert_density": {"patterns": ["a"]}, "language": SCRIPTS}
     parameters |= {name: {"n": 10} for name in ("character_repetition", "repeated_share", "word_repetition")}
     for text in ("", "\n", "\ud800", "\U0010ffff"):
         found = MEASURES[operator](text, **parameters.get(operator, {}))
