@@ -12,11 +12,14 @@ Exit status: 0 fit, 1 not fit, 2 the files cannot be checked.
 
 import argparse
 import hashlib
+import json
 import os
+import re
 import shlex
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ftfy.badness import is_bad
 from tqdm import tqdm
@@ -35,13 +38,24 @@ from buddygpt.data.chat.checker import (
     row_text,
 )
 from buddygpt.data.chat.report import CONTROL, Findings, format_examples, format_findings, format_verdict
-from buddygpt.data.chat.rules import FORMS, count_remarks, special_tokens
+from buddygpt.data.chat.rules import FORMS, MEDIA, count_remarks, special_tokens
 from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
 from buddygpt.data.chat.tokens import TokenSequence
 from buddygpt.data.text.operators import language
 from buddygpt.data.text.rows import Row, progress_bar, read_rows
 
 MIN_HAN, MAX_ACCENTED = 0.25, 0.01  # shares of the letters; see `language`
+# Columns that text does not have. A file with one of them is no pretraining text, unless --stage pretrain says so.
+CHAT_COLUMN = re.compile(
+    r"question|query|prompt|instruction|answers?|response|output|completions?|target|chosen|rejected|messages|"
+    rf"conversations?|dialogue?s?|{MEDIA.pattern}",
+    re.IGNORECASE,
+)
+# The beginning of a text that is a chat in some template.
+CHAT_TEXT = re.compile(
+    r"\s*(?:<s>)?\s*(?:<\|im_start\|>|\[INST\]|<\|start_header_id\|>|### (?:Human|Instruction):|\n\nHuman:)"
+)
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 KINDS = {"sft": "sft", "dpo": "preference", "kto": "kto", "pretrain": "text"}  # stage -> kind of row
 
 
@@ -131,7 +145,14 @@ def find_schema_or_text(path: Path, args: argparse.Namespace) -> Schema | None:
     if args.stage is None:
         rows = [row.content for row in islice(read_rows(path), ROWS_TO_RECOGNIZE) if not row.error]
         has_text = any(key in row for row in rows for key in args.text_key)
+        named = {key for row in rows for key, value in row.items() if value and key not in args.text_key}
         if has_text and not any(recognize(row) for row in rows):
+            if chat := next(filter(CHAT_COLUMN.fullmatch, sorted(named)), None):
+                raise UserError(
+                    f"{path}: has text and `{chat}`, but fits no schema; its columns: {', '.join(rows[0])}. "
+                    "Give --stage pretrain if it is text; else say which columns hold what with data/convert_chat.py "
+                    "--map prompt=question,completion=answer"
+                )
             return None
     return find_schema(path, KINDS.get(args.stage))
 
@@ -167,16 +188,24 @@ class Doctor:
             self.findings.not_standard += changed
             self.findings.remarks.update(count_remarks(standard))
             question = next(turn["content"] for turn in standard[keys[0]] if turn["role"] == "user")
-            self.findings.add_seen("questions", fingerprint(question.strip()), place)
+            self.findings.add_seen("questions", fingerprint(visible(question)), place)
+            self.findings.add_seen("rows", fingerprint(identity(standard, keys)), place)
             self._add(place, row_text(standard, self.findings.kind), sequences, item)
 
     def add_text(self, path: Path, row: Row) -> None:
-        """Count one document of pretraining text; an empty or unreadable one is bad."""
+        """Count one document of pretraining text; an unreadable one is bad, an empty one is left out."""
         place = (path, row.number)
-        if row.error or not row.content.strip():
-            self.findings.add_fault(row.error or "empty", place)
+        if row.error:
+            self.findings.add_fault(row.error, place)
             return
         text = row.content
+        if not text.strip():
+            self.findings.remarks["empty documents, which data/prepare_pretrain.py leaves out"] += 1
+            return
+        self.findings.remarks["documents that are chats in a template; fine-tuning needs them as messages"] += bool(
+            CHAT_TEXT.match(text)
+        )
+        self.findings.add_seen("rows", fingerprint(visible(text)), place)
         self.findings.remarks["documents with U+FFFD: text was lost in decoding"] += "\ufffd" in text
         self.findings.remarks["documents in a wrong encoding (mojibake)"] += is_bad(text)
         self.findings.remarks["documents with control characters"] += bool(CONTROL.search(text.replace("\r", "")))
@@ -190,7 +219,6 @@ class Doctor:
         label = language(text, min_han=MIN_HAN, max_accented=MAX_ACCENTED)
         self.findings.rows += 1
         self.findings.languages[label] += 1
-        self.findings.add_seen("rows", fingerprint(text), place)
         self.findings.add_example(label, (place, text, sequences))
         if sequences:
             self.findings.add_sequences(sequences, place)
@@ -199,6 +227,19 @@ class Doctor:
         if item:
             self.findings.benchmark_rows += 1
             self.findings.note("benchmarks", (*place, item))
+
+
+def visible(text: str) -> str:
+    """Return a text without what no reader sees: zero-width characters, and how wide a space is."""
+    return " ".join(INVISIBLE.sub("", text).split())
+
+
+def identity(standard: dict[str, Any], keys: tuple[str, ...]) -> str:
+    """Return what makes a standard row different from others: the visible text, roles, calls, tools and label."""
+    turns = []
+    for key in keys:
+        turns += [[turn["role"], visible(turn["content"]), turn.get("tool_calls")] for turn in standard[key]]
+    return json.dumps([turns, standard.get("tools"), standard.get("label")], sort_keys=True)
 
 
 def fingerprint(text: str) -> int:

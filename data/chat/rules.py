@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 FORMS = {"sft": ("messages",), "kto": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected")}
 
 # Turns that may follow a turn. "call" is an assistant turn with tool calls.
+# Kind of row -> how to train on it.
+RECIPES = {
+    "sft": "train on them with sft/sft.py",
+    "preference": "train on them with rlhf/dpo.py",
+    "kto": "train on them with TRL's own `trl kto`; rlhf/dpo.py needs pairs of answers",
+}
+
 NEXT = {
     "start": ("system", "user"),
     "system": ("user",),

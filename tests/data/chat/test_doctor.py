@@ -121,6 +121,54 @@ def test_copies_of_rows_and_of_questions_are_found_across_files(tmp_path, doctor
     assert f"duplicates   2 questions seen before ({second}:1, 2)" in text
 
 
+def test_copies_are_told_by_what_a_reader_sees_and_by_calls(tmp_path, doctor):
+    def called(city):
+        call = {"type": "function", "function": {"name": "f", "arguments": {"city": city}}}
+        return {"messages": [ZH[0], {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [call]}
+
+    rows = [
+        {"messages": ZH},
+        {"messages": [ZH[0] | {"content": "你是\u200b谁？ \n"}, ZH[1]]},
+        called("a"),
+        called("b"),
+    ]
+    rows += [{"messages": [ZH[0], ZH[1] | {"content": "一\n二"}]}, {"messages": [ZH[0], ZH[1] | {"content": "一二"}]}]
+    file = write(tmp_path / "a.jsonl", rows)
+    assert f"duplicates   1 rows seen before ({file}:2)" in doctor(file)[1]
+
+
+def test_blank_lines_and_null_cells_are_no_bad_rows(tmp_path, doctor):
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        '{"q": "a", "a": "b", "chosen": null, "rejected": null}\n\n{"q": "c", "a": "d", "history": null}\n'
+    )
+    status, text = doctor(file)
+    assert status == 0 and "schema q_a" in text and "2 read, 2 good, 0 bad" in text
+    file.write_text('{"text": "a"}\n\n{"text": null}\n')
+    status, text = doctor(file)
+    assert status == 0 and "1 read, 1 good, 0 bad" in text and "1 empty documents" in text
+
+
+def test_chats_are_not_taken_for_text(tmp_path, doctor):
+    file = write(tmp_path / "a.jsonl", [{"text": "### Human: q### Assistant: a"}])
+    assert "1 documents that are chats in a template" in doctor(file)[1]
+    write(file, [{"title": "t", "content": "a", "Question": "q"}])
+    with pytest.raises(UserError, match=r"`Question`, but fits no schema; .*--stage pretrain .*--map prompt=question"):
+        conftest.run("data/doctor.py", file)
+    assert doctor(file, "--stage", "pretrain")[0] == 0
+
+
+def test_rows_for_another_recipe_are_pointed_to_it(tmp_path, cache):
+    labeled = write(tmp_path / "a.jsonl", [{"prompt": ZH[:1], "completion": ZH[1:], "label": True}])
+    pairs = write(tmp_path / "b.jsonl", [PAIR])
+    with pytest.raises(UserError, match=r"no schema of kind preference.* kind kto \(schema kto\).*`trl kto`"):
+        conftest.run("data/doctor.py", labeled, "--stage", "dpo")
+    with pytest.raises(UserError, match=r"kind kto \(schema kto\).*`trl kto`"):
+        load_rows([str(labeled)], "preference", advise=name_commands)
+    with pytest.raises(UserError, match=r"kind preference .*rlhf/dpo.py"):
+        load_messages([str(pairs)])
+
+
 def test_rows_that_need_conversion_are_fit_once_converted(tmp_path, doctor):
     file = write(tmp_path / "a.jsonl", [{"instruction": "q", "output": "a {{name}}"}])
     status, text = doctor(file)
@@ -195,9 +243,13 @@ def test_pretraining_text_is_recognized_and_checked(tmp_path, doctor, tokenizer)
     ]
     file = write(tmp_path / "a.jsonl", [{"text": row} for row in rows])
     status, text = doctor(file, "--tokenizer", tokenizer)
-    assert status == 1 and text.endswith("verdict: not fit: 1 bad row\n")
-    assert f"empty ({file}:7)" in text and f"1 rows seen before ({file}:5)" in text
-    for warning in ("1 documents with U+FFFD", "1 documents in a wrong encoding", "documents with control characters"):
+    assert status == 0 and f"1 rows seen before ({file}:5)" in text
+    for warning in (
+        "1 empty documents, which data/prepare_pretrain.py leaves out",
+        "1 documents with U+FFFD",
+        "1 documents in a wrong encoding",
+        "documents with control characters",
+    ):
         assert warning in text
     assert "truncation" not in text and "A plain sentence." in text
     (tmp_path / "b.txt").write_text("一段文字。")
