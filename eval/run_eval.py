@@ -11,6 +11,7 @@ Writes lm-eval's own `results_TIME.json` and `samples_TASK_TIME.jsonl` to `OUTPU
 import math
 import os
 import re
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,9 +158,21 @@ def load_tasks(args: EvalArguments) -> TaskManager:
             raise UserError(f"tasks: there is no task `{task}`; {hint}")
     try:
         manager.load(args.tasks)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tasks: {error} (benchmarks from local folders: eval/local_exams.py)") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"tasks: {error} (benchmarks from local files: eval/README.md)") from error
+    if "lm_eval.tasks.ifeval.instructions_util" in sys.modules:
+        require_punkt()
     return manager
+
+
+def require_punkt() -> None:
+    """Raise UserError if nltk's data for sentences is missing: IFEval would fail after all answers are generated."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        raise UserError("tasks: IFEval needs nltk's data: run `python -m nltk.downloader punkt_tab` once") from error
 
 
 def make_output(folder: Path) -> Path:
