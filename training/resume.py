@@ -320,6 +320,19 @@ class ResumedStateCallback(TrainerCallback):
             state.num_input_tokens_seen = self.trainer._total_train_tokens
 
 
+def expect_tied_weights_once(trainer: Trainer) -> None:
+    """Let a trainer load checkpoints without a warning that tied weights are missing: they are saved under one name."""
+    warn = trainer._issue_warnings_after_load
+
+    def warn_about_others(load_result: Any) -> None:
+        missing = load_result.missing_keys
+        tied = getattr(trainer.model, "all_tied_weights_keys", {})
+        others = [name for name in missing if name not in tied or tied[name] in missing]
+        warn(load_result._replace(missing_keys=others))
+
+    trainer._issue_warnings_after_load = warn_about_others
+
+
 def claim_folder(folder: str | Path) -> TextIO | None:
     """Lock a folder until this process ends or closes the returned file.
 

@@ -31,6 +31,7 @@ from buddygpt.training.resume import (
     ResumedStateCallback,
     Start,
     claim_folder,
+    expect_tied_weights_once,
     find_start,
     require_training_state,
     save_checkpoints_atomically,
@@ -175,6 +176,7 @@ def run_training(
     if start.step >= args.max_steps > 0:
         # The run is finished, but `Trainer` would take one more step if the epoch has more data: give it no batch.
         trainer.get_batch_samples = lambda *_: ([], None)
+    expect_tied_weights_once(trainer)
     load_without_code(trainer)
     try:
         trainer.train(resume_from_checkpoint=start.checkpoint)

@@ -15,6 +15,7 @@ TABLE = """
 training/resume.py                Trainer._save_checkpoint              replace   checkpoints are complete or absent
 training/resume.py                Trainer._get_output_dir               replace   saves to a temporary folder first
 training/resume.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
+training/resume.py                Trainer._issue_warnings_after_load    replace   tied weights are not missing
 training/resume.py                SFTTrainer._total_train_tokens        set       TRL counts from 0 again
 training/pickles.py               Trainer._load_from_checkpoint         replace   errors become one line
 training/pickles.py               Trainer._load_optimizer_and_scheduler replace   errors become one line
