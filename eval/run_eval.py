@@ -8,6 +8,7 @@ Writes lm-eval's own `results_TIME.json` and `samples_TASK_TIME.jsonl` to `OUTPU
 `chat` are prompted through their chat template, all others with bare text; nothing is guessed.
 """
 
+import logging
 import math
 import os
 import re
@@ -38,6 +39,14 @@ from buddygpt.cli.errors import UserError, did_you_mean, run_script
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
 
 TASKS = Path(__file__).parent / "tasks"
+
+# lm-eval's warnings about what is intended or what the report shows, by logger. They may come once per prompt.
+HARMLESS_WARNINGS = {
+    "lm_eval.api.task": "Custom kwargs can be passed",
+    "lm_eval.evaluator": "chat template is not applied|Overwriting default num_fewshot of .* from None",
+    "lm_eval.models.huggingface": "Combined length of context|Left truncation applied",
+    "lm_eval.tasks._index": "overrides existing task",
+}
 
 
 @dataclass
@@ -87,6 +96,8 @@ class EvalArguments:
 def main() -> None:
     (args,) = parse_arguments(EvalArguments, description=__doc__)
 
+    silence_harmless_warnings()
+
     # Check everything before the first model runs: an evaluation may take hours.
     device = choose_device(args.device)
     folders = read_checkpoints(args.checkpoints)
@@ -101,6 +112,15 @@ def main() -> None:
         uses_chat_template = name in args.chat
         print(f"== {name}: {folder}{' (chat template)' if uses_chat_template else ''}", flush=True)
         evaluate(model_args[name], device, outputs[name], uses_chat_template, task_manager, args)
+
+
+def silence_harmless_warnings() -> None:
+    """Filter `HARMLESS_WARNINGS` out of lm-eval's log."""
+    for logger, pattern in HARMLESS_WARNINGS.items():
+        is_harmless = re.compile(pattern).search
+        logging.getLogger(logger).addFilter(
+            lambda record, is_harmless=is_harmless: not is_harmless(" ".join(record.getMessage().split()))
+        )
 
 
 def read_checkpoints(items: list[str]) -> dict[str, str]:
@@ -199,7 +219,7 @@ def evaluate(
         UserError: The model's weights or likelihoods are NaN, or the results could not be written.
     """
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
-    model = HFLM(**model_args, batch_size=args.batch_size, device=device)
+    model = HFLM(**model_args, backend="causal", batch_size=args.batch_size, device=device)
     require_finite_weights(model.model, model_args["pretrained"])
     results = simple_evaluate(
         model=model,
@@ -221,6 +241,11 @@ def evaluate(
     samples = results.pop("samples")
     require_finite_likelihoods(samples, model_args)
     results["truncated_prompts"] = {task: count_truncated(model, rows) for task, rows in samples.items()}
+    for task, count in results["truncated_prompts"].items():
+        if count:
+            print(
+                f"{task}: {count} questions had their prompt truncated to the {model.max_length} tokens of the model."
+            )
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
         tracker.save_results_samples(task_name=task, samples=rows)

@@ -3,7 +3,9 @@
 import csv
 import functools
 import importlib
+import inspect
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -268,6 +270,30 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path):
         with pytest.raises(UserError, match="output: cannot write to"):
             make_output(tmp_path / name)
     assert make_output(tmp_path / "new/模型 1").is_dir() and not list((tmp_path / "new/模型 1").iterdir())
+
+
+def test_harmless_warnings_of_lm_eval_are_silent_and_others_are_not(tmp_path, caplog):
+    run_eval = importlib.import_module("buddygpt.eval.run_eval")
+    for logger, pattern in run_eval.HARMLESS_WARNINGS.items():
+        source = inspect.getsource(importlib.import_module(logger))
+        for words in pattern.removesuffix(" of .* from None").split("|"):
+            assert words.split(" of .*")[0] in " ".join(source.split())  # lm-eval still says so
+    run_eval.silence_harmless_warnings()
+    jsonl(tmp_path / "qa_test.jsonl", [{"question": "a", "answer": "b", "subject": "c"}])
+    for copy in ("one", "two"):  # the second overrides the first
+        (tmp_path / copy).mkdir()
+        (tmp_path / copy / "own.yaml").write_text(f"include: {EVAL / 'tasks/sample_qa.yaml'}\ntask: own\n")
+    paths = [tmp_path / "one", tmp_path / "two"]
+    manager = TaskManager(include_path=paths, include_defaults=False, metadata={"sample_dir": str(tmp_path)})
+    manager.load("own")
+    logging.getLogger("lm_eval.evaluator").warning("appears to be a chat variant but chat template is\nnot applied.")
+    logging.getLogger("lm_eval.evaluator").warning(
+        "Overwriting default num_fewshot of %s from %s to %s", "own", None, 2
+    )
+    logging.getLogger("lm_eval.models.huggingface").warning("Combined length of context (9) and continuation (9)")
+    assert not caplog.records
+    logging.getLogger("lm_eval.api.task").warning("metric acc is defined, but aggregation is not.")
+    assert len(caplog.records) == 1
 
 
 def test_likelihoods_that_are_no_numbers_are_refused():
