@@ -100,6 +100,21 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     make_tokenizers_portable(folder)
 
 
+def finish_checkpoint(folder: Path) -> None:
+    """Make a saved checkpoint ready for use: a portable tokenizer, decoding with a cache, weights that all can read.
+
+    Trainers turn `use_cache` off, and safetensors creates files that only their owner can read.
+    """
+    make_tokenizers_portable(folder)
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("use_cache") is False:
+            file.write_text(json.dumps(config | {"use_cache": True}, indent=2) + "\n", encoding="utf-8")
+    for weights in folder.rglob("*.safetensors"):
+        for other in weights.parent.glob("*.json"):
+            weights.chmod(other.stat().st_mode)
+
+
 def make_tokenizers_portable(folder: Path) -> None:
     """Rewrite each tokenizer_config.json in a folder in terms that transformers 4 knows, too.
 

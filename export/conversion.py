@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from buddygpt.cli.checkpoints import save_tokenizer
+from buddygpt.cli.checkpoints import finish_checkpoint, save_tokenizer
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import write_atomically
 from buddygpt.export.architectures import convert
@@ -63,6 +63,7 @@ def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrain
         if not isinstance(config, BuddyGPTConfig):
             add_fields_of_transformers_4(output / "config.json")
         save_tokenizer(tokenizer, output)
+        finish_checkpoint(output)
         converted, converted_tokenizer = read_checkpoint(output)
         name = f"{type(converted).__name__} in {converted.dtype}"
         if is_same_tokenizer(tokenizer, converted_tokenizer):

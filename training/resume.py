@@ -24,7 +24,7 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_N
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
-from buddygpt.cli.checkpoints import make_tokenizers_portable
+from buddygpt.cli.checkpoints import finish_checkpoint
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
 from buddygpt.training.pickles import require_plain_metadata
@@ -321,7 +321,7 @@ class ResumedStateCallback(TrainerCallback):
 
 
 def expect_tied_weights_once(trainer: Trainer) -> None:
-    """Let a trainer load checkpoints without a warning that tied weights are missing: they are saved under one name."""
+    """Let a trainer load checkpoints without a warning that tied weights, which are saved once, are missing."""
     warn = trainer._issue_warnings_after_load
 
     def warn_about_others(load_result: Any) -> None:
@@ -384,13 +384,16 @@ def save_checkpoints_atomically(trainer: Trainer) -> None:
         try:
             # The trainer saves as usual, but into another folder, and leaves the upload for later.
             with _methods_replaced(
-                trainer, _get_output_dir=lambda trial: str(partial), _push_from_checkpoint=lambda folder: None
+                trainer,
+                _get_output_dir=lambda trial: str(partial),
+                _push_from_checkpoint=lambda folder: None,
+                create_model_card=lambda **names: None,  # TRL's calls the model "fine-tuned version of None"
             ):
                 trainer_save(model, trial)
             wait()  # until every rank has written its part
             _name_best_checkpoint(trainer, written, run_dir)
             if trainer.args.should_save:
-                make_tokenizers_portable(written)
+                finish_checkpoint(written)
                 write_checksums(written)
                 _move_into_place(written, run_dir / written.name)
         finally:
@@ -462,7 +465,8 @@ def save_final_folder(trainer: Trainer) -> Iterator[Path]:
         yield partial
         wait()  # until every rank has written its part
         if trainer.args.should_save:
-            make_tokenizers_portable(partial)
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths; run.json has the arguments
+            finish_checkpoint(partial)
             for path in list(partial.rglob("*")):
                 if path.is_file():
                     target = output_dir / path.relative_to(partial)

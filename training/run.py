@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from buddygpt.cli.checkpoints import end_of_answer_token, load_tokenizer, require_causal_lm
@@ -159,6 +159,8 @@ def run_training(
     require_strategy(trainer)
     _add_callbacks(trainer, prompts, run_card, bias_update_speed, describe_step)
     average_over_tokens(trainer)
+    if run_card["recipe"] != "pretrain":
+        _sample_in_chats(trainer.model.generation_config)
     add_model_losses(trainer)
 
     # Resume only from a run with the same inputs.
@@ -223,6 +225,13 @@ def _add_callbacks(
     trainer.add_callback(CurveCallback())
     show_progress_lines(trainer)
     trainer.args.run_name = trainer.args.run_name or trainer.args.output_dir  # a tracker continues a resumed run
+
+
+def _sample_in_chats(generation_config: GenerationConfig) -> None:
+    """Let servers sample: without `do_sample` they ignore the temperature that a client asks for."""
+    if generation_config.do_sample is None:
+        generation_config.do_sample = True
+        generation_config.temperature = generation_config.temperature or 0.7
 
 
 def _require_same_origin(start: Start, origin: dict[str, Any]) -> None:

@@ -141,6 +141,8 @@ def test_the_export_equals_the_checkpoint_bit_for_bit(tmp_path, export, bias, qk
     assert torch.equal(logits(source), logits(tmp_path / "native"))
 
     files = {path.name for path in (tmp_path / "native").iterdir()}
+    modes = {path.stat().st_mode for path in (tmp_path / "native").iterdir()}
+    assert len(modes) == 1  # whoever can read config.json can read the weights
     assert not any(file.endswith(".py") for file in files)
     assert "auto_map" not in (tmp_path / "native" / "config.json").read_text()
     assert native.generation_config.eos_token_id == [2, 0] and native.generation_config.max_new_tokens == 24

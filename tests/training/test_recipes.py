@@ -42,6 +42,10 @@ def check_folder(folder: Path, recipe: str) -> dict:
     for file in folder.rglob("tokenizer_config.json"):  # those of checkpoints and adapters, too
         saved = json.loads(file.read_text())
         assert (saved["tokenizer_class"], saved["extra_special_tokens"]) == ("PreTrainedTokenizerFast", {}), file
+    for weights in folder.rglob("*.safetensors"):
+        assert weights.stat().st_mode == (folder / "run.json").stat().st_mode, weights
+    assert model.config.use_cache and model.generation_config.do_sample == (None if recipe == "pretrain" else True)
+    assert not (folder / "README.md").exists() and not (folder / "training_args.bin").exists()
     card = json.loads((folder / "run.json").read_text())
     assert card["recipe"] == recipe and card["versions"]["torch"] and math.isfinite(card["metrics"]["eval_loss"])
     assert card["training_arguments"]["output_dir"] == str(folder)
