@@ -3,8 +3,8 @@
 import glob
 import hashlib
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -97,25 +97,16 @@ def file_sha256(path: str | Path, flush: bool = False) -> str:
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path`, to be written as a file or a folder, then rename it to `path`.
+    """Yield a temporary path near `path`, to be written as a file or a folder, then rename it to `path`.
 
     A reader never sees a half-written `path`. An existing file is replaced; an existing folder is replaced as a
-    whole. If the block raises, the temporary path is deleted and `path` is unchanged.
+    whole. If the block raises, `path` is unchanged. The temporary path lies in a new hidden folder next to `path`,
+    which is deleted in any case.
     """
-    partial = path.with_name(path.name + ".partial")
-    _delete(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent) as work:
+        partial = Path(work) / path.name
         yield partial
         if partial.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, Path(work) / "replaced")
         os.replace(partial, path)
-    finally:
-        _delete(partial)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

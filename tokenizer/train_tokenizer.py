@@ -28,6 +28,7 @@ from buddygpt.data.text.rows import progress_bar, read_rows
 from buddygpt.tokenizer.byte_level_bpe import FIXED_ENTRIES, train_byte_level_bpe
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "old_ids.json"}
 PIECE_LENGTH = 100_000  # characters; longer documents reach the trainer in pieces of this length
 
 
@@ -90,9 +91,12 @@ def main() -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError if `output` exists and is not a tokenizer folder: it would be overwritten."""
+    """Raise UserError if `output` exists and is anything but a tokenizer folder of ours: it would be overwritten."""
     if output.exists() and not (output / "tokenizer.json").is_file():
         raise UserError(f"{output} exists and is not a tokenizer folder; choose another `output`")
+    for path in sorted(output.glob("*")):
+        if path.name not in TOKENIZER_FILES:
+            raise UserError(f"{output} holds more than a tokenizer ({path.name}); choose another `output`")
 
 
 def read_all_texts(patterns: list[str], column: str, max_bytes: int) -> list[str]:

@@ -105,8 +105,7 @@ def require_gguf_folder(output: Path, gguf_file: Path) -> None:
         raise UserError(f"{existing} exists: delete it, or choose another --output")
     if output.is_dir():
         for path in sorted(output.iterdir()):
-            name = path.name.removesuffix(".partial")  # left by a killed run
-            if not name.endswith(".gguf") and name != "Modelfile":
+            if path.suffix != ".gguf" and path.name != "Modelfile" and not path.name.endswith(".partial"):
                 raise UserError(f"{output} holds more than GGUF files ({path.name}): choose another --output")
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from buddygpt.cli.errors import UserError
-from buddygpt.cli.files import ROW_TYPES, find_files
+from buddygpt.cli.files import ROW_TYPES, find_files, write_atomically
 
 
 def fill(folder, *names):
@@ -51,3 +51,27 @@ def test_names_in_capitals_or_with_brackets_are_found(tmp_path):
     assert found(folder) == ["A.JSONL", "B.Csv.GZ", "c1.jsonl", "c[1].jsonl", "d[1]/e.txt"]
     assert find_files([f"{folder}/c[1].jsonl", f"{folder}/d[1]"]) == [folder / "c[1].jsonl", folder / "d[1]" / "e.txt"]
     assert find_files([f"{folder}/c[0-9].jsonl"]) == [folder / "c1.jsonl"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_writing_touches_no_folder_of_the_user_and_leaves_nothing_behind(tmp_path, fails):
+    fill(tmp_path, "out/old", "out.partial/notes", ".out.partial/notes")
+    before = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    try:
+        with write_atomically(tmp_path / "out") as partial:
+            fill(partial, "new")
+            assert (tmp_path / "out" / "old").exists()
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    after = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert after == (before if fails else before - {"out/old"} | {"out/new"})
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    for text in ("first", "second"):
+        with write_atomically(tmp_path / "new" / "file.txt") as partial:
+            partial.write_text(text)
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.txt"]
+        assert (tmp_path / "new" / "file.txt").read_text() == text

@@ -299,3 +299,7 @@ def test_a_folder_that_is_not_a_tokenizer_is_not_overwritten(tmp_path, monkeypat
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="is not a tokenizer folder"):
         run(train_tokenizer, monkeypatch, "--files", tmp_path / "a", "--output", tmp_path / "mine")
+    for name in ("tokenizer.json", "model.safetensors"):  # a model has a tokenizer, too
+        (tmp_path / "mine" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"holds more than a tokenizer \(model.safetensors\)"):
+        run(train_tokenizer, monkeypatch, "--files", tmp_path / "a", "--output", tmp_path / "mine")

@@ -332,8 +332,9 @@ def test_llama_cpp_generates_the_same_tokens(tmp_path, checkpoint, export, varia
     assert list(generated) == greedy[0, prompt.shape[1] :].tolist()
 
 
-def test_files_left_by_a_killed_run_are_replaced(tmp_path, checkpoint, export):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model-f16.gguf.partial").write_text("half a file")
+def test_a_file_left_by_a_killed_run_does_not_matter(tmp_path, checkpoint, export):
+    left = tmp_path / "out" / ".model-f16.gguf.x1y2.partial" / "model-f16.gguf"
+    left.parent.mkdir(parents=True)
+    left.write_text("half a file")
     export(checkpoint(), tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model-f16.gguf", "Modelfile"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model-f16.gguf", "Modelfile", left.parent.name}
