@@ -202,6 +202,7 @@ def standard_rows(
                 continue
 
             counts["special tokens escaped"] += checked.escaped
+            counts.update(f"not read: {key}" for key in checked.unread)
             chosen = [select_turns(standard, args.turns) for standard in checked.standard]
             counts["left out: more than one exchange"] += chosen.count(None)
             yield from [standard for standard in chosen if standard is not None]

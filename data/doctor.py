@@ -178,6 +178,7 @@ class Doctor:
         if checked.fault:
             self.findings.add_fault(checked.fault, place)
             return
+        self.findings.unread.update(checked.unread)
         self.findings.remarks["texts that look like a special token; the converter escapes them"] += checked.escaped
         keys = FORMS[self.findings.kind]
         for standard, sequences, item in zip(

@@ -15,8 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data.chat.loss_marks import check_marks, spread_marks
 from buddygpt.data.chat.rules import FORMS, RECIPES, BadRow, check_row, escape, refuse_label, refuse_media
 from buddygpt.data.chat.schemas import Schema, named_columns, recognize
+from buddygpt.data.chat.unread import STANDARD_KEYS, WatchedRow, unread_keys
 from buddygpt.data.text.rows import Row, read_rows
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class CheckedRow:
     standard: list[dict[str, Any]] = field(default_factory=list)
     fault: str = ""
     escaped: int = 0  # texts that looked like special tokens
+    unread: list[str] = field(default_factory=list)  # columns, and keys of turns, that were not read
     sequences: list[list["TokenSequence"]] = field(default_factory=list)
     benchmark_items: list[str] = field(default_factory=list)  # `BENCHMARK/FILE:ROW: BEGINNING`, or "" for none
 
@@ -88,10 +91,12 @@ class RowChecker:
         try:
             # Conversion escapes special tokens; a row that is not converted must have none.
             if schema:
-                standard, checked.escaped = convert(row.content, schema, self.special_tokens)
+                standard, checked.escaped = convert(row.content, schema, self.special_tokens, checked.unread)
             else:
                 check_row(row.content, self.kind, self.special_tokens)
+                check_marks(row.content, self.kind)
                 standard = [row.content]
+                checked.unread = unread_keys(row.content, STANDARD_KEYS[self.kind])
             # The chat template may refuse a row, too.
             for each in standard:
                 checked.sequences.append(self._tokenize(each) if self.tokenizer else [])
@@ -115,23 +120,30 @@ class RowChecker:
 
 
 def convert(
-    row: dict[str, Any], schema: Schema, special_tokens: tuple[str, ...] = ()
+    row: dict[str, Any],
+    schema: Schema,
+    special_tokens: tuple[str, ...] = (),
+    unread: list[str] | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the standard rows that a row stands for, and how many special tokens were escaped in them.
+
+    Args:
+        unread: Receives the columns, and keys of turns, that the schema does not read.
 
     Raises:
         BadRow: The row does not have the keys or types of the schema, or breaks a rule.
     """
     if not row:
         raise BadRow(EMPTY_ROW)
-    row = named_columns(row)
-    refuse_media(row)
+    columns = named_columns(row)
+    refuse_media(columns)
     if schema.kind == "sft":
-        refuse_label(row)
-    if missing := schema.keys - row.keys():
+        refuse_label(columns)
+    watched = WatchedRow(spread_marks(columns))
+    if missing := schema.keys - watched.keys():
         raise BadRow(f"no key {' and '.join(sorted(missing))}, unlike the schema {schema.name}")
     try:
-        rows = schema.read(row)
+        rows = schema.read(watched)
     except BadRow:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -144,6 +156,9 @@ def convert(
         escaped += count
     for each in standard:
         check_row(each, schema.kind, special_tokens)
+        check_marks(each, schema.kind)
+    if unread is not None:
+        unread += unread_keys(row, watched.read)
     return standard, escaped
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,12 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import ROW_TYPES, file_sha256, find_files
 from buddygpt.data.chat.checker import RowChecker
+from buddygpt.data.chat.report import format_unread
 from buddygpt.data.chat.rules import FORMS, BadRow, special_tokens
 from buddygpt.data.chat.tokens import TokenSequence, Truncation, find_faults, tokenize, training_template
 from buddygpt.data.text.benchmarks import BENCHMARK_TYPES
 from buddygpt.data.text.rows import read_rows
 
 IGNORED = -100  # label of a token without loss
+NOTES = ["place", "fault", "unread"]  # columns for messages
 # Kind of row -> the columns that its trainer reads.
 TOKEN_COLUMNS = {"sft": ("input_ids", "labels"), "preference": ("prompt_ids", "chosen_ids", "rejected_ids")}
 
@@ -81,7 +84,7 @@ def load_rows(
             rows = _drop_untrained_rows(rows, kind, files, Truncation(max_length, keep_end), force)
     except UnfitRows as error:
         raise UserError(f"{error}. {advise(error.files, kind, tokenizer, max_length, benchmarks)}") from error
-    return rows.remove_columns(["place", "fault"])
+    return rows.remove_columns(NOTES)
 
 
 # --- Read and check ---
@@ -96,12 +99,15 @@ def _load_file(path: Path, kind: str, tokens: tuple[str, ...], benchmarks: tuple
     try:
         rows = Dataset.from_generator(
             _generate_rows,
-            features=Features({**columns, "place": Value("string"), "fault": Value("string")}),
+            features=Features({**columns, **dict.fromkeys(NOTES, Value("string"))}),
             gen_kwargs={"path": path, "kind": kind, "tokens": tokens, "benchmarks": benchmarks, "force": force},
             fingerprint=key,
         )
     except DatasetGenerationError as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    unread = Counter(key for keys in rows["unread"][:] for key in keys.split(", ") if key)
+    if unread:
+        _print(f"{path}: not read: {format_unread(unread)}")
     return _drop_bad_rows(rows, [str(path)], force)
 
 
@@ -124,13 +130,14 @@ def _generate_rows(
     checker = RowChecker(kind, tokens, benchmarks)
     row = None
     for row in read_rows(path):
-        fault = checker.check(row, schema=None).reason_to_refuse
+        checked = checker.check(row, schema=None)
+        fault = checked.reason_to_refuse
         place = f"{path}:{row.number}"
         if fault and not force:
             raise UnfitRows(f"{place}: {fault}", [str(path)])
         content = {} if fault else row.content
         columns = {key: content.get(key) for key in (*FORMS[kind], "tools")}
-        yield columns | {"place": place, "fault": fault or None}
+        yield columns | {"place": place, "fault": fault or None, "unread": ", ".join(checked.unread)}
     if row is None:
         raise UserError(f"{path} is empty")
 
@@ -219,5 +226,9 @@ def _drop_untrained_rows(rows: Dataset, kind: str, files: list[str], truncation:
 
 
 def _warn(message: str) -> None:
+    _print(f"warning: {message}")
+
+
+def _print(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # every process loads the rows
-        print(f"warning: {message}")
+        print(message)

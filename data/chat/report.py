@@ -33,6 +33,7 @@ class Findings:
     not_standard: int = 0  # rows that the converter would change
     faults: Counter = field(default_factory=Counter)
     remarks: Counter = field(default_factory=Counter)
+    unread: Counter = field(default_factory=Counter)  # columns and keys that nothing reads
     languages: Counter = field(default_factory=Counter)
     copies: Counter = field(default_factory=Counter)  # of rows and of questions
     benchmark_rows: int = 0
@@ -113,10 +114,18 @@ def format_findings(findings: Findings) -> list[str]:
         for path, row, item in findings.places.get("benchmarks", []):
             lines.append(f"  {path}:{row}: {item}")
 
+    if findings.unread:
+        lines.append(f"not read     {format_unread(findings.unread)}")
+
     for remark, count in findings.remarks.items():
         if count:
             lines.append(f"warning      {count:,} {remark}")
     return [printable(line) for line in lines]
+
+
+def format_unread(unread: Counter) -> str:
+    """Return the keys that were not read, with the rows that have them."""
+    return ", ".join(f"{key} ({count:,} rows)" for key, count in unread.most_common())
 
 
 def _format_places(places: list[Place]) -> str:

@@ -1,6 +1,7 @@
 """The standard forms of chat rows, and the rules that a row must keep before a model trains on it.
 
-Standard forms (a message is `{"role", "content"}`; an assistant's may have `tool_calls`):
+Standard forms (a message is `{"role", "content"}`; an assistant's may have `tool_calls`, and `"weight": 0` if it
+carries no loss):
 
     sft          {"messages": [message, ...]}
     preference   {"prompt": [message, ...], "chosen": [message], "rejected": [message]}

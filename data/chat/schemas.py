@@ -22,6 +22,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from buddygpt.data.chat.loss_marks import mark_turn
 from buddygpt.data.chat.rules import FORMS, BadRow, read_label
 from buddygpt.data.chat.turns import (
     DIALOGUE_TURN,
@@ -211,7 +212,8 @@ def human_assistant(row: dict[str, Any]) -> StandardRow:
         raise BadRow("conversation is not a list of objects with human and assistant")
     turns = []
     for item in items:
-        turns += exchange(item["human"], item["assistant"])
+        question, answer = exchange(item["human"], item["assistant"])
+        turns += [question, mark_turn(answer, item)]
     return conversation(row, turns)
 
 

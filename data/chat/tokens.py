@@ -11,6 +11,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data.chat.loss_marks import carries_loss
 from buddygpt.data.chat.rules import FORMS, BadRow
 
 MAX_UNTRAINED = 0.1  # share of rows whose answer is cut off; more are not fit to train on
@@ -28,8 +29,9 @@ def tokenize(
 ) -> list[TokenSequence]:
     """Return one conversation of an instruction or a labeled answer, two of a preference pair.
 
-    In an instruction, the assistant's turns carry loss. In the other kinds, the answer does: it starts at the first
-    token in which prompt and conversation differ, as in `trl.DPOTrainer`.
+    In an instruction, the assistant's turns carry loss, unless their marks say otherwise (loss_marks.py). In the other
+    kinds, the answer does: it starts at the first token in which prompt and conversation differ, as in
+    `trl.DPOTrainer`.
 
     Args:
         row: A row in the standard form of `kind`.
@@ -50,24 +52,38 @@ def tokenize(
 def _tokenize_instruction(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, assistant_only: bool
 ) -> TokenSequence:
+    trained = [carries_loss(message) for message in row["messages"] if message["role"] == "assistant"]
+    needs_marks = assistant_only or not all(trained)
     encoded = tokenizer.apply_chat_template(
         row["messages"],
         tools=row.get("tools"),
-        chat_template=training_template(tokenizer) if assistant_only else None,
-        return_assistant_tokens_mask=assistant_only,
+        chat_template=training_template(tokenizer) if needs_marks else None,
+        return_assistant_tokens_mask=needs_marks,
         return_dict=True,
     )
     ids = encoded["input_ids"]
-    loss = encoded["assistant_masks"] if assistant_only else [1] * len(ids)
-    start = 0
-    for carries_loss, turn in groupby(list(loss)):
-        end = start + len(list(turn))
-        if carries_loss:
-            end_of_answer = start + _end_of_answer(ids[start:end], tokenizer)
-            loss[end_of_answer:end] = [0] * (end - end_of_answer)
+    length = _end_of_answer(ids, tokenizer)
+    loss = [int(not assistant_only)] * len(ids)
+    if needs_marks:
+        answers = _find_answers(encoded["assistant_masks"])
+        if len(answers) != len(trained) and not all(trained):
+            raise BadRow("the chat template does not show where the answers without loss are")
+        for number, (start, end) in enumerate(answers):
+            has_loss = int(all(trained) or trained[number])
+            end = start + _end_of_answer(ids[start:end], tokenizer)
+            loss[start:end] = [has_loss] * (end - start)
+    return TokenSequence(ids[:length], loss[:length])
+
+
+def _find_answers(mask: list[int]) -> list[tuple[int, int]]:
+    """Return the start and the end of each run of ones."""
+    answers, start = [], 0
+    for marked, run in groupby(mask):
+        end = start + len(list(run))
+        if marked:
+            answers.append((start, end))
         start = end
-    end = _end_of_answer(ids, tokenizer)
-    return TokenSequence(ids[:end], loss[:end])
+    return answers
 
 
 def _tokenize_answers(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:

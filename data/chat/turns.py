@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from buddygpt.data.chat.calls import read_calls, read_calls_in_text, read_tools
+from buddygpt.data.chat.loss_marks import mark_turn
 from buddygpt.data.chat.rules import MEDIA, THINKING_KEYS, BadRow, refuse_media
 
 ROLES = {
@@ -74,6 +75,8 @@ def read_turns(items: Any) -> list[dict[str, Any]]:
             message["content"], thinking = think(thinking, message["content"]), ""
         previous = messages[-1] if messages else {"role": "start"}
         if message.get("tool_calls") and not message["content"] and previous["role"] == "assistant":
+            if previous.get("weight") != message.get("weight"):
+                raise BadRow("calls of one turn differ in their marks for the loss")
             previous["tool_calls"] = previous.get("tool_calls", []) + message["tool_calls"]
         elif message["role"] != "system" or message["content"]:
             messages.append(message)
@@ -115,7 +118,7 @@ def read_turn(item: Any) -> dict[str, Any]:
         calls = read_calls(content, "a tool call") if content else read_calls(item.get("tool_calls"), "tool_calls")
         if not calls:
             raise BadRow("a tool call is not an object with name and arguments")
-        return turn("assistant", "") | {"tool_calls": calls}
+        return mark_turn(turn("assistant", "") | {"tool_calls": calls}, item)
 
     # OpenAI: the calls have a key for themselves, and the content may be null next to them.
     calls = read_calls(item.get("tool_calls"), "tool_calls") + read_calls(item.get("function_call"), "function_call")
@@ -130,7 +133,7 @@ def read_turn(item: Any) -> dict[str, Any]:
     message = turn(ROLES[name], text)
     if calls:
         message["tool_calls"] = calls
-    return message
+    return mark_turn(message, item) if message["role"] == "assistant" else message
 
 
 def read_text(content: Any) -> str:
