@@ -1,6 +1,7 @@
 """Command-line arguments: `--config FILE.yaml`, then `--key value` overrides; an unknown key is an error."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -37,7 +38,7 @@ def parse_arguments(
     )
     parser.set_defaults_with_config(**defaults or {})
     try:
-        return parser.parse_args_and_config()
+        parsed = parser.parse_args_and_config()
     except FileNotFoundError as error:
         raise UserError(f"no such file: {error.filename}") from error
     except yaml.YAMLError as error:
@@ -48,6 +49,8 @@ def parse_arguments(
         raise UserError("--config needs the name of a YAML file") from error
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+    _require_finite_numbers(parsed)
+    return parsed
 
 
 def _config_file() -> str:
@@ -69,6 +72,7 @@ class StrictParser(TrlParser):
             if value is False and "no" in (actions[key].choices or ()):
                 config[key] = value = "no"  # YAML 1.1 reads a bare `no` as false, as in `eval_strategy: no`
             _check_choices(key, value, actions[key].choices)
+            _check_number(key, value, actions[key])
         return super().set_defaults_with_config(**config)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -92,6 +96,27 @@ def _check_choices(key: str, value: Any, choices: Iterable[Any] | None) -> None:
         if item is not None and item not in choices:
             allowed = ", ".join(map(str, choices))
             raise UserError(f"`{key}` in the config file is {value}, must be one of {allowed}")
+
+
+def _check_number(key: str, value: Any, action: argparse.Action) -> None:
+    """Raise UserError if a value of the config file is not the expected number; argparse converts strings only."""
+    allowed = {int: int, float: (int, float)}.get(action.type)
+    if allowed is None:
+        return
+    takes_list = action.nargs is not None
+    for item in value if takes_list and isinstance(value, list) else [value]:
+        if item is None or isinstance(item, str):
+            continue
+        if isinstance(item, bool) or not isinstance(item, allowed):
+            expected = "a whole number" if action.type is int else "a number"
+            raise UserError(f"`{key}` in the config file is {value}, must be {expected}")
+
+
+def _require_finite_numbers(parsed: Iterable[Any]) -> None:
+    for arguments in parsed:
+        for key, value in vars(arguments).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"`{key}` is {value}; give a finite number")
 
 
 def _suggestion(key: str, known: Iterable[str]) -> str:

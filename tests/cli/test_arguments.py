@@ -59,6 +59,12 @@ def test_a_config_that_cannot_be_read_is_named(monkeypatch, tmp_path):
         ("size: 2", [], "required: --name"),
         ("- name", [], "must contain a YAML mapping"),
         ("name: [", [], "not valid YAML"),
+        ("name: a\nsize: 1.5", [], "`size` in the config file is 1.5, must be a whole number"),
+        ("name: a\nsize: true", [], "`size` in the config file is True, must be a whole number"),
+        ("name: a\nrate: [0.1]", [], "`rate`"),
+        ("name: a\nrate: {a: 1}", [], "`rate` in the config file is {'a': 1}, must be a number"),
+        ("name: a\nrate: .nan", [], "`rate` is nan; give a finite number"),
+        ("name: a", ["--rate", "inf"], "`rate` is inf; give a finite number"),
     ],
 )
 def test_mistakes_in_arguments(monkeypatch, tmp_path, yaml, words, message):
