@@ -8,6 +8,7 @@ Writes the report, and `scores.png` and `scores.json` to the same folder.
 """
 
 import json
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,15 @@ from scipy.stats import binomtest
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
+from buddygpt.cli.fonts import use_chinese_font
 from buddygpt.cli.tables import markdown_table
 
 Sample = dict[str, Any]  # one question with the model's answer, a line of lm-eval's samples_*.jsonl
 Score = dict[str, Any]  # value, n, ci95: [low, high] or None, chance: a float or None
 TaskScores = dict[str, dict[str, Score]]  # task or task/subject -> metric -> score
 Run = tuple[Path, dict[str, Any]]  # a results file and its content
+
+METRICS = {"acc": "accuracy", "acc_norm": "per character", "exact_match": "exact match"}  # in the picture
 
 
 @dataclass
@@ -48,7 +52,7 @@ def main() -> None:
     output = Path(args.output)
     with write_atomically(output.parent / "scores.json") as partial:
         partial.write_text(json.dumps(scores, indent=2, ensure_ascii=False), encoding="utf-8")
-    plot(scores, output.parent / "scores.png")
+    plot(scores, runs, output.parent / "scores.png")
     with write_atomically(output) as partial:
         partial.write_text(to_markdown(scores, runs), encoding="utf-8")
     print(f"{output}: {len(scores)} checkpoints")
@@ -271,7 +275,7 @@ def checkpoint_table(runs: dict[str, list[Run]]) -> str:
     return markdown_table(header, rows, align=["---"] * len(header))
 
 
-def plot(scores: dict[str, TaskScores], path: Path) -> None:
+def plot(scores: dict[str, TaskScores], runs: dict[str, list[Run]], path: Path) -> None:
     """Draw every proportion of every task as a bar per checkpoint, with its interval and a dashed chance level."""
     # One group of bars per task and metric.
     groups: list[tuple[str, str]] = []
@@ -282,30 +286,49 @@ def plot(scores: dict[str, TaskScores], path: Path) -> None:
                 if is_drawn and (task, metric) not in groups:
                     groups.append((task, metric))
 
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.5 * len(groups)), 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.7 * len(groups)), 4), layout="constrained")
     width = 0.8 / len(scores)
-    for place, (checkpoint, of_checkpoint) in enumerate(scores.items()):
+    for place, (label, of_checkpoint) in enumerate(zip(drawable(list(scores)), scores.values(), strict=True)):
         centers, values, below, above, chances = [], [], [], [], []
         for x, (task, metric) in enumerate(groups):
             score = of_checkpoint.get(task, {}).get(metric)
-            if score is None:
+            if score is None or not score["ci95"]:
                 continue
             low, high = score["ci95"]
             centers.append(x - 0.4 + width * (place + 0.5))
-            values.append(score["value"])
-            below.append(score["value"] - low)
-            above.append(high - score["value"])
+            values.append(100 * score["value"])
+            below.append(100 * (score["value"] - low))
+            above.append(100 * (high - score["value"]))
             if score["chance"]:
-                chances.append((x, score["chance"]))
-        axes.bar(centers, values, width, yerr=[below, above], capsize=3, label=checkpoint)
+                chances.append((x, 100 * score["chance"]))
+        axes.bar(centers, values, width, yerr=[below, above], capsize=3, label=label)
         for x, chance in chances:
             axes.hlines(chance, x - 0.45, x + 0.45, colors="black", linestyles="dashed", linewidth=1)
-    axes.set_xticks(range(len(groups)), [f"{task}\n{metric}" for task, metric in groups], fontsize=8)
-    axes.set(ylim=(0, 1.02), ylabel="score, 95% interval (dashed: chance)")
-    axes.legend()
+    axes.set_xticks(range(len(groups)), drawable([bar_title(group, groups, runs) for group in groups]), fontsize=9)
+    axes.set(ylim=(0, 102), ylabel="score in %, with 95% interval\n(dashed: chance)")
+    figure.legend(loc="outside upper center", ncols=len(scores))
     with write_atomically(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     plt.close(figure)
+
+
+def bar_title(group: tuple[str, str], groups: list[tuple[str, str]], runs: dict[str, list[Run]]) -> str:
+    """Return the `task_alias` of a task in short lines, and the metric if several metrics of the task are drawn."""
+    task, metric = group
+    title = task
+    for of_checkpoint in runs.values():
+        for _, results in of_checkpoint:
+            title = results["results"].get(task, {}).get("alias", title)
+    if sum(other == task for other, _ in groups) > 1:
+        title += f" ({METRICS.get(metric, metric)})"
+    return textwrap.fill(title.replace("_", " ").strip(), 18)
+
+
+def drawable(labels: list[str]) -> list[str]:
+    """Return labels that matplotlib can draw: without a Chinese font, a number instead of other than ASCII."""
+    if all(label.isascii() for label in labels) or use_chinese_font():
+        return labels
+    return [label if label.isascii() else f"no. {number}" for number, label in enumerate(labels, 1)]
 
 
 if __name__ == "__main__":

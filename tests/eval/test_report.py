@@ -46,3 +46,23 @@ def test_the_subjects_of_a_group_share_a_cell(tmp_path):
     path.write_text(json.dumps(results))
     table = report.prompt_table(["exam"], report.read_runs(tmp_path))
     assert "| exam | 0/5-shot, 3 truncated |" in table
+
+
+def test_the_picture_has_readable_titles_and_one_scale(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report.plt, "close", lambda figure: drawn.update(axes=figure.axes[0]))
+    results = {"exam_text": {"acc,none": 0.75, "alias": "multiple choice, by option text"}, "my_own_task": {}}
+    for checkpoint in ("base", "sft"):
+        write_results(tmp_path / checkpoint, {"exam_text": [1, 1, 0, 1], "my_own_task": [1]}, results=results)
+    runs = report.read_runs(tmp_path)
+    scores = {checkpoint: report.score_tasks(of_checkpoint) for checkpoint, of_checkpoint in runs.items()}
+    report.plot(scores, runs, tmp_path / "scores.png")
+    axes = drawn["axes"]
+    titles = [" ".join(label.get_text().split()) for label in axes.get_xticklabels()]
+    assert titles == ["multiple choice, by option text", "my own task"]
+    assert max(len(line) for label in axes.get_xticklabels() for line in label.get_text().split("\n")) <= 18
+    assert [bar.get_height() for bar in axes.patches] == [75, 100] * 2 and axes.get_ylim() == (0, 102)
+    assert (tmp_path / "scores.png").stat().st_size > 10_000
+    per_character = ("exam_text", "acc_norm")
+    title = report.bar_title(per_character, [("exam_text", "acc"), per_character], runs)
+    assert " ".join(title.split()) == "multiple choice, by option text (per character)"
