@@ -133,9 +133,12 @@ def read_model(args: PlanArguments) -> PreTrainedConfig:
 
 def read_setup(args: PlanArguments, training: TrainingArguments) -> Setup:
     """Return the choices of the recipe that change its memory."""
-    for name in ("gpus", "hours", "block_size"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} ({getattr(args, name)}) must be more than 0")
+    positive = {name: getattr(args, name) for name in ("gpus", "hours", "block_size", "price_per_hour", "mfu")}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        positive[name] = getattr(training, name)
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} ({value}) must be more than 0")
     optimizer = args.optimizer or ("adamw_8bit" if "8bit" in str(training.optim) else "adamw")
     mixed = training.bf16 or training.fp16
     return Setup(
