@@ -17,7 +17,12 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,8 @@ from buddygpt.data.chat.tokens import TokenSequence
 from buddygpt.data.text.operators import language
 from buddygpt.data.text.rows import Row, progress_bar, read_rows
 
+LARGE_FILE = 2**20  # bytes; starting processes for less takes longer than they save
+ROWS_PER_TASK = 100
 MIN_HAN, MAX_ACCENTED = 0.25, 0.01  # shares of the letters; see `language`
 # Columns that text does not have. A file with one of them is no pretraining text, unless --stage pretrain says so.
 CHAT_COLUMN = re.compile(
@@ -83,6 +90,7 @@ def main() -> None:
         if (Path(path) / "manifest.json").exists():
             raise UserError(f"{path} is a folder of token shards. Run: python data/inspect_shards.py {path}")
     logging.set_verbosity_error()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # large files are split between processes
 
     try:
         findings = check_files(args)
@@ -114,15 +122,19 @@ def check_files(args: argparse.Namespace) -> Findings:
     doctor = Doctor(kind, args.max_length, tokenizer, args.exams)
     for path, schema in schemas.items():
         with progress_bar([path], desc=path.name, leave=False) as bar:
-            for row in read_rows(path, None if schema else args.text_key, bar):
-                if schema is None:
-                    doctor.add_text(path, row)
-                    continue
-                if not args.schema:
-                    require_schema(path, row, schema, KINDS.get(args.stage))
-                doctor.add_chat(path, row, schema)
+            rows = read_rows(path, None if schema else args.text_key, bar)
+            if schema and not args.schema:
+                rows = rows_of_schema(path, rows, schema, KINDS.get(args.stage))
+            doctor.add_rows(path, rows, schema)
         tqdm.write(f"file         {path} ({f'schema {schema.name}, kind {kind}' if schema else 'text'})")
     return doctor.findings
+
+
+def rows_of_schema(path: Path, rows: Iterable[Row], schema: Schema, kind: str | None) -> Iterator[Row]:
+    """Yield the rows; raise [`SchemaError`] at one that fits another schema."""
+    for row in rows:
+        require_schema(path, row, schema, kind)
+        yield row
 
 
 def find_schemas(paths: list[Path], args: argparse.Namespace) -> dict[Path, Schema | None]:
@@ -157,8 +169,24 @@ def find_schema_or_text(path: Path, args: argparse.Namespace) -> Schema | None:
     return find_schema(path, KINDS.get(args.stage))
 
 
+@dataclass
+class Examined:
+    """What is known about a row, or about one standard row of it, before it is compared with the others."""
+
+    fault: str = ""
+    remarks: Counter = field(default_factory=Counter)
+    unread: list[str] = field(default_factory=list)  # columns that nothing reads
+    text: str = ""  # "" if the row is left out
+    language: str = ""
+    fingerprint: int = 0
+    question: int | None = None  # its fingerprint
+    is_standard: bool = True
+    sequences: list[TokenSequence] = field(default_factory=list)
+    benchmark_item: str = ""
+
+
 class Doctor:
-    """Checks rows one by one and collects `findings`. Keeps two hashes and a length of each row in memory."""
+    """Checks rows and collects `findings`. Keeps two hashes and a length of each row in memory."""
 
     def __init__(
         self,
@@ -171,63 +199,121 @@ class Doctor:
         self.checker = RowChecker(kind, special_tokens(tokenizer) if tokenizer else (), benchmarks, tokenizer)
         self.findings = Findings(kind, max_length, tokenizer, benchmarks)
 
-    def add_chat(self, path: Path, row: Row, schema: Schema) -> None:
-        """Count one chat row: a bad one with its place, else all rows that it stands for."""
-        place = (path, row.number)
+    def add_rows(self, path: Path, rows: Iterable[Row], schema: Schema | None) -> None:
+        """Count the rows of a file. Those of a large file are examined by all processors."""
+        workers = os.cpu_count() or 1
+        is_large = path.stat().st_size > LARGE_FILE
+        if workers == 1 or not is_large or self.checker.index or "fork" not in get_all_start_methods():
+            for row in rows:
+                self._count((path, row.number), self.examine(row, schema))
+            return
+        # `_forked` is inherited by the processes, not sent to them.
+        _forked[:] = [self, schema]
+        context = get_context("fork")
+        with ProcessPoolExecutor(workers, context) as pool:
+            pending: deque = deque()
+            rows = iter(rows)
+            while chunk := list(islice(rows, ROWS_PER_TASK)):
+                pending.append((chunk, pool.submit(_examine_chunk, chunk)))
+                if len(pending) > 2 * workers:
+                    self._count_chunk(path, *pending.popleft())
+            while pending:
+                self._count_chunk(path, *pending.popleft())
+
+    def _count_chunk(self, path: Path, chunk: list[Row], future: Future) -> None:
+        for row, examined in zip(chunk, future.result(), strict=True):
+            self._count((path, row.number), examined)
+
+    def examine(self, row: Row, schema: Schema | None) -> list[Examined]:
+        """Check one row; return what is known about each standard row that it stands for."""
+        return self._examine_chat(row, schema) if schema else [self._examine_text(row)]
+
+    def _examine_chat(self, row: Row, schema: Schema) -> list[Examined]:
         checked = self.checker.check(row, schema)
         if checked.fault:
-            self.findings.add_fault(checked.fault, place)
-            return
-        self.findings.unread.update(checked.unread)
-        self.findings.remarks["texts that look like a special token; the converter escapes them"] += checked.escaped
+            return [Examined(fault=checked.fault)]
         keys = FORMS[self.findings.kind]
+        rows = []
         for standard, sequences, item in zip(
             checked.standard, checked.sequences, checked.benchmark_items, strict=True
         ):
-            # The file needs conversion if a key differs. Null and empty count as missing.
-            changed = any((row.content.get(key) or None) != standard.get(key) for key in (*keys, "tools"))
-            self.findings.not_standard += changed
-            self.findings.remarks.update(count_remarks(standard))
             question = next(turn["content"] for turn in standard[keys[0]] if turn["role"] == "user")
-            self.findings.add_seen("questions", fingerprint(visible(question)), place)
-            self.findings.add_seen("rows", fingerprint(identity(standard, keys)), place)
-            self._add(place, row_text(standard, self.findings.kind), sequences, item)
+            text = row_text(standard, self.findings.kind)
+            rows.append(
+                Examined(
+                    remarks=count_remarks(standard),
+                    text=text,
+                    language=language(text, min_han=MIN_HAN, max_accented=MAX_ACCENTED),
+                    fingerprint=fingerprint(identity(standard, keys)),
+                    question=fingerprint(visible(question)),
+                    # The file needs conversion if a key differs. Null and empty count as missing.
+                    is_standard=all((row.content.get(key) or None) == standard.get(key) for key in (*keys, "tools")),
+                    sequences=sequences,
+                    benchmark_item=item,
+                )
+            )
+        if checked.escaped:
+            rows[0].remarks["texts that look like a special token; the converter escapes them"] += checked.escaped
+        rows[0].unread = checked.unread
+        return rows
 
-    def add_text(self, path: Path, row: Row) -> None:
-        """Count one document of pretraining text; an unreadable one is bad, an empty one is left out."""
-        place = (path, row.number)
+    def _examine_text(self, row: Row) -> Examined:
+        """Examine one document of pretraining text; an unreadable one is bad, an empty one is left out."""
         if row.error:
-            self.findings.add_fault(row.error, place)
-            return
+            return Examined(fault=row.error)
         text = row.content
         if not text.strip():
-            self.findings.remarks["empty documents, which data/prepare_pretrain.py leaves out"] += 1
-            return
-        self.findings.remarks["documents that are chats in a template; fine-tuning needs them as messages"] += bool(
-            CHAT_TEXT.match(text)
-        )
-        self.findings.add_seen("rows", fingerprint(visible(text)), place)
-        self.findings.remarks["documents with U+FFFD: text was lost in decoding"] += "\ufffd" in text
-        self.findings.remarks["documents in a wrong encoding (mojibake)"] += is_bad(text)
-        self.findings.remarks["documents with control characters"] += bool(CONTROL.search(text.replace("\r", "")))
+            return Examined(remarks=Counter(["empty documents, which data/prepare_pretrain.py leaves out"]))
+        remarks = {
+            "documents that are chats in a template; fine-tuning needs them as messages": CHAT_TEXT.match(text),
+            "documents with U+FFFD: text was lost in decoding": "\ufffd" in text,
+            "documents in a wrong encoding (mojibake)": is_bad(text),
+            "documents with control characters": CONTROL.search(text.replace("\r", "")),
+        }
         sequences = []
         if self.tokenizer:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             sequences = [TokenSequence(ids, [1] * len(ids))]
-        self._add(place, text, sequences, self.checker.find_item(text))
+        return Examined(
+            remarks=Counter(name for name, found in remarks.items() if found),
+            text=text,
+            language=language(text, min_han=MIN_HAN, max_accented=MAX_ACCENTED),
+            fingerprint=fingerprint(visible(text)),
+            sequences=sequences,
+            benchmark_item=self.checker.find_item(text),
+        )
 
-    def _add(self, place: tuple[Path, int], text: str, sequences: list[TokenSequence], item: str) -> None:
-        label = language(text, min_han=MIN_HAN, max_accented=MAX_ACCENTED)
-        self.findings.rows += 1
-        self.findings.languages[label] += 1
-        self.findings.add_example(label, (place, text, sequences))
-        if sequences:
-            self.findings.add_sequences(sequences, place)
-        else:
-            self.findings.lengths.append(len(text))
-        if item:
-            self.findings.benchmark_rows += 1
-            self.findings.note("benchmarks", (*place, item))
+    def _count(self, place: tuple[Path, int], rows: list[Examined]) -> None:
+        findings = self.findings
+        for row in rows:
+            findings.remarks.update(row.remarks)
+            findings.unread.update(row.unread)
+            if row.fault:
+                findings.add_fault(row.fault, place)
+            if not row.text:
+                continue
+            findings.rows += 1
+            findings.not_standard += not row.is_standard
+            findings.languages[row.language] += 1
+            if row.question is not None:
+                findings.add_seen("questions", row.question, place)
+            findings.add_seen("rows", row.fingerprint, place)
+            findings.add_example(row.language, (place, row.text, row.sequences))
+            if row.sequences:
+                findings.add_sequences(row.sequences, place)
+            else:
+                findings.lengths.append(len(row.text))
+            if row.benchmark_item:
+                findings.benchmark_rows += 1
+                findings.note("benchmarks", (*place, row.benchmark_item))
+
+
+_forked: list = []  # the doctor and the schema of the file, for the processes that `Doctor.add_rows` forks
+
+
+def _examine_chunk(rows: list[Row]) -> list[list[Examined]]:
+    doctor, schema = _forked
+    return [doctor.examine(row, schema) for row in rows]
 
 
 def visible(text: str) -> str:

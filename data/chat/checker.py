@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.chat.loss_marks import check_marks, spread_marks
-from buddygpt.data.chat.rules import FORMS, RECIPES, BadRow, check_row, escape, refuse_label, refuse_media
+from buddygpt.data.chat.rules import (
+    FORMS,
+    RECIPES,
+    BadRow,
+    check_row,
+    escape,
+    refuse_label,
+    refuse_media,
+)
 from buddygpt.data.chat.schemas import Schema, named_columns, recognize
 from buddygpt.data.chat.unread import STANDARD_KEYS, WatchedRow, unread_keys
 from buddygpt.data.text.rows import Row, read_rows
@@ -210,6 +218,8 @@ def find_schema(path: Path, kind: str | None = None) -> Schema:
         return found
 
     # Say why there is none.
+    if first_row and kind and (other := other_kind(first_row.content, kind)):
+        raise UserError(f"{path}:{first_row.number}: fits no schema of kind {kind}{other}")
     if first_row:
         raise SchemaError(
             f"{path}:{first_row.number}: fits no schema{f' of kind {kind}' if kind else ''}; its columns: "
@@ -218,9 +228,16 @@ def find_schema(path: Path, kind: str | None = None) -> Schema:
         )
     if unreadable:
         raise UserError(f"{path}:{unreadable.number}: {unreadable.error or EMPTY_ROW}")
-    if first_row and kind and (other := other_kind(first_row.content, kind)):
-        raise UserError(f"{path}:{first_row.number}: fits no schema of kind {kind}{other}")
     raise UserError(f"{path} is empty")
+
+
+def other_kind(row: dict[str, Any], kind: str) -> str:
+    """Return how to train on a row that only fits schemas of other kinds, to be added to an error; else ""."""
+    matches = recognize(row)
+    if not matches or matches[0].kind == kind or recognize(row, kind):
+        return ""
+    other = matches[0]
+    return f". The rows are of kind {other.kind} (schema {other.name}): {RECIPES[other.kind]}"
 
 
 def require_schema(path: Path, row: Row, schema: Schema, kind: str | None = None) -> None:
@@ -231,15 +248,6 @@ def require_schema(path: Path, row: Row, schema: Schema, kind: str | None = None
 
 def _require_same(path: Path, row: Row, schema: Schema, matches: list[Schema]) -> None:
     if matches and schema not in matches:
-def other_kind(row: dict[str, Any], kind: str) -> str:
-    """Return how to train on a row that only fits schemas of other kinds, to be added to an error; else ""."""
-    matches = recognize(row)
-    if not matches or matches[0].kind == kind or recognize(row, kind):
-        return ""
-    other = matches[0]
-    return f". The rows are of kind {other.kind} (schema {other.name}): {RECIPES[other.kind]}"
-
-
         raise SchemaError(
             f"{path}:{row.number}: a row of schema {matches[0].name} after rows of {schema.name}: "
             f"{excerpt(row.content)}. Split the file"

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # some sets repeat `messages` next to pairs or labels.
 FORMS = {"sft": ("messages",), "kto": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected")}
 
-# Turns that may follow a turn. "call" is an assistant turn with tool calls.
 # Kind of row -> how to train on it.
 RECIPES = {
     "sft": "train on them with sft/sft.py",
@@ -32,6 +31,7 @@ RECIPES = {
     "kto": "train on them with TRL's own `trl kto`; rlhf/dpo.py needs pairs of answers",
 }
 
+# Turns that may follow a turn. "call" is an assistant turn with tool calls.
 NEXT = {
     "start": ("system", "user"),
     "system": ("user",),
@@ -215,6 +215,8 @@ def fill_placeholders(row: dict[str, Any], values: dict[str, str]) -> dict[str, 
 def count_remarks(row: dict[str, Any]) -> Counter:
     """Count what is allowed in a standard row but may surprise: unfilled placeholders."""
     remarks = Counter()
+    if "{{" not in str(row):
+        return remarks
     for match in PLACEHOLDER.finditer(json.dumps(row, ensure_ascii=False)):
         remarks[f"placeholder {match[0]} not filled (`fill` of data/convert_chat.py sets it)"] += 1
     return remarks

@@ -20,6 +20,7 @@ CASES in tests/data/chat/test_schemas.py and a row to the table in data/README.m
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 from buddygpt.data.chat.loss_marks import mark_turn
@@ -53,8 +54,8 @@ class Schema(NamedTuple):
     read: Callable[[dict[str, Any]], StandardRow | list[StandardRow]]
     yields: bool = False
 
-    def fits(self, row: dict[str, Any]) -> bool:
-        return self.keys <= row.keys() and (not self.has_label or read_label(row) is not None)
+    def fits(self, keys: frozenset[str], label: bool | None) -> bool:
+        return self.keys <= keys and (not self.has_label or label is not None)
 
 
 SCHEMAS: dict[str, Schema] = {}
@@ -83,7 +84,12 @@ def recognize(row: dict[str, Any], kind: str | None = None) -> list[Schema]:
         kind: Only schemas of this kind. None: of the last kind of `FORMS` that the row fits any schema of.
     """
     row = named_columns(row)
-    fitting = [entry for entry in SCHEMAS.values() if kind in (None, entry.kind) and entry.fits(row)]
+    return list(_recognize(frozenset(row), read_label(row), kind))
+
+
+@cache
+def _recognize(keys: frozenset[str], label: bool | None, kind: str | None) -> list[Schema]:
+    fitting = [entry for entry in SCHEMAS.values() if kind in (None, entry.kind) and entry.fits(keys, label)]
     fitting = [entry for entry in fitting if not any(entry.keys < other.keys for other in fitting)]
     for last_kind in reversed(FORMS):
         if entries := [entry for entry in fitting if entry.kind == last_kind]:

@@ -12,9 +12,11 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data import doctor as doctor_script
 from buddygpt.data.chat import load
 from buddygpt.data.chat.checker import CheckedRow
 from buddygpt.data.chat.load import load_rows
+from buddygpt.data.chat.report import format_examples, format_findings
 from buddygpt.data.chat.tokens import tokenize
 from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
 from buddygpt.training.tuning import name_commands
@@ -156,6 +158,22 @@ def test_chats_are_not_taken_for_text(tmp_path, doctor):
     with pytest.raises(UserError, match=r"`Question`, but fits no schema; .*--stage pretrain .*--map prompt=question"):
         conftest.run("data/doctor.py", file)
     assert doctor(file, "--stage", "pretrain")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_a_large_file_is_examined_by_several_processes_with_the_same_findings(tmp_path, tokenizer, monkeypatch, kind):
+    rows = [{"messages": ZH}, {"messages": ZH[:1]}, {"messages": EN}, {"messages": [*ZH, *EN]}] * 100
+    if kind == "text":
+        rows = [{"text": text} for text in ("你好", "hello", "", "a\x07b") * 100]
+    file = write(tmp_path / "a.jsonl", rows)
+    monkeypatch.setattr("sys.argv", ["doctor.py", str(file), "--tokenizer", str(tokenizer), "--max_length", "40"])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    reports = []
+    for size in (0, 2**20):
+        monkeypatch.setattr(doctor_script, "LARGE_FILE", size)
+        findings = doctor_script.check_files(doctor_script.parse_arguments())
+        reports.append([format_findings(findings), format_examples(findings, False), findings.reasons()])
+    assert reports[0] == reports[1] and f"{400 if kind == 'messages' else 300} read" in reports[0][0][0]
 
 
 def test_rows_for_another_recipe_are_pointed_to_it(tmp_path, cache):
