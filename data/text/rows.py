@@ -31,9 +31,9 @@ from buddygpt.cli.encoding import marked_encoding, not_utf8
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_type
 
-ROW_LISTS = {"data", "rows", "examples", "samples", "items", "records", "instances", "train"}  # hold a file's rows
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
+ROW_LISTS = {"data", "rows", "examples", "samples", "items", "records", "instances", "train"}  # hold a file's rows
 CHUNK = 2**16  # bytes of a JSON array to read at once
 LONGEST_TOKEN = 16  # characters of the longest JSON tokens that are invalid in part: `\ud83d\ude00`, `-Infinity`
 PARQUET_BUFFER = 2**20  # bytes; without a buffer pyarrow reads a column of a whole row group at once
