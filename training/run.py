@@ -76,6 +76,8 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     limit = changes.get("max_position_embeddings") or getattr(config, "max_position_embeddings", None)
     require_positions("max_length", training_args.max_length, limit)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
+    if path := getattr(training_args, "chat_template_path", None):
+        tokenizer.chat_template = _read_template(Path(path))  # rows are tokenized before TRL sets it
     if tokenizer.chat_template is None:
         raise UserError(f"{model_args.model_name_or_path} has no chat template: add a chat_template.jinja to it")
     stop_at_end_of_answer(tokenizer)
@@ -126,6 +128,12 @@ def require_positions(key: str, length: int | None, limit: int | None) -> None:
             f"{limit}, or raise max_position_embeddings: in the model's config.json, for SFT and DPO also in "
             "model_init_kwargs; a trained model needs rope_parameters as well"
         )
+
+
+def _read_template(path: Path) -> str:
+    if path.suffix not in (".jinja", ".j2") or not path.is_file():
+        raise UserError(f"chat_template_path: {path} is not a .jinja file; put the template of another model into one")
+    return path.read_text(encoding="utf-8")
 
 
 def run_training(

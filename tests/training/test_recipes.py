@@ -210,6 +210,7 @@ def strange(workspace) -> Path:
     (folder / "rows.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     (folder / "cut.jsonl").write_text('{"messages": [\n')
     (folder / "empty.jsonl").touch()
+    (folder / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}")
     return folder
 
 
@@ -237,6 +238,8 @@ MISTAKES = {
     "bad row": ("sft", ["--train_files", "STRANGE/rows.jsonl"], r"rows\.jsonl"),
     "cut row": ("sft", ["--train_files", "STRANGE/cut.jsonl"], r"cut\.jsonl"),
     "empty file": ("rlhf", ["--train_files", "STRANGE/empty.jsonl"], r"empty\.jsonl"),
+    "no template": ("sft", ["--chat_template_path", "STRANGE/t5"], "t5 is not a .jinja file"),
+    "unmarked template": ("sft", ["--chat_template_path", "STRANGE/plain.jinja"], "has no {% generation %} marks"),
     "no file": ("rlhf", ["--train_files", "STRANGE/none.jsonl"], r"none\.jsonl"),
 }
 
