@@ -5,7 +5,9 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 # Parts of messages that report a full disk. OSError and safetensors say so; torch.save only says that a write failed.
@@ -22,6 +24,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to `name`, or None if none is close."""
     matches = difflib.get_close_matches(name, known, n=1)
     return matches[0] if matches else None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the damaged content of a file raises into a UserError that names the file; not if it is missing."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged or of another form ({type(error).__name__}: {error}); make it again"
+        ) from error
 
 
 def run_script(main: Callable[[], None]) -> None:

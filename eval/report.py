@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from scipy.stats import binomtest
 
 from buddygpt.cli.arguments import parse_arguments
-from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.errors import UserError, reading, run_script
 from buddygpt.cli.files import write_atomically
 from buddygpt.cli.fonts import use_chinese_font
 from buddygpt.cli.tables import markdown_table
@@ -48,13 +48,14 @@ def main() -> None:
     (args,) = parse_arguments(ReportArguments, description=__doc__)
     runs = read_runs(Path(args.results))
     scores = {checkpoint: score_tasks(of_checkpoint) for checkpoint, of_checkpoint in runs.items()}
+    report = to_markdown(scores, runs)
 
     output = Path(args.output)
     with write_atomically(output.parent / "scores.json") as partial:
         partial.write_text(json.dumps(scores, indent=2, ensure_ascii=False), encoding="utf-8")
     plot(scores, runs, output.parent / "scores.png")
     with write_atomically(output) as partial:
-        partial.write_text(to_markdown(scores, runs), encoding="utf-8")
+        partial.write_text(report, encoding="utf-8")
     print(f"{output}: {len(scores)} checkpoints")
 
 
@@ -68,7 +69,8 @@ def read_runs(results: Path) -> dict[str, list[Run]]:
     # The names contain the time, so sorting by name sorts by time.
     for path in sorted(results.glob("*/**/results_*.json"), key=lambda path: path.name):
         checkpoint = path.relative_to(results).parts[0]
-        runs[checkpoint].append((path, json.loads(path.read_text(encoding="utf-8"))))
+        with reading(path):
+            runs[checkpoint].append((path, json.loads(path.read_text(encoding="utf-8"))))
     if not runs:
         raise UserError(f"{results} has no NAME/results_*.json; eval/run_eval.py writes them.")
     return dict(runs)
@@ -82,13 +84,14 @@ def score_tasks(runs: list[Run]) -> TaskScores:
     """
     scores: TaskScores = {}
     for path, results in runs:
-        for task in reported_tasks(results):
-            leaves = leaf_tasks(task, results["group_subtasks"])
-            samples = {leaf: read_samples(path, leaf) for leaf in leaves}
-            all_samples = [sample for of_leaf in samples.values() for sample in of_leaf]
-            scores[task] = score_samples(all_samples, results["results"].get(task, {}))
-            for subject, of_subject in split_by_subject(task, samples).items():
-                scores[f"{task}/{subject}"] = score_samples(of_subject, {})
+        with reading(path):
+            for task in reported_tasks(results):
+                leaves = leaf_tasks(task, results["group_subtasks"])
+                samples = {leaf: read_samples(path, leaf, results) for leaf in leaves}
+                all_samples = [sample for of_leaf in samples.values() for sample in of_leaf]
+                scores[task] = score_samples(all_samples, dict(results["results"].get(task, {})))
+                for subject, of_subject in split_by_subject(task, samples).items():
+                    scores[f"{task}/{subject}"] = score_samples(of_subject, {})
     return scores
 
 
@@ -97,6 +100,8 @@ def reported_tasks(results: dict[str, Any]) -> list[str]:
     tasks = {*results["results"], *results.get("groups", {})}
     for children in results["group_subtasks"].values():
         tasks -= set(children)
+    if not tasks:
+        raise ValueError("no tasks")
     return sorted(tasks)
 
 
@@ -110,14 +115,27 @@ def leaf_tasks(task: str, subtasks: dict[str, list[str]]) -> list[str]:
     return leaves
 
 
-def read_samples(results: Path, task: str) -> list[Sample]:
-    """Return the samples of a task that belong to a results file."""
-    time = results.stem.removeprefix("results_")
-    path = results.with_name(f"samples_{task}_{time}.jsonl")
+def read_samples(path: Path, task: str, results: dict[str, Any]) -> list[Sample]:
+    """Return the samples of a task that belong to the results file `path`.
+
+    Raises:
+        UserError: The samples are missing, incomplete or damaged.
+    """
+    time = path.stem.removeprefix("results_")
+    path = path.with_name(f"samples_{task}_{time}.jsonl")
     if not path.is_file():
         raise UserError(f"{path} does not exist; run lm_eval with --log_samples.")
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    with reading(path), path.open(encoding="utf-8") as file:
+        samples = [json.loads(line) for line in file]
+        expected = results.get("n-samples", {}).get(task, {}).get("effective")
+        found = len({sample["doc_id"] for sample in samples})
+        if not samples or (expected is not None and found != expected):
+            raise ValueError(f"{found} of {expected or 'at least 1'} questions")
+        for sample in samples:
+            len(sample["arguments"]), sample["filter"].strip(), "subject" in sample["doc"]  # used later
+            if any(sample[metric] is None for metric in sample["metrics"]):
+                raise ValueError(f"question {sample['doc_id']} has no score")
+    return samples
 
 
 def split_by_subject(task: str, samples: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
@@ -155,7 +173,7 @@ def score_samples(samples: list[Sample], aggregated: dict[str, float]) -> dict[s
         if all(value in (0, 1) for value in values):
             scores[name] = proportion(int(sum(values)), len(values), chance_level(of_metric))
         elif f"{metric},{filter_name}" in aggregated:
-            value = aggregated[f"{metric},{filter_name}"]
+            value = float(aggregated[f"{metric},{filter_name}"])
             scores[name] = {"value": value, "n": len(values), "ci95": None, "chance": None}
     return scores
 
@@ -249,13 +267,14 @@ def prompt_table(tasks: list[str], runs: dict[str, list[Run]]) -> str:
     """Return a table with a row per task, and a column per checkpoint: `5-shot, 12 truncated`."""
     cells = {task: dict.fromkeys(runs, "") for task in tasks}
     for checkpoint, of_checkpoint in runs.items():
-        for _, results in of_checkpoint:
-            for task in reported_tasks(results):
-                leaves = leaf_tasks(task, results["group_subtasks"])
-                shots = "/".join(sorted({str(results["n-shot"][leaf]) for leaf in leaves}))
-                truncated = results.get("truncated_prompts")
-                count = "not counted" if truncated is None else f"{sum(truncated[leaf] for leaf in leaves)} truncated"
-                cells[task][checkpoint] = f"{shots}-shot, {count}"
+        for path, results in of_checkpoint:
+            with reading(path):
+                for task in reported_tasks(results):
+                    leaves = leaf_tasks(task, results["group_subtasks"])
+                    shots = "/".join(sorted({str(results["n-shot"][leaf]) for leaf in leaves}))
+                    counts = results.get("truncated_prompts")
+                    truncated = f"{sum(counts[leaf] for leaf in leaves)} truncated" if counts else "not counted"
+                    cells[task][checkpoint] = f"{shots}-shot, {truncated}"
     return markdown_table(["task", *runs], [[task, *of_task.values()] for task, of_task in cells.items()])
 
 
@@ -263,12 +282,13 @@ def checkpoint_table(runs: dict[str, list[Run]]) -> str:
     """Return a table of each checkpoint's folder and of how it was evaluated."""
     rows = []
     for checkpoint, of_checkpoint in runs.items():
-        for _, results in of_checkpoint:
-            config = results["config"]
-            folder = config["model_args"]["pretrained"]
-            prompts = "chat template" if results.get("chat_template") else "bare text"
-            limit = "none" if config["limit"] is None else f"first {config['limit']:g}"
-            row = [checkpoint, folder, prompts, limit, results["lm_eval_version"]]
+        for path, results in of_checkpoint:
+            with reading(path):
+                config = results["config"]
+                folder = str(config["model_args"]["pretrained"])
+                prompts = "chat template" if results.get("chat_template") else "bare text"
+                limit = "none" if config["limit"] is None else f"first {config['limit']:g}"
+                row = [checkpoint, folder, prompts, limit, str(results["lm_eval_version"])]
             if row not in rows:
                 rows.append(row)
     header = ["name", "folder", "prompts", "limit", "lm-eval"]
@@ -318,7 +338,7 @@ def bar_title(group: tuple[str, str], groups: list[tuple[str, str]], runs: dict[
     title = task
     for of_checkpoint in runs.values():
         for _, results in of_checkpoint:
-            title = results["results"].get(task, {}).get("alias", title)
+            title = str(results["results"].get(task, {}).get("alias", title))
     if sum(other == task for other, _ in groups) > 1:
         title += f" ({METRICS.get(metric, metric)})"
     return textwrap.fill(title.replace("_", " ").strip(), 18)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from buddygpt.cli.arguments import parse_arguments
-from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.errors import UserError, reading, run_script
 from buddygpt.cli.files import write_atomically
 from buddygpt.cli.tables import markdown_table
 
@@ -30,9 +30,10 @@ def main() -> None:
     try:
         summary = summarize(run)
         chat = read_json(run / "chat.json")
+        with reading(run / "chat.json"):
+            report = to_markdown(run.name, summary, chat)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: {run} is not a finished run") from error
-    report = to_markdown(run.name, summary, chat)
     with write_atomically(run / "report.md") as partial:
         partial.write_text(report, encoding="utf-8")
     # runs/quickstart.sh takes this file as the sign of a finished run, so it is written last.
@@ -43,33 +44,52 @@ def main() -> None:
 
 def summarize(run: Path) -> dict[str, Any]:
     """Return the content of `summary.json`."""
-    scores = read_json(run / "eval" / "scores.json")
-    cards = {name: read_json(run / folder / "run.json") for name, folder in CHECKPOINTS.items()}
-    chance = scores["sft"]["sample_exam_text"]["acc"]["chance"]
-    questions = by_checkpoint(scores, "sample_qa", "exact_match")
-    pairs = by_checkpoint(scores, "sample_pairs", "acc")
-    bits_per_byte = {name: scores[name]["heldout_text"]["bits_per_byte"]["value"] for name in CHECKPOINTS}
     folders = {name: str(run / folder) for name, folder in CHECKPOINTS.items()}
     return {
-        "exam": {"chance": chance, **by_checkpoint(scores, "sample_exam_text", "acc")},
-        "exam_letter": {"chance": chance, **by_checkpoint(scores, "sample_exam_letter", "acc")},
-        "qa_exact_match": questions["dpo"]["acc"],
-        "qa_exact_match_by_checkpoint": questions,
-        "dpo_pair_accuracy": pairs["dpo"]["acc"],
-        "pair_accuracy_by_checkpoint": pairs,
-        "pair_accuracy_rejected_not_longer": by_checkpoint(scores, "sample_pairs/rejected_not_longer", "acc"),
-        "dpo_reward_accuracy": cards["dpo"]["metrics"]["eval_rewards/accuracies"],
-        "bits_per_byte": bits_per_byte["base"],
-        "bits_per_byte_by_checkpoint": bits_per_byte,
-        "parameters": cards["base"]["parameters"],
-        "tokens_seen": cards["base"]["tokens_seen"],
+        **read_scores(run / "eval" / "scores.json"),
+        "dpo_reward_accuracy": read_number(run / "dpo" / "run.json", "metrics", "eval_rewards/accuracies"),
+        "parameters": read_number(run / "pretrain" / "run.json", "parameters"),
+        "tokens_seen": read_number(run / "pretrain" / "run.json", "tokens_seen"),
         "seconds": read_seconds(run),
         "checkpoints": {**folders, "native": str(run / "native")},
     }
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_number(path: Path, *keys: str) -> float:
+    """Return a number of a run card; `keys` lead to it."""
+    value = read_json(path)
+    with reading(path):
+        for key in keys:
+            value = value[key]
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{'/'.join(keys)} is {value}")
+    return value
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Return the scores of `summary.json`."""
+    scores = read_json(path)
+    with reading(path):
+        chance = float(scores["sft"]["sample_exam_text"]["acc"]["chance"])
+        questions = by_checkpoint(scores, "sample_qa", "exact_match")
+        pairs = by_checkpoint(scores, "sample_pairs", "acc")
+        bits_per_byte = {name: float(scores[name]["heldout_text"]["bits_per_byte"]["value"]) for name in CHECKPOINTS}
+        return {
+            "exam": {"chance": chance, **by_checkpoint(scores, "sample_exam_text", "acc")},
+            "exam_letter": {"chance": chance, **by_checkpoint(scores, "sample_exam_letter", "acc")},
+            "qa_exact_match": questions["dpo"]["acc"],
+            "qa_exact_match_by_checkpoint": questions,
+            "dpo_pair_accuracy": pairs["dpo"]["acc"],
+            "pair_accuracy_by_checkpoint": pairs,
+            "pair_accuracy_rejected_not_longer": by_checkpoint(scores, "sample_pairs/rejected_not_longer", "acc"),
+            "bits_per_byte": bits_per_byte["base"],
+            "bits_per_byte_by_checkpoint": bits_per_byte,
+        }
 
 
 def by_checkpoint(scores: dict[str, Any], task: str, metric: str) -> dict[str, dict[str, Any]]:
@@ -77,7 +97,8 @@ def by_checkpoint(scores: dict[str, Any], task: str, metric: str) -> dict[str, d
     found = {}
     for name in CHECKPOINTS:
         score = scores[name][task][metric]
-        found[name] = {"acc": score["value"], "n": score["n"], "ci95": score["ci95"]}
+        low, high = score["ci95"]
+        found[name] = {"acc": float(score["value"]), "n": int(score["n"]), "ci95": [float(low), float(high)]}
     return found
 
 
@@ -88,10 +109,13 @@ def read_seconds(run: Path) -> dict[str, int]:
     """
     seconds = {}
     if INSTALL_SECONDS.exists():
-        seconds["install"] = int(INSTALL_SECONDS.read_text())
-    for line in (run / "seconds.tsv").read_text(encoding="utf-8").splitlines():
-        stage, value, _ = line.split("\t")
-        seconds[stage] = seconds.get(stage, 0) + int(value)
+        with reading(INSTALL_SECONDS):
+            seconds["install"] = int(INSTALL_SECONDS.read_text())
+    path = run / "seconds.tsv"
+    with reading(path):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            stage, value, _ = line.split("\t")
+            seconds[stage] = seconds.get(stage, 0) + int(value)
     return seconds
 
 

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from buddygpt.cli.errors import UserError
 from buddygpt.eval import report
 
 
@@ -66,3 +69,45 @@ def test_the_picture_has_readable_titles_and_one_scale(tmp_path, monkeypatch):
     per_character = ("exam_text", "acc_norm")
     title = report.bar_title(per_character, [("exam_text", "acc"), per_character], runs)
     assert " ".join(title.split()) == "multiple choice, by option text (per character)"
+
+
+SAMPLES = "samples_one_2026-01-01T00-00-00.jsonl"
+RESULTS = "results_2026-01-01T00-00-00.json"
+ROW = {"doc_id": 0, "doc": {}, "arguments": {"a": {}, "b": {}}, "metrics": ["acc"], "filter": "none", "acc": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *[
+            (RESULTS, content)
+            for content in ("", "{", "[]", "null", "3", '"text"', "{}", "[" * 100_000, b"\xff\xfe{}")
+        ],
+        *[
+            (RESULTS, {key: value})
+            for key in ("results", "group_subtasks", "n-shot", "config")
+            for value in (None, [1])
+        ],
+        (RESULTS, {"results": {"one": None}}),
+        (RESULTS, {"results": {"one": {"acc,none": None}}, "config": {}}),
+        (RESULTS, {"group_subtasks": {"one": ["one"]}, "groups": {"one": {}}, "results": {}}),
+        (RESULTS, {"group_subtasks": {"one": ["two"], "two": ["two"]}}),
+        (RESULTS, {"config": {"model_args": "pretrained=model", "limit": None}}),
+        (RESULTS, {"config": {"model_args": {"pretrained": "model"}, "limit": "all"}}),
+        (RESULTS, {"truncated_prompts": {"two": 1}}),
+        (RESULTS, {"n-samples": {"one": {"effective": 2}}}),
+        *[(SAMPLES, content) for content in ("", "{", "[]\n", "3\n", "{}\n", b"\xff\xfe{}\n")],
+        *[(SAMPLES, json.dumps({**ROW, key: None})) for key in ("doc", "arguments", "metrics", "filter", "acc")],
+        (SAMPLES, json.dumps({**ROW, "metrics": ["f1"]})),
+    ],
+)
+def test_a_damaged_file_is_one_line_and_nothing_is_written(name, content, tmp_path, monkeypatch):
+    path = write_results(tmp_path / "results/base", {"one": [1]})
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    (path.parent / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    arguments = ["--results", tmp_path / "results", "--output", tmp_path / "out/report.md"]
+    monkeypatch.setattr("sys.argv", ["report.py", *map(str, arguments)])
+    with pytest.raises(UserError, match="2026-01-01T00-00-00.json"):
+        report.main()
+    assert not (tmp_path / "out").exists()
