@@ -8,10 +8,12 @@ A profile is a YAML file of data/profiles/ by name, or any other by path:
       - han_share                             # without bounds, the value is only kept as metadata
       - language: {min_han: 0.2, max_accented: 0.01, keep: [zh, en]}
 
-operators.py has the operators.
+Longer texts than `max_chars`, if the file has that key too, are first split at line ends. operators.py has the
+operators.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -53,6 +55,7 @@ class Profile:
 
     name: str
     steps: list[Step]
+    max_chars: int | None = None  # longer texts are split
 
 
 FIRST_STEP = Step("normalize_line_ends", {}, {})  # of every profile
@@ -74,12 +77,16 @@ def load_profile(name_or_path: str) -> Profile:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or set(content) != {"steps"} or not isinstance(content["steps"], list):
-        raise UserError(f"{path}: a profile has one key, `steps`, with a list of operators")
+    keys = set(content) if isinstance(content, dict) else set()
+    if not {"steps"} <= keys <= {"steps", "max_chars"} or not isinstance(content["steps"], list):
+        raise UserError(f"{path}: a profile has one key, `steps`, with a list of operators, and may have `max_chars`")
+    max_chars = content.get("max_chars")
+    if max_chars is not None and (type(max_chars) is not int or max_chars < 1):
+        raise UserError(f"{path}: max_chars is `{max_chars}`; give a number of characters, at least 1")
     steps = []
     for number, entry in enumerate(content["steps"], start=1):
         steps.append(_read_step(entry, f"{path}: step {number}"))
-    return Profile(path.stem, steps)
+    return Profile(path.stem, steps, max_chars)
 
 
 def _read_step(entry: Any, where: str) -> Step:
@@ -169,6 +176,19 @@ class Cleaner(BaseFilter):
         self.profiles = profiles
         self.counts = RowCounts()
 
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        parts = (part for document in data for part in self._split(document))
+        return super().run(parts, rank, world_size)
+
+    def _split(self, doc: Document) -> Iterator[Document]:
+        """Yield the document or, if it is longer than its profile allows, its parts: ID#1, ID#2, ..."""
+        limit = self.profiles[doc.metadata["source"]].max_chars
+        if limit is None or len(doc.text) <= limit:
+            yield doc
+            return
+        for number, part in enumerate(split_text(doc.text, limit), start=1):
+            yield Document(part, id=f"{doc.id}#{number}", metadata=dict(doc.metadata))
+
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         changed: Counter = Counter()
         rule = self._clean(doc, changed)
@@ -198,6 +218,18 @@ class Cleaner(BaseFilter):
                 if rule := step.broken_rule(value):
                     return rule
         return "empty" if _is_blank(doc.text) else None
+
+
+def split_text(text: str, limit: int) -> Iterator[str]:
+    """Yield parts of at most `limit` characters and similar lengths, cut after a line or sentence if possible."""
+    start = 0
+    while (left := len(text) - start) > limit:
+        size = -(-left // -(-left // limit))
+        cuts = (text.rfind(end, start + size // 2, start + size) for end in ("\n", "。", ". "))
+        cut = next((cut + 1 for cut in cuts if cut >= 0), start + size)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _is_blank(text: str) -> bool:

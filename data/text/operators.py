@@ -239,6 +239,16 @@ def _remove_hidden_html(text: str) -> str:
     return "".join(kept) + text[done:]
 
 
+BOLD = re.compile(r"\*\*(?<![0-9A-Za-z_*(,]\*\*)(?<!, \*\*)(?![\s*])([^*]{1,500})(?<!\s)\*\*(?![0-9A-Za-z_*])")
+BOLD_LEFT = re.compile(r"\*{4,}|\\\*(?:\\\*)+|^\*\*$", re.MULTILINE)
+
+
+@mapper
+def remove_bold(text: str) -> str:
+    """Remove the marks of bold text in Markdown; `2**3` and `**kwargs` stay."""
+    return BOLD_LEFT.sub("", BOLD.sub(r"\1", text)) if "*" in text else text
+
+
 @mapper
 def remove_spans(text: str, *, patterns: list[str]) -> str:
     """Remove every match of one of the regular expressions `patterns`."""
@@ -389,6 +399,17 @@ def alphanumeric_share(text: str) -> float:
 def special_share(text: str) -> float:
     """Share of punctuation, symbols, digits and spaces among the characters."""
     return _share(text, Kind.SPACE, Kind.SYMBOL, Kind.DIGIT)
+
+
+PADDING = re.compile(r"[-=_|+:]{2,}")  # the lines of a table
+
+
+@measure
+def symbol_share(text: str) -> float:
+    """Share of punctuation, symbols and digits among the characters except spaces; a line of a table counts as one."""
+    counts = _kind_counts(PADDING.sub("-", text))
+    symbols = counts[Kind.SYMBOL] + counts[Kind.DIGIT]
+    return symbols / max(sum(counts) - counts[Kind.SPACE], 1)
 
 
 @measure

@@ -88,9 +88,14 @@ def make_plan(
         sources=list_requests(sources),
         clean={source.name: source.clean for source in sources},
         benchmarks=[describe_file(str(file)) for file in find_files(config["decontaminate"], BENCHMARK_TYPES)],
-        profiles={name: asdict(load_profile(name)) for name in profiles},
+        profiles={name: _describe_profile(name) for name in profiles},
         tokens=tokenizer.facts,
     )
+
+
+def _describe_profile(name: str) -> dict[str, Any]:
+    """Return the content of a profile, without `max_chars` if it is not set, as in earlier manifests."""
+    return {key: value for key, value in asdict(load_profile(name)).items() if value is not None}
 
 
 def list_requests(sources: list[Source]) -> dict[str, dict[str, Any]]:

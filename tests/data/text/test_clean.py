@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import random
 import re
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import ftfy
 import pytest
+import yaml
 from conftest import ROOT
 from datatrove.data import Document
 from PIL import Image
@@ -42,6 +44,7 @@ CODE = (
 )
 
 
+HAN = [chr(code) for code in range(0x4E00, 0x5600)]
 SCRIPTS = {"min_han": 0.1, "max_accented": 0.01}
 
 
@@ -449,3 +452,99 @@ def test_no_example_can_leave_its_block(tmp_path):
     assert [line for line in head.split("\n") if line.startswith("# ")] == ["# Data report"]
     widths = {line.count("|") for line in head.split("## Mixture")[1].split("\n\n")[1].split("\n")}
     assert widths == {8}
+
+
+LINES = yaml.safe_load(Path(__file__).with_name("zh_web_lines.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("rule", LINES)
+def test_zh_web_removes_boilerplate_and_no_prose(rule):
+    """Precision (also the table in docs/data.md): lines rightly removed, of all removed or changed."""
+
+    def survives(line: str) -> bool:
+        text, broken = clean(f"{PROSE}\n{ARTICLE}\n{line}\n{PROSE[::-1]}", "zh-web")
+        return broken is None and line in text.split("\n")
+
+    lost = [line for line in LINES[rule]["keep"] if not survives(line)]
+    missed = [line for line in LINES[rule]["remove"] if survives(line)]
+    removed = len(LINES[rule]["remove"]) - len(missed)
+    assert removed / (removed + len(lost)) >= 0.95, lost
+    assert removed >= 0.9 * len(LINES[rule]["remove"]), missed
+
+
+DOCUMENTS = {
+    "an interview": "# 专访桥梁工程师\n"
+    + "".join(
+        f"记者：{question}\n工程师：{answer}\n"
+        for question, answer in (
+            ("您为什么选择造桥？", "小时候家门口有一条河，过河要等渡船，我总想，要是有一座桥就好了。"),
+            ("最难的一座桥是哪一座？", "是山里的那一座，材料要靠人背上去，光是准备就用了两年时间。"),
+            ("对年轻人有什么建议？", "多到工地上去看，图纸上的线条和真正的钢梁是两回事，差一厘米都不行。"),
+        )
+    ),
+    "a law": "".join(
+        f"第{number}条　{text}\n"
+        for number, text in enumerate(
+            (
+                "未经著作权人许可，复制、发行、表演其作品的，应当停止侵害、消除影响、赔偿损失。",
+                "侵权复制品以及进行违法活动的工具，由主管部门没收，并且按照本条例处理。",
+                "网络服务提供者接到通知后，应当及时采取删除侵权内容等必要措施，并且告知对方。",
+                "当事人对处理决定不服的，可以在十五日以内向人民法院起诉，起诉期间不停止执行。",
+            ),
+            start=1,
+        )
+    ),
+    "an article about coupons": "优惠券是一种促销工具。商家发放优惠券，是为了让在意价格的人也来购买。"
+    "有的优惠券在付款时减去固定的金额，有的优惠券要求消费达到一定数额才能使用，还有的优惠券只在生日当月有效。"
+    "研究发现，过期的优惠券会让人觉得可惜，于是提前去买并不需要的东西。",
+    "a programming wiki": "函数可以接收任意多个参数。下面的例子说明了两种写法。\n\n"
+    "def call(function, *args, **kwargs):\n    if not args and not kwargs:\n        return function()\n"
+    "    for name, value in kwargs.items():\n        print(name, value)\n    return function(*args, **kwargs)\n\n"
+    "参数的含义如下表所示。\n\n| 参数         | 类型       | 说明                     |\n"
+    "|--------------|------------|--------------------------|\n"
+    "| function     | callable   | 要调用的函数。           |\n"
+    "| *args        | tuple      | 按位置给出的参数。       |\n"
+    "| **kwargs     | dict       | 按名称给出的参数。       |\n\n计算 2**10 时得到 1024，这与参数的写法没有关系。",
+    "a page whose lead is repeated": (
+        "城南的老茶馆下个月就要搬走了，开了四十年的店铺将变成一家书店，老顾客们都来告别，有人带来了当年的照片。\n"
+    ),
+}
+DOCUMENTS["a page whose lead is repeated"] += DOCUMENTS["a page whose lead is repeated"] + (
+    "店主说，搬走是因为房租涨得太快，生意却一天比一天少。年轻人更喜欢喝咖啡，只有附近的老人每天清早还来坐一坐。"
+)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_zh_web_keeps_documents_of_prose(name):
+    text, rule = clean(DOCUMENTS[name], "zh-web")
+    assert rule is None
+    spaces = re.compile("[ \\t]+")
+    for line in DOCUMENTS[name].strip().split("\n"):
+        assert spaces.sub(" ", line).strip() in spaces.sub(" ", text)
+
+
+def test_bold_marks_go_and_stars_of_programs_stay():
+    bold = MAPPERS["remove_bold"]
+    assert (
+        bold("**重点**：先看**第二章**，再看，**第三章**。\n**Bold** text")
+        == "重点：先看第二章，再看，第三章。\nBold text"
+    )
+    for code in ("def f(a, **b): return g(**b)", "2**3 + 4**5", "f(*args, **kwargs) and g(**kwargs)", "/** a */"):
+        assert bold(code) == code
+
+
+def test_a_text_above_the_longest_is_split_not_dropped(tmp_path):
+    rng = random.Random(0)
+    novel = "".join("".join(rng.choices(PROSE[:40], k=5) + rng.choices(HAN, k=30)) + "。\n" for _ in range(30_000))
+    assert len(novel) > 1_000_000
+    for profile, longest in (("text", 1_000_000), ("zh-web", 100_000)):
+        cleaner = Cleaner({"web": load_profile(profile)})
+        parts = list(cleaner.run(iter([Document(novel, id="a:1", metadata={"source": "web"})])))
+        assert "".join(f"{part.text}\n" for part in parts) == novel
+        assert max(len(part.text) for part in parts) <= longest
+        assert [part.id for part in parts] == [f"a:1#{number + 1}" for number in range(len(parts))]
+    own = load_profile(str(write_profile(tmp_path / "own.yaml", "max_chars: 10\nsteps: [normalize_lines]")))
+    parts = list(Cleaner({"web": own}).run(iter([Document("a" * 25, id="0", metadata={"source": "web"})])))
+    assert [part.text for part in parts] == ["a" * 9, "a" * 8, "a" * 8]
+    with pytest.raises(UserError, match="max_chars is `0`; give a number of characters, at least 1"):
+        load_profile(str(write_profile(tmp_path / "own.yaml", "max_chars: 0\nsteps: []")))
