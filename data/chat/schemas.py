@@ -103,7 +103,7 @@ def _recognize(keys: frozenset[str], label: bool | None, kind: str | None) -> li
 def instruction(row: dict[str, Any], question: Any, answer: Any) -> StandardRow:
     """Return a question and its answer, after the exchanges of the row's `history` of [question, answer].
 
-    Question and answer are texts or (TRL, Nemotron) lists of turns.
+    Question and answer are texts or (TRL, Nemotron) lists of turns; only the answer carries loss then.
     """
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(item, list) and len(item) == 2 for item in history):
@@ -111,7 +111,11 @@ def instruction(row: dict[str, Any], question: Any, answer: Any) -> StandardRow:
     turns = []
     for earlier_question, earlier_answer in history:
         turns += exchange(earlier_question, earlier_answer)
-    turns += read_answer(question, "user") if isinstance(question, list) else [turn("user", question)]
+    if isinstance(question, list):
+        asked = read_answer(question, "user")
+        turns += [each | {"weight": 0} if each["role"] == "assistant" else each for each in asked]
+    else:
+        turns.append(turn("user", question))
     turns += read_answer(answer, "assistant") if isinstance(answer, list) else [turn("assistant", answer)]
     return conversation(row, turns)
 

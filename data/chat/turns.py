@@ -72,7 +72,8 @@ def read_turns(items: Any) -> list[dict[str, Any]]:
             thinking = message["content"]
             continue
         if message["role"] == "assistant" and thinking:
-            message["content"], thinking = think(thinking, message["content"]), ""
+            has_calls = bool(message.get("tool_calls"))
+            message["content"], thinking = think(thinking, message["content"], has_calls), ""
         previous = messages[-1] if messages else {"role": "start"}
         if message.get("tool_calls") and not message["content"] and previous["role"] == "assistant":
             if previous.get("weight") != message.get("weight"):

@@ -197,6 +197,11 @@ CASES = [
         {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]},
         {"messages": [SYSTEM, USER, ASSISTANT]},
     ),
+    (  # TRL: the loss is on the completion
+        "prompt_completion",
+        {"prompt": [SYSTEM, USER, REJECTED, USER | {"content": "r"}], "completion": [ASSISTANT]},
+        {"messages": [*FOLLOW_UP["messages"][:2], REJECTED | {"weight": 0}, *FOLLOW_UP["messages"][3:]]},
+    ),
     ("alpaca", {"instruction": "q", "input": "", "output": "a", "label": 0}, ANSWER),
     ("alpaca", {"instruction": "q", "output": "a", "chosen": None, "rejected": None, "history": None}, ANSWER),
     # Lists of turns.
@@ -246,6 +251,11 @@ CASES = [
     ("messages", {"messages": [USER, {"role": "assistant", "content": "<thinking>r</thinking>a"}]}, THOUGHTFUL),
     ("messages", {"messages": [USER, ASSISTANT | {"thinking": "r"}]}, THOUGHTFUL),  # gpt-oss
     ("messages", {"messages": [USER, {"role": "reasoning", "content": "r"}, ASSISTANT]}, THOUGHTFUL),
+    (
+        "messages",
+        {"messages": [USER, {"role": "thinking", "content": "r"}, {"role": "tool_call", "content": BARE_CALL}]},
+        {"messages": [USER, {"role": "assistant", "content": "<think>\nr\n</think>\n\n", "tool_calls": [CALL]}]},
+    ),
     (  # LLaMA-Factory
         "messages",
         {
