@@ -3,12 +3,15 @@
 import glob
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
+
+import psutil
 
 from buddygpt.cli.errors import UserError
 
@@ -101,10 +104,15 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
     A reader never sees a half-written `path`. An existing file is replaced; an existing folder is replaced as a
     whole. If the block raises, `path` is unchanged. The temporary path lies in a new hidden folder next to `path`,
-    which is deleted in any case.
+    which is deleted in any case; if the process is killed, by the next one that writes `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name[:40]}.", suffix=".partial", dir=path.parent) as work:
+    name = f".{path.name[:40]}."
+    for left in path.parent.glob(f"{glob.escape(name)}*.partial"):
+        process = left.name.removeprefix(name).partition(".")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)) and not (left / "replaced").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}{os.getpid()}.", suffix=".partial", dir=path.parent) as work:
         partial = Path(work) / path.name
         yield partial
         if partial.is_dir() and path.is_dir():

@@ -160,8 +160,8 @@ def run_training(
         start: Where to start, if the recipe has already called [`find_start`].
 
     Raises:
-        UserError: As [`find_start`], [`require_strategy`], [`require_training_state`] and [`add_model_losses`]; the
-            run in `output_dir` had another origin; or another process is training there.
+        UserError: As [`find_start`], [`require_strategy`], [`require_training_state`] and [`add_model_losses`];
+            `output_dir` holds another model or a run of another origin; or another process is training there.
     """
     args = trainer.args
     require_strategy(trainer)
@@ -174,6 +174,7 @@ def run_training(
     # Resume only from a run with the same inputs.
     start = start or find_start(args, trainer.model)
     run_card["origin"]["global_batch"] = trainer.get_total_train_batch_size(args)
+    _require_no_other_model(Path(args.output_dir), start.checkpoint)
     if start.checkpoint:
         _require_same_origin(start, run_card["origin"])
         require_training_state(Path(start.checkpoint), trainer)
@@ -240,6 +241,18 @@ def _sample_in_chats(generation_config: GenerationConfig) -> None:
     if generation_config.do_sample is None:
         generation_config.do_sample = True
         generation_config.temperature = generation_config.temperature or 0.7
+
+
+def _require_no_other_model(output_dir: Path, checkpoint: str | None) -> None:
+    """Raise UserError if the folder holds a model or tokenizer that is not from the run that is resumed."""
+    if checkpoint and Path(checkpoint).resolve().parent == output_dir.resolve():
+        return
+    for pattern in ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"):
+        for file in output_dir.glob(pattern):
+            raise UserError(
+                f"{output_dir} holds a finished model or tokenizer ({file.name}) and no checkpoint to resume from: "
+                "this run would overwrite it. Set another output_dir, or delete that one"
+            )
 
 
 def _require_same_origin(start: Start, origin: dict[str, Any]) -> None:

@@ -75,3 +75,10 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
             partial.write_text(text)
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.txt"]
         assert (tmp_path / "new" / "file.txt").read_text() == text
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    fill(tmp_path, ".out.1073741824.x1y2.partial/out/half", ".out.mine.partial/notes")
+    with write_atomically(tmp_path / "out") as partial:
+        partial.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.mine.partial", "out"]

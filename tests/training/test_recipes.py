@@ -274,6 +274,22 @@ def test_a_run_is_not_resumed_from_another_base_or_other_data(workspace, base, c
         run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--block_size", 32, "--output_dir", base)
 
 
+def test_a_finished_model_is_never_overwritten(workspace, base, tmp_path):
+    model = shutil.copytree(base, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(UserError, match="model holds a finished model .* Set another output_dir"):
+        run("sft/sft.py", *sft_arguments(workspace, model), "--output_dir", model)
+    with pytest.raises(UserError, match="model holds a finished model"):
+        run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", model)
+    other = base / "checkpoint-6"
+    with pytest.raises(UserError, match="model holds a finished model"):
+        run(
+            *("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", model),
+            *("--resume_from_checkpoint", other),
+        )
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
 def test_changed_arguments_are_told_on_resuming(workspace, base, capsys):
     run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", base, "--logging_steps", 3)
     assert "checkpoint-12 with logging_steps 2 -> 3" in capsys.readouterr().out
