@@ -245,6 +245,19 @@ def moss(row: dict[str, Any]) -> StandardRow:
     return conversation({"system": row.get("meta_instruction")}, turns)
 
 
+MOSS_002_TURN = re.compile(r"\s*\[(Human|MOSS)\]:\s*(.*?)\s*<eo[ha]>\s*", re.DOTALL)
+
+
+@schema("moss_002", kind="sft", keys="plain_text", yields=True)
+def moss_002(row: dict[str, Any]) -> StandardRow:
+    """MOSS-002: one text of turns `[Human]: ...<eoh>` and `[MOSS]: ...<eoa>`; `prefix` is the system text."""
+    turns = MOSS_002_TURN.findall(row["plain_text"])
+    if not turns or MOSS_002_TURN.sub("", row["plain_text"]):
+        raise BadRow("plain_text has no turns such as [Human]: ...<eoh>, or more than them")
+    messages = [turn("user" if name == "Human" else "assistant", text) for name, text in turns]
+    return conversation({"system": row.get("prefix")}, messages)
+
+
 @schema("data_list", kind="sft", keys="data", yields=True)
 def data_list(row: dict[str, Any]) -> StandardRow:
     """UltraChat and HuatuoGPT: a list of texts that take turns."""

@@ -207,6 +207,7 @@ CASES = [
     # Lists of turns.
     ("data_list", {"id": "0", "data": ["q", "a"]}, ANSWER),
     ("data_list", {"data": ["问：q", "答：a"]}, ANSWER),
+    ("moss_002", {"prefix": "", "plain_text": "[Human]: q<eoh> [MOSS]: a<eoa>", "num_turns": 1}, ANSWER),
     ("sharegpt", {"conversations": ["q", "a"], "source": "stackexchange"}, ANSWER),
     ("human_assistant", {"conversation": [USER | {"toxic": False}, ASSISTANT], "model": "m", "turn": 1}, ANSWER),
     ("huatuo_qa", {"questions": [["q", "p"]], "answers": ["a"]}, ANSWER),
@@ -451,6 +452,7 @@ def test_a_quoted_call_stays_a_text():
         ("messages", {"messages": [USER, ASSISTANT | {"content": "", "thinking": "r"}]}, r"turn 2 .* is empty"),
         ("alpaca", {"instruction": "q", "output": None}, "no key output"),
         ("sharegpt", {"conversations": ["q", "a", "r"]}, "the last turn is `user`"),
+        ("moss_002", {"plain_text": "[Human]: q<eoh> [MOSS]: a"}, "has no turns such as"),
         ("data_list", {"data": [{"x": 1}]}, "data is not a list of texts"),
         ("huatuo_qa", {"questions": ["q"], "answers": []}, "does not have the types"),
         ("nectar", {"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "no two answers of different scores"),
