@@ -306,9 +306,14 @@ def write_files(files: dict[str, str], output: Path) -> bool:
     """
     if output.is_file():
         raise UserError(f"--output {output} is a file; name a folder.")
-    present = {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    if foreign := sorted(present.keys() - files.keys()):
-        raise UserError(f"--output {output} holds {foreign[0]}, no part of the sample; name another folder.")
+    # Stop at the first file of another kind: the folder may hold a whole disk.
+    present: dict[str, bytes] = {}
+    for path in output.rglob("*"):
+        name = path.relative_to(output).as_posix()
+        if path.is_file() and name not in files:
+            raise UserError(f"--output {output} holds {name}, no part of the sample; name another folder.")
+        if path.is_file():
+            present[name] = path.read_bytes()
     if present == {name: text.encode() for name, text in files.items()}:
         return False
     with write_atomically(output) as partial:

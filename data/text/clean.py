@@ -8,8 +8,7 @@ A profile is a YAML file of data/profiles/ by name, or any other by path:
       - han_share                             # without bounds, the value is only kept as metadata
       - language: {min_han: 0.2, max_accented: 0.01, keep: [zh, en]}
 
-Longer texts than `max_chars`, if the file has that key too, are first split at line ends. operators.py has the
-operators.
+Longer texts than `max_chars`, by default a million, are first split at line ends. operators.py has the operators.
 """
 
 from collections import Counter
@@ -27,6 +26,7 @@ from buddygpt.cli.errors import UserError, did_you_mean
 from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.operators import MAPPERS, MEASURES
 
+MAX_CHARS = 1_000_000  # of a document: memory grows with the longest, by about a hundred times its size
 PROFILES = Path(__file__).parents[1] / "profiles"
 
 
@@ -55,7 +55,7 @@ class Profile:
 
     name: str
     steps: list[Step]
-    max_chars: int | None = None  # longer texts are split
+    max_chars: int | None = None  # longer texts are split; None: than `MAX_CHARS`
 
 
 FIRST_STEP = Step("normalize_line_ends", {}, {})  # of every profile
@@ -182,8 +182,8 @@ class Cleaner(BaseFilter):
 
     def _split(self, doc: Document) -> Iterator[Document]:
         """Yield the document or, if it is longer than its profile allows, its parts: ID#1, ID#2, ..."""
-        limit = self.profiles[doc.metadata["source"]].max_chars
-        if limit is None or len(doc.text) <= limit:
+        limit = self.profiles[doc.metadata["source"]].max_chars or MAX_CHARS
+        if len(doc.text) <= limit:
             yield doc
             return
         for number, part in enumerate(split_text(doc.text, limit), start=1):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -261,3 +262,18 @@ def test_a_malformed_table_is_named(tmp_path, old, new, complaint):
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(UserError, match=f"(?s)en_capitals.yaml.*{complaint}"):
         make_sample.load_table(path)
+
+
+def test_another_folder_is_refused_at_its_first_file(tmp_path, monkeypatch):
+    """--output / must not read the whole disk."""
+    (tmp_path / "notes.txt").write_text("mine")
+
+    def list_endlessly(folder: Path, pattern: str):
+        yield folder / "notes.txt"
+        pytest.fail("it looks on")
+
+    monkeypatch.setattr(Path, "rglob", list_endlessly)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"it reads {path}"))
+    with pytest.raises(UserError, match="holds notes.txt, no part of the sample; name another folder"):
+        make_sample.write_files({"a.jsonl": ""}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
