@@ -25,6 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.task import Task
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -105,13 +106,13 @@ def main() -> None:
         if name not in folders:
             raise UserError(f"chat: `{name}` is not among the checkpoints ({', '.join(folders)}).")
     model_args = {name: build_model_args(name, folder, args) for name, folder in folders.items()}
-    task_manager = load_tasks(args)
+    task_manager, tasks = load_tasks(args)
     outputs = {name: make_output(Path(args.output) / name) for name in folders}
 
     for name, folder in folders.items():
         uses_chat_template = name in args.chat
         print(f"== {name}: {folder}{' (chat template)' if uses_chat_template else ''}", flush=True)
-        evaluate(model_args[name], device, outputs[name], uses_chat_template, task_manager, args)
+        evaluate(model_args[name], device, outputs[name], uses_chat_template, task_manager, tasks, args)
 
 
 def silence_harmless_warnings() -> None:
@@ -164,8 +165,8 @@ def build_model_args(name: str, folder: str, args: EvalArguments) -> dict[str, A
     return model_args
 
 
-def load_tasks(args: EvalArguments) -> TaskManager:
-    """Return a task manager that can load all requested tasks; UserError if one is missing or lacks its data."""
+def load_tasks(args: EvalArguments) -> tuple[TaskManager, dict[str, Task]]:
+    """Return a task manager and the requested tasks by name; UserError if one is missing or lacks its data."""
     for folder in args.include_path:
         if not Path(folder).is_dir():
             raise UserError(f"include_path: {folder} is not a folder; eval/local_exams.py writes one.")
@@ -177,12 +178,12 @@ def load_tasks(args: EvalArguments) -> TaskManager:
             hint = f"did you mean `{match}`?" if match else "`lm_eval ls tasks` lists lm-eval's own."
             raise UserError(f"tasks: there is no task `{task}`; {hint}")
     try:
-        manager.load(args.tasks)
+        tasks = manager.load(args.tasks)["tasks"]
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"tasks: {error} (benchmarks from local files: eval/README.md)") from error
     if "lm_eval.tasks.ifeval.instructions_util" in sys.modules:
         require_punkt()
-    return manager
+    return manager, tasks
 
 
 def require_punkt() -> None:
@@ -211,16 +212,19 @@ def evaluate(
     output: Path,
     uses_chat_template: bool,
     task_manager: TaskManager,
+    tasks: dict[str, Task],
     args: EvalArguments,
 ) -> None:
     """Evaluate one checkpoint, print lm-eval's table and write its results to the folder `output`.
 
     Raises:
-        UserError: The model's weights or likelihoods are NaN, or the results could not be written.
+        UserError: The model's weights or likelihoods are NaN, its context is too short, or the results could not be
+            written.
     """
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
     model = HFLM(**model_args, backend="causal", batch_size=args.batch_size, device=device)
     require_finite_weights(model.model, model_args["pretrained"])
+    require_room_for_answers(model, tasks)
     results = simple_evaluate(
         model=model,
         model_args=model_args,  # for the record, with the two below
@@ -270,6 +274,18 @@ def count_truncated(model: HFLM, samples: list[dict[str, Any]]) -> int:
             if len(model.tok_encode(text)) > room:
                 truncated.add(sample["doc_id"])
     return len(truncated)
+
+
+def require_room_for_answers(model: HFLM, tasks: dict[str, Task]) -> None:
+    """Raise UserError if a task may generate more tokens than the model's context has."""
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE == "generate_until":
+            length = normalize_gen_kwargs(task.config.generation_kwargs, model.max_gen_toks)["max_gen_toks"]
+            if length >= model.max_length:
+                raise UserError(
+                    f"tasks: {name} generates up to {length} tokens, but {model.pretrained} has a context of "
+                    f"{model.max_length}; set a lower `max_gen_toks` in generation_kwargs of the task"
+                )
 
 
 def require_finite_likelihoods(samples: dict[str, list[dict[str, Any]]], model_args: dict[str, Any]) -> None:
