@@ -8,7 +8,7 @@ A profile is a YAML file of data/profiles/ by name, or any other by path:
       - han_share                             # without bounds, the value is only kept as metadata
       - language: {min_han: 0.2, max_accented: 0.01, keep: [zh, en]}
 
-Longer texts than `max_chars`, by default a million, are first split at line ends. operators.py has the operators.
+Longer texts than `max_chars`, by default five million, are first split at line ends. operators.py has the operators.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ from buddygpt.cli.errors import UserError, did_you_mean
 from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.operators import MAPPERS, MEASURES
 
-MAX_CHARS = 1_000_000  # of a document: memory grows with the longest, by about a hundred times its size
+MAX_CHARS = 5_000_000  # of a document: memory grows with the longest, by about a hundred times its size
 PROFILES = Path(__file__).parents[1] / "profiles"
 
 
