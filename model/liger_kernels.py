@@ -24,7 +24,7 @@ def register() -> None:
     Raises:
         ImportError: liger-kernel or Triton is not installed.
     """
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # pyright: ignore  optional
 
     MODEL_TYPE_TO_APPLY_LIGER_FN["buddygpt"] = apply_liger_kernel_to_buddygpt
 
@@ -45,9 +45,9 @@ def apply_liger_kernel_to_buddygpt(
         swiglu: Dense feed-forward layers and shared experts (routed experts run as grouped matrix products).
         fused_linear_cross_entropy: The loss.
     """
-    from liger_kernel.transformers.rms_norm import LigerRMSNorm
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
-    from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
+    from liger_kernel.transformers.rms_norm import LigerRMSNorm  # pyright: ignore  optional
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb  # pyright: ignore  optional
+    from liger_kernel.transformers.swiglu import LigerSwiGLUMLP  # pyright: ignore  optional
 
     for module in model.modules():
         if rms_norm and isinstance(module, BuddyGPTRMSNorm):
@@ -80,7 +80,7 @@ def liger_cross_entropy(
     """
     if z_loss_coef:
         return ChunkedCrossEntropy.apply(hidden_states, weight, targets, z_loss_coef, with_gradient)
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # pyright: ignore  optional
 
     # Liger's default chunks have N x C / V rows: only a hundred or so for a narrow model with a large vocabulary, and
     # each chunk updates a gradient as large as the weight. `chunk_mem_const` makes its chunks as large as ours.

@@ -325,7 +325,7 @@ def largest_in_least(machine: Machine, report: Report) -> None:
     """Measure mini-qwen-1b at 1 x 1,024 with bf16 weights, checkpointing, and Muon or 8-bit AdamW."""
     optimizers = {"Muon": muon}
     if machine.cuda and importlib.util.find_spec("bitsandbytes"):
-        import bitsandbytes
+        import bitsandbytes  # pyright: ignore  optional
 
         optimizers["8-bit AdamW"] = lambda model: bitsandbytes.optim.AdamW8bit(model.parameters())
     config = machine.config("mini-qwen-1b")

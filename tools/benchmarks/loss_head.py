@@ -68,7 +68,7 @@ def checkpointed(hidden, weight, targets):
 
 
 def liger(hidden, weight, targets):
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy  # pyright: ignore  optional
 
     return liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
 

@@ -104,7 +104,7 @@ def train_tokenizers(texts: list[str], vocab_size: int) -> Count:
 
 
 def train_rustbpe(texts: list[str], vocab_size: int) -> Count:
-    import rustbpe
+    import rustbpe  # pyright: ignore  optional
 
     tokenizer = rustbpe.Tokenizer()
     size = vocab_size - len(SPECIAL_TOKENS + TOOL_TOKENS)
@@ -113,7 +113,7 @@ def train_rustbpe(texts: list[str], vocab_size: int) -> Count:
 
 
 def train_sentencepiece(texts: list[str], vocab_size: int) -> Count:
-    import sentencepiece
+    import sentencepiece  # pyright: ignore  optional
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
