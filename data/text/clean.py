@@ -26,7 +26,7 @@ from buddygpt.cli.errors import UserError, did_you_mean
 from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.operators import MAPPERS, MEASURES
 
-MAX_CHARS = 5_000_000  # of a document: memory grows with the longest, by about a hundred times its size
+MAX_CHARS = 5_000_000  # of a document: memory grows with the longest
 PROFILES = Path(__file__).parents[1] / "profiles"
 
 
