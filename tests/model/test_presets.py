@@ -172,7 +172,7 @@ def load_model(pretrain):
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), eos_token="<eos>", pad_token="<pad>"
     )
     return lambda **arguments: pretrain.load_model(
-        pretrain.PretrainArguments(train_data="unused", tokenizer="letters", **arguments), tokenizer
+        pretrain.PretrainArguments(train_data="unused", tokenizer="letters", block_size=64, **arguments), tokenizer
     )
 
 
