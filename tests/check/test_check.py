@@ -31,11 +31,13 @@ def failures(subject: Subject) -> dict[str, str]:
     return {row.check: row.note or str(row.measure) for row in rows if row.status == "FAIL"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_pass(name):
     assert failures(open_subject(name, reduced=True)) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_architectures_pass(name):
     assert failures(Subject(STOCK[name])) == {}
@@ -101,6 +103,7 @@ BROKEN_MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN_MODELS)
 def test_each_fault_is_caught_by_its_check_alone(name):
     build, preset, expected = BROKEN_MODELS[name]
@@ -171,6 +174,7 @@ def test_exit_status_of_a_failure(monkeypatch, capsys):
     assert "initial_loss            FAIL" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_vocabulary_size_can_be_replaced(monkeypatch, capsys):
     assert run_command(monkeypatch, "minimind-26m", "--vocab_size", 100, "--only", "initial_loss", "--seed", 3) == 0
     assert open_subject("debug", vocab_size=100).config.vocab_size == 100

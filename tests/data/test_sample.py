@@ -92,6 +92,7 @@ def asked_in_evaluation(output):
     yield from (row["question"] for split in make_sample.EXAM_SPLITS for _, row in exam_rows(output, split))
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes_and_another_seed_others(output, tmp_path):
     command = [sys.executable, str(SAMPLE / "make_sample.py"), "--output", str(tmp_path / "again")]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "7"}, cwd=tmp_path)
@@ -224,6 +225,7 @@ def test_pairs_reject_wrong_repetitive_and_evasive_answers_alike(tables, output)
     assert not any(trained.values())
 
 
+@pytest.mark.slow
 def test_identical_output_is_left_alone_and_a_changed_one_is_replaced(tmp_path, capsys):
     folder = tmp_path / "out"
     run("--output", str(folder))

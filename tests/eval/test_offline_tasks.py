@@ -38,6 +38,7 @@ def test_math_500_is_scored_from_a_local_file(stock, tmp_path):
     assert scores["exact_match"] == 1 and scores.get("math_verify", 1) == 1
 
 
+@pytest.mark.slow
 def test_ifeval_is_scored_from_a_local_file_and_its_missing_data_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(nltk, "download", lambda name: False)  # would wait for a network
     task = load_local(tmp_path, "ifeval/ifeval.yaml", "train", INSTRUCTION)

@@ -95,6 +95,7 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [(case, torch.float32) for case in CASES]
@@ -124,6 +125,7 @@ def test_deepseek_with_halved_rope_is_reordered(tmp_path, call):
         assert torch.equal(logits(stock), logits(tmp_path / f"ours{number}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen3-bias", "deepseek", "qwen3-moe"])
 def test_the_import_is_a_checkpoint_that_trains_and_answers_as_before(tmp_path, call, case):
     stock, ours = make_stock(tmp_path / "stock", *CASES[case]), tmp_path / "ours"

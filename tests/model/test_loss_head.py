@@ -156,6 +156,7 @@ def test_z_loss_adds_its_gradient_and_no_value(head):
     assert sum(z_gradient.norm() for z_gradient in z_gradients) > 0.1
 
 
+@pytest.mark.slow
 def test_the_trainer_still_gets_its_metrics(tmp_path):
     model = make_model()
     rows = [{"input_ids": row, "labels": row} for row in random_ids(4, 12)]

@@ -41,6 +41,7 @@ def test_a_name_that_does_not_exist_is_an_import_error():
         from buddygpt.model import BuddyGPTForSpeech  # noqa: F401
 
 
+@pytest.mark.slow
 def test_preparing_text_imports_no_torch():
     program = "import sys, buddygpt.data.prepare_pretrain\nassert 'torch' not in sys.modules"
     assert run_python(program) == ""

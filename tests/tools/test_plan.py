@@ -84,6 +84,7 @@ def measure_peak(config, setup: Setup, rows: int, fake: bool = True) -> int:
         return sum(counter.peak.values())
 
 
+@pytest.mark.slow
 def test_states_are_what_a_hand_counts():
     expected = {"weights": 4 * ALL, "optimizer states": 8 * ALL, "gradients": 4 * ALL}
     assert states().items() >= expected.items()
@@ -100,6 +101,7 @@ def test_8_bit_states_are_for_large_tensors_only():
     assert found.states["optimizer states"] == 2 * matrices + 8 * matrices // 256 + 8 * rest
 
 
+@pytest.mark.slow
 def test_zero_divides_states_among_gpus():
     zero2, zero3 = (states(gpus=4, zero_stage=stage) for stage in (2, 3))
     assert (zero2["weights"], zero2["gradients"]) == (2 * ALL, 2 * ALL // 4)
@@ -107,6 +109,7 @@ def test_zero_divides_states_among_gpus():
     assert zero3["weights"] == 2 * ALL // 4
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_the_layers_inputs():
     config = SHAPES["dense"]
     plain, checkpointed = (predict(config, replace(FP32, checkpointing=each)).phases(8) for each in (False, True))
@@ -116,6 +119,7 @@ def test_checkpointing_keeps_the_layers_inputs():
     assert plain["forward and loss"]["activations"] > 5 * inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_peak_is_within_10_percent_of_real_tensors(shape):
     for rows, checkpointing, accumulation in ((1, False, 1), (8, False, 2), (8, True, 1)):
@@ -125,6 +129,7 @@ def test_peak_is_within_10_percent_of_real_tensors(shape):
         assert predict(SHAPES[shape], setup).peak(rows) == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["dense", "latent", "mixture"])
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32_master", "adamw"), ("bf16_params", "muon")])
 def test_peak_is_that_of_a_whole_step_in_bf16(shape, precision, optimizer):
@@ -134,11 +139,13 @@ def test_peak_is_that_of_a_whole_step_in_bf16(shape, precision, optimizer):
         assert predict(SHAPES[shape], setup).peak(8) == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.slow
 def test_nothing_real_is_allocated():
     config = BuddyGPTConfig(**COMMON | {"vocab_size": 10_000_000, "hidden_size": 4096, "intermediate_size": 65_536})
     assert predict(config, Setup()).peak(64) > 100e9
 
 
+@pytest.mark.slow
 def test_the_loss_head_of_stock_code_makes_all_logits():
     sizes = COMMON | {"vocab_size": 20_000, "num_key_value_heads": 2}
     ours = predict(BuddyGPTConfig(**sizes), FP32).phases(4)["forward and loss"]["loss head"]
@@ -156,6 +163,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_the_measure_agrees_with_the_profiler(one_thread):
     model = AutoModelForCausalLM.from_config(SHAPES["dense"]).train()
     ids = torch.zeros(4, 128, dtype=torch.long)
@@ -182,6 +190,7 @@ def test_the_measure_agrees_with_the_profiler(one_thread):
     assert sum(counter.peak.values()) - before == pytest.approx(peak, rel=0.05)  # kernels have memory of their own
 
 
+@pytest.mark.slow
 def test_more_takes_more_and_the_largest_batch_is_the_largest():
     found = predict(SHAPES["dense"], FP32)
     peaks = [found.peak(rows) for rows in (1, 2, 4, 8, 16, 64)]
@@ -197,6 +206,7 @@ def test_more_takes_more_and_the_largest_batch_is_the_largest():
 RECIPE = ["--config", "pretrain/configs/buddygpt-0.1b.yaml"]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fits(capsys):
     run("tools/plan.py", *RECIPE, "--gpu", "3090", "--hours", 24, "--price_per_hour", 0.5, "--mfu", 0.4)
     output = capsys.readouterr().out
@@ -221,6 +231,7 @@ def test_an_assumed_speed_is_called_so(capsys, monkeypatch, tmp_path):
 ONE_BILLION = ["--model_config", "mini-qwen-1b", "--memory", "12GB", "--per_device_train_batch_size", 1]
 
 
+@pytest.mark.slow
 def test_one_that_does_not_fit_is_told_what_would(capsys):
     with pytest.raises(SystemExit) as stop:
         run("tools/plan.py", *ONE_BILLION, "--bf16", "true")
@@ -240,12 +251,14 @@ def test_one_that_does_not_fit_is_told_what_would(capsys):
     assert "**Yes**" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_smaller_micro_batch_is_a_remedy(capsys):
     with pytest.raises(SystemExit):
         run("tools/plan.py", *RECIPE, "--gpu", "3090", "--per_device_train_batch_size", 64)
     assert "a micro-batch of 5" in capsys.readouterr().out.split("What would:")[1]
 
 
+@pytest.mark.slow
 def test_no_bfloat16_on_a_t4(capsys):
     with pytest.raises(SystemExit):
         run("tools/plan.py", *RECIPE, "--gpu", "t4")
@@ -254,6 +267,7 @@ def test_no_bfloat16_on_a_t4(capsys):
     assert "65.0 TFLOP/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_muon_is_refused_under_zero(capsys):
     with pytest.raises(SystemExit):
         run(
@@ -263,6 +277,7 @@ def test_muon_is_refused_under_zero(capsys):
     assert "Muon needs whole matrices" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -316,12 +331,14 @@ def test_every_benchmark_has_its_place_in_the_document():
     assert results <= set(found) and len(set(found)) == len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["generation", "loader", "training_step", "deduplication", "loss_head"])
 def test_benchmarks_run(name, capsys):
     run(f"tools/benchmarks/{name}.py", "--quick")
     assert "not written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_benchmarks_of_text_run(workspace, tmp_path, capsys):
     texts = workspace / "sample" / "pretrain.jsonl"
     run("tools/benchmarks/cleaning.py", "--files", texts, "--quick")
@@ -333,6 +350,7 @@ def test_benchmarks_of_text_run(workspace, tmp_path, capsys):
     assert capsys.readouterr().out.count("not written") == 3
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_with_torch_and_transformers_alone():
     absent = ["peft", "trl", "accelerate", "datasets", "datatrove", "lm_eval", "bitsandbytes", "liger_kernel"]
     code = (

@@ -108,6 +108,7 @@ def train_watched(folder, dataset, steps: int, prepare=None, variant="gqa", **ar
 # ----------------------------------------------------------------------------------------------------------- alarms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_healthy_run_gives_no_warning(tmp_path, blocks, accumulate, capsys):
     trainer, warnings = train_watched(tmp_path, blocks, 60, gradient_accumulation_steps=accumulate)
@@ -117,6 +118,7 @@ def test_a_healthy_run_gives_no_warning(tmp_path, blocks, accumulate, capsys):
     assert logged[-1]["eta_seconds"] == 0 and "mfu" not in logged[-1]  # the peak of a CPU is unknown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_nan_is_traced_to_the_block_that_caused_it(tmp_path, blocks, accumulate, capsys):
     poison, order = 37, order_of(blocks)
@@ -151,6 +153,7 @@ class Poisoned(BlockDataset):
         return block
 
 
+@pytest.mark.slow
 def test_an_infinite_gradient_is_reported_at_its_step(tmp_path, blocks):
     def overflow(trainer):
         original = trainer._get_grad_norm
@@ -162,6 +165,7 @@ def test_an_infinite_gradient_is_reported_at_its_step(tmp_path, blocks):
     assert len(warnings) == 1 and re.match(r"step 8: the loss is \d.*, the gradient norm inf", warnings[0])
 
 
+@pytest.mark.slow
 def test_steps_without_loss_and_gradient_are_reported_once(tmp_path, blocks):
     def nothing_counts(trainer):
         original = trainer.training_step
@@ -181,6 +185,7 @@ def test_steps_without_loss_and_gradient_are_reported_once(tmp_path, blocks):
     )
 
 
+@pytest.mark.slow
 def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
     def spike(trainer):
         original, extra = trainer.training_step, {50: 6.0, 51: 6.0, 58: 6.0}  # two steps in a row are one spike
@@ -194,6 +199,7 @@ def test_a_spike_is_reported_once_at_its_step(tmp_path, blocks):
     assert "loss spike" in warnings[0] and all(f"block {index} =" in warnings[0] for index in read)
 
 
+@pytest.mark.slow
 def test_a_loss_near_zero_may_multiply(tmp_path, blocks):
     def learned_by_heart(trainer):
         original, losses = trainer.training_step, {40: 0.06, 48: 0.12, 56: 0.5}
@@ -223,6 +229,7 @@ def clock(monkeypatch):
     return clock
 
 
+@pytest.mark.slow
 def test_a_slow_loader_is_reported(tmp_path, blocks, clock):
     class Slow(BlockDataset):
         def __getitem__(self, index):
@@ -235,6 +242,7 @@ def test_a_slow_loader_is_reported(tmp_path, blocks, clock):
     assert statistics.median(logged) > 0.5
 
 
+@pytest.mark.slow
 def test_an_expert_without_tokens_is_named(tmp_path, blocks):
     def shut_out(trainer):
         routers = [module for module in trainer.model.modules() if hasattr(module, "e_score_correction_bias")]
@@ -247,6 +255,7 @@ def test_an_expert_without_tokens_is_named(tmp_path, blocks):
 # ------------------------------------------------------------------------------------------------------------ speed
 
 
+@pytest.mark.slow
 def test_speed_counts_real_tokens_and_no_pauses(tmp_path, blocks, clock):
     """Half of every row is padding, a step takes 50 ms and an evaluation one second."""
 
@@ -266,6 +275,7 @@ def test_speed_counts_real_tokens_and_no_pauses(tmp_path, blocks, clock):
         assert row["tokens_per_second"] == pytest.approx(2 * 16 / 0.05)
 
 
+@pytest.mark.slow
 def test_mfu_is_work_over_time_over_peak(tmp_path, blocks, monkeypatch):
     monkeypatch.setattr("buddygpt.training.callbacks.throughput.find_peak", lambda trainer: 1e9)
     trainer, _ = train_watched(tmp_path, blocks, 10)
@@ -308,6 +318,7 @@ def pretrain(folder: Path, workspace: Path, *arguments: object) -> None:
     run("pretrain/pretrain.py", "--config", "pretrain/configs/debug.yaml", *data, *steps, *arguments)
 
 
+@pytest.mark.slow
 def test_held_out_text_is_measured_by_source(run_of_two_sources):
     metrics = json.loads((run_of_two_sources / "run" / "run.json").read_text())["metrics"]
     shards = TokenShards(run_of_two_sources / "shards" / "eval")
@@ -380,6 +391,7 @@ def test_trackio_is_the_default_if_it_is_installed(monkeypatch, tmp_path, instal
     assert args.report_to == expected and not args.logging_nan_inf_filter
 
 
+@pytest.mark.slow
 def test_recipes_use_these_defaults(base, chat_model):
     for folder in (base, chat_model):
         assert not json.loads((folder / "run.json").read_text())["training_arguments"]["logging_nan_inf_filter"]

@@ -33,6 +33,7 @@ def routing(model, ids: torch.Tensor) -> list[torch.Tensor]:
     return [layer.flatten().bincount(minlength=8) for layer in indices]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_what_is_logged_is_what_was_routed(tmp_path, accumulate):
     trainer, _ = make_trainer(tmp_path, steps=16 // 4 // accumulate, speed=0, gradient_accumulation_steps=accumulate)
@@ -52,6 +53,7 @@ def test_evaluation_is_not_counted(tmp_path):
     assert not callback.step.any() and not callback.logged.any()
 
 
+@pytest.mark.slow
 def test_moving_the_bias_balances_the_load(tmp_path):
     trainer, _ = make_trainer(tmp_path, steps=160, speed=0.004, logging_steps=8)
     trainer.train()

@@ -57,6 +57,7 @@ def test_accelerate_reads_every_hardware_config(config):
     assert all("#" in line for line in config.read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_two_machines_under_slurm_train_as_one_process(workspace, tmp_path):
     """DDP over gloo through runs/slurm.sh; shell scripts replace Slurm's commands, and this machine acts as two."""
     fakes = {
@@ -93,6 +94,7 @@ def test_two_machines_under_slurm_train_as_one_process(workspace, tmp_path):
     assert (weights[0][bias] == weights[1][bias]).float().mean() > 0.7  # a rounded score may move one token
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++")
 def test_zero2_on_two_processes_trains_as_one(workspace, tmp_path):
     """The config of real runs, on two CPU processes, after another run was killed while compiling."""
@@ -138,6 +140,7 @@ def silent_fallbacks(tmp_path: Path) -> dict[str, tuple[list[object], dict[str, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["one of two", "two alone", "fsdp", "zero2"])
 def test_silent_fallbacks_of_accelerate_stop_the_run(case, workspace, tmp_path):
     command, environment, message = silent_fallbacks(tmp_path)[case]
@@ -239,6 +242,7 @@ def test_requests_that_the_trainer_does_not_fulfil(requested, message):
         require_strategy(trainer)
 
 
+@pytest.mark.slow
 def test_slurm_requeues_the_job_at_the_time_limit(tmp_path):
     fakes = {
         "scontrol": '[ "$1" != requeue ] && echo host0 || echo "$@" > requeued',

@@ -80,6 +80,7 @@ def test_updates_equal_those_of_muon_and_adamw_and_have_the_same_size():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference_model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical(tmp_path):
     kwargs = dict(lr_scheduler_type="cosine", warmup_steps=2, save_strategy="steps", save_steps=4)
     whole = train(tmp_path / "run", "muon", **kwargs)
@@ -94,6 +95,7 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     assert {group["lr"] for group in states[0]["param_groups"]} == {0.0}  # the scheduler moved every group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [dict(bf16=True), dict(gradient_accumulation_steps=2, max_grad_norm=0.1)])
 def test_bfloat16_accumulation_and_clipping(kwargs, tmp_path):
     trainer = train(tmp_path, "muon", max_steps=12, logging_steps=4, **kwargs)
@@ -101,6 +103,7 @@ def test_bfloat16_accumulation_and_clipping(kwargs, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_muon_learns_at_least_as_fast_as_adamw():
     """Each at the better of two learning rates, that of the debug recipe and twice that, on rows that are read once.
 
@@ -143,6 +146,7 @@ def test_optimizers_that_cannot_run_are_refused(tmp_path, monkeypatch):
     assert choose_optimizer(None, make_arguments(tmp_path)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kwargs"), [("warmup_stable_decay", {"num_decay_steps": 4}), ("cosine_with_min_lr", {"min_lr_rate": 0.1})]
 )

@@ -63,6 +63,7 @@ def test_pretraining_learns_and_leaves_a_checkpoint(workspace, base):
     assert evaluations[-1] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_bit_for_bit(workspace, base):
     interrupted = workspace / "interrupted"
     shutil.copytree(base / "checkpoint-6", interrupted / "checkpoint-6")
@@ -74,6 +75,7 @@ def test_pretraining_resumes_bit_for_bit(workspace, base):
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_pretraining_continues_from_a_checkpoint_and_isolates_documents(workspace, base):
     arguments = [*pretrain_arguments(workspace), "--max_steps", 2, "--isolate_documents", "true"]
     config = workspace / "continued.yaml"
@@ -107,6 +109,7 @@ def test_sft_answers_are_what_is_learned(workspace, base, chat_model):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_sft_counts_tokens_across_a_resume(workspace, base, chat_model):
     resumed = workspace / "sft-resumed"
     shutil.copytree(chat_model / "checkpoint-3", resumed / "checkpoint-3")
@@ -117,6 +120,7 @@ def test_sft_counts_tokens_across_a_resume(workspace, base, chat_model):
     assert card["tokens_seen"] == expected["tokens_seen"] == counts[0][-1]
 
 
+@pytest.mark.slow
 def test_sft_with_lora_ends_with_a_merged_model(workspace, base):
     output = workspace / "sft-lora"
     lora = ["--use_peft", "true", "--lora_r", 4, "--lora_target_modules", "all-linear"]
@@ -151,6 +155,7 @@ def test_answers_of_a_base_model_with_another_eos_stop(workspace, base, tmp_path
         assert (tokenizer.eos_token, tokenizer.pad_token) == (END, SEPARATOR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "extra", [[], ["--use_peft", "true", "--precompute_ref_log_probs", "false"]], ids=["full", "lora"]
 )
@@ -161,6 +166,7 @@ def test_dpo_prefers_the_chosen_answers(workspace, chat_model, extra):
     assert card["metrics"]["eval_loss"] < math.log(2)  # what a model equal to its reference has
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_goes_through_every_recipe(workspace, tmp_path):
     pretrain = [*pretrain_arguments(workspace), "--model_config", "debug-mla-moe"]
     run("pretrain/pretrain.py", *pretrain, "--output_dir", tmp_path / "whole")
@@ -184,6 +190,7 @@ def test_a_mixture_of_experts_goes_through_every_recipe(workspace, tmp_path):
     assert any("router/entropy" in row for row in history(tmp_path / "sft"))
 
 
+@pytest.mark.slow
 def test_weights_may_be_bfloat16_throughout(workspace, tmp_path):
     pretrain = [*pretrain_arguments(workspace), "--model_config", "debug-mla-moe", "--dtype", "bfloat16"]
     run("pretrain/pretrain.py", *pretrain, "--output_dir", tmp_path)
@@ -290,11 +297,13 @@ def test_a_finished_model_is_never_overwritten(workspace, base, tmp_path):
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_changed_arguments_are_told_on_resuming(workspace, base, capsys):
     run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", base, "--logging_steps", 3)
     assert "checkpoint-12 with logging_steps 2 -> 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_exit_status_and_one_line(tmp_path):
     command = [sys.executable, str(ROOT / "sft/sft.py"), "--config", "none.yaml"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

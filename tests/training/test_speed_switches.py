@@ -51,6 +51,7 @@ def leak_and_effect(model, kwargs, eos_id):
     return moved[end:].max().item(), moved[:end].max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_attention_crosses_documents_only_if_they_are_not_isolated(backend, workspace, tmp_path, monkeypatch):
     for isolate in ("true", "false"):
@@ -90,6 +91,7 @@ def test_flash_attention_gets_the_documents_of_a_batch_of_several_rows(monkeypat
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_recipe_passes_the_bounds_to_flash_attention_only(workspace, tmp_path, monkeypatch):
     isolate = ["--isolate_documents", "true"]
     _, kwargs = first_call(monkeypatch, workspace, tmp_path / "sdpa", *isolate)
@@ -103,6 +105,7 @@ def test_the_recipe_passes_the_bounds_to_flash_attention_only(workspace, tmp_pat
 # --- switches of `TrainingArguments` ---
 
 
+@pytest.mark.slow
 def test_switches_run_and_learn_the_same(workspace, tmp_path):
     def losses(name, *options):
         steps = ["--max_steps", 3, "--logging_steps", 1, "--eval_strategy", "no", "--output_dir", tmp_path / name]
@@ -119,6 +122,7 @@ def test_switches_run_and_learn_the_same(workspace, tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_computes_no_logits(workspace, tmp_path, monkeypatch):
     shapes, forward = [], BuddyGPTForCausalLM.forward
 

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from conftest import ROOT
 from transformers import Trainer
 
@@ -10,6 +11,7 @@ from buddygpt.training.trainer_internals import missing_internals, read_table
 FOLDERS = ("training", "pretrain", "sft", "rlhf")
 
 
+@pytest.mark.slow
 def test_every_member_exists_in_the_installed_versions():
     gone = [f"{each.owner}.{each.name}, used in {each.file}: {each.why}" for each in missing_internals()]
     assert not gone, "this transformers or TRL lacks members that the project relies on:\n" + "\n".join(gone)

@@ -181,6 +181,7 @@ def test_line_ends_byte_order_marks_and_u2028_do_not_change_the_rows(tmp_path, r
     assert [row["messages"][0]["content"] for row in written] == ["q0\u2028", "q1\u2028"]
 
 
+@pytest.mark.slow
 def test_a_line_of_50_megabytes_is_a_bad_row_among_good_ones(tmp_path, run):
     file = write(tmp_path / "a.jsonl", [*alpaca_rows(1), {"instruction": "q", "output": "长a" * 12_500_000}])
     text, written = run("--input", file, "--on_bad_row", "skip")

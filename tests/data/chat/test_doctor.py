@@ -160,6 +160,7 @@ def test_chats_are_not_taken_for_text(tmp_path, doctor):
     assert doctor(file, "--stage", "pretrain")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["messages", "text"])
 def test_a_large_file_is_examined_by_several_processes_with_the_same_findings(tmp_path, tokenizer, monkeypatch, kind):
     rows = [{"messages": ZH}, {"messages": ZH[:1]}, {"messages": EN}, {"messages": [*ZH, *EN]}] * 100
@@ -329,6 +330,7 @@ def test_what_cannot_be_checked_is_one_error(tmp_path, name, content, message):
         conftest.run("data/doctor.py", tmp_path if name == "manifest.json" else tmp_path / name)
 
 
+@pytest.mark.slow
 def test_odd_bytes_and_a_long_line_are_bad_rows_or_harmless(tmp_path, doctor):
     lines = [
         b"\xef\xbb\xbf" + json.dumps({"q": "q", "a": "a\u2028b"}, ensure_ascii=False).encode() + b"\r",
@@ -452,6 +454,7 @@ def test_a_recipe_and_the_doctor_agree(tmp_path, cache, doctor, tokenizer):
                 assert status == 1, error
 
 
+@pytest.mark.slow
 def test_recipes_refuse_and_may_be_forced(tmp_path, cache, tokenizer, capsys):
     model, rows = tmp_path / "model", write(tmp_path / "a.jsonl", [{"messages": ZH}] * 4 + [{"messages": ZH[:1]}])
     pairs = write(tmp_path / "b.jsonl", [PAIR] * 4)

@@ -95,6 +95,7 @@ def test_every_epoch_reads_everything_once(size):
     assert size < 9 or len(set(map(tuple, epochs))) == 3
 
 
+@pytest.mark.slow
 def test_the_order_looks_random():
     firsts = Counter(EpochOrder(10, seed).index(0) for seed in range(5000))
     assert len(firsts) == 10 and set(firsts.values()) <= set(range(400, 600))
@@ -169,6 +170,7 @@ def random_history(rng: random.Random) -> tuple[dict[str, list[range]], list[tup
     return blocks, history
 
 
+@pytest.mark.slow
 def test_any_mixture_is_read_as_defined():
     for seed in range(300):
         blocks, history = random_history(random.Random(seed))

@@ -194,6 +194,7 @@ def test_measures_take_empty_and_hostile_text(operator):
         assert found in ("zh", "en", "other") if operator == "language" else 0 <= found < float("inf")
 
 
+@pytest.mark.slow
 def test_no_text_makes_an_operator_slow():
     steps = [step for name in ("zh-web", "steel-text") for step in load_profile(name).steps]
     units = [
@@ -414,6 +415,7 @@ def test_examples_are_few_short_and_of_every_rule(tmp_path):
     assert all(len(row["text"]) == EXCERPT + 1 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_counted(tmp_path):
     drop(tmp_path / "examples" / "clean", 0, ["太短"], text_length=2)
     drop(tmp_path / "examples" / "read", 0, ["不好"], "low_score", score=0.5)
@@ -439,6 +441,7 @@ def test_the_report_says_what_was_counted(tmp_path):
         assert picture.width > 800 and picture.height > 200
 
 
+@pytest.mark.slow
 def test_no_example_can_leave_its_block(tmp_path):
     hostile = "a\n```\n# 标题\r\n<script>x</script>\u2028| b |\n`````\n![](http://a)\x1b[31m"
     drop(tmp_path / "examples" / "clean", 0, [hostile], "exam_<b>|[x](y)`")
@@ -533,6 +536,7 @@ def test_bold_marks_go_and_stars_of_programs_stay():
         assert bold(code) == code
 
 
+@pytest.mark.slow
 def test_a_text_above_the_longest_is_split_not_dropped(tmp_path):
     rng = random.Random(0)
     novel = "".join("".join(rng.choices(PROSE[:40], k=5) + rng.choices(HAN, k=30)) + "。\n" for _ in range(30_000))

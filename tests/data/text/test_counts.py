@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from buddygpt.data.text.counts import HELD_OUT, RowCounts, sum_counts
 
 
@@ -32,6 +34,7 @@ def test_counts_come_back_from_json_with_kind_name_and_order():
     assert sum_counts([counts, again]).to_json() == {label: 2 * count for label, count in labels.items()}
 
 
+@pytest.mark.slow
 def test_optional_steps_are_not_imported_by_the_command():
     program = (
         "import sys, buddygpt.data.prepare_pretrain\n"

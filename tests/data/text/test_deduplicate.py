@@ -77,6 +77,7 @@ def planted_pair(rng: random.Random, alphabet: list[str], similarity: float) -> 
     return first, second, last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alphabet, separator", [(HAN, ""), (["q" + word for word in WORDS] + HAN[:200], " ")])
 def test_planted_near_duplicates_are_found_across_tasks(tmp_path, alphabet, separator):
     rng = random.Random(7)
@@ -122,6 +123,7 @@ def test_a_chain_keeps_its_first_document():
     assert link_to_first(pairs).tolist() == [[1 << 32, 2 << 32], [9, 3 << 32 | 5], [9, 7 << 32]]
 
 
+@pytest.mark.slow
 def test_order_and_split_of_the_work_change_nothing(tmp_path):
     rng = random.Random(5)
     texts = ["".join(rng.choices(HAN, k=rng.randint(3, 200))) for _ in range(60)] * 2
@@ -184,6 +186,7 @@ def publish(work: Path, index: Path) -> None:
         file.rename(target)
 
 
+@pytest.mark.slow
 def test_an_append_keeps_and_drops_the_same_as_one_run(tmp_path):
     """Near copies at every similarity, and pages of one frame, which meet old ones by chance."""
     rng = random.Random(3)
@@ -268,6 +271,7 @@ def test_units_are_those_of_a_plain_implementation():
     assert hash_ngrams(hashes[:3], 5).tolist() == hash_ngrams(hashes[:3], 3).tolist()
 
 
+@pytest.mark.slow
 def test_a_text_of_many_pieces_has_the_shingles_of_its_parts():
     text = "".join(random.Random(2).choices(HAN, k=PIECE + 1000))
     assert len(re.sub(r"\s", "", text)) == len(hash_units(text))

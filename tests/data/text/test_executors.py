@@ -37,6 +37,7 @@ def write_command(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_slurm_gets_chained_jobs_that_give_the_same_bytes(config, monkeypatch, tmp_path, capsys):
     whole = content(prepare(config("whole"), monkeypatch))
     path = config("out", executor="slurm", workers=2, slurm=SLURM)
@@ -120,6 +121,7 @@ def test_a_cluster_that_does_not_answer_is_reported(config, monkeypatch):
         prepare(config("out", executor="ray"), monkeypatch)
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes(config, monkeypatch, tmp_path):
     ray = pytest.importorskip("ray")
     whole = content(prepare(config("whole"), monkeypatch))

@@ -175,6 +175,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_set_is_read_from_the_hub_by_its_name_alone(tmp_path):
     wiki = tmp_path / "wikimedia" / "wikipedia" / "20231101.zh"
     code = tmp_path / "bigcode" / "starcoderdata"
@@ -217,6 +218,7 @@ print(json.dumps([find(f"ms://{path}") for path in paths]))
 """
 
 
+@pytest.mark.slow
 def test_modelscope_fetches_the_files_that_are_meant_and_no_others(tmp_path):
     for name in ("a.jsonl", "cups/b.jsonl", "cups/blue/c.csv", "pots/old/d.csv", "pots/e.jsonl"):
         path = tmp_path / "tea" / "green" / name

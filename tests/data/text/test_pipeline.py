@@ -75,6 +75,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_table_of_a_shard_lists_its_documents_in_order(config, monkeypatch, tokenizer_folder, tmp_path):
     out = prepare(config("out"), monkeypatch)
     found = documents(out / "train", AutoTokenizer.from_pretrained(tokenizer_folder))
@@ -93,6 +94,7 @@ def test_the_table_of_a_shard_lists_its_documents_in_order(config, monkeypatch, 
     assert (out / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_a_document_with_a_benchmark_question_is_dropped_and_shown(config, monkeypatch, tmp_path):
     question = "下列哪一项不是唐代诗人李白创作的五言绝句作品名称"
     (tmp_path / "poems").mkdir()
@@ -154,6 +156,7 @@ def run_and_kill(config: Path, stage: str, owner: object, name: str, calls: int)
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_stage_gives_the_same_bytes(config, monkeypatch, tmp_path):
     (tmp_path / "exam.jsonl").write_text(json.dumps({"question": texts(1)[1]}) + "\n")
     settings = {"decontaminate": [str(tmp_path / "exam.jsonl")]}
@@ -170,6 +173,7 @@ def test_a_run_killed_in_every_stage_gives_the_same_bytes(config, monkeypatch, t
     assert not (tmp_path / "killed.partial").exists()
 
 
+@pytest.mark.slow
 def test_workers_that_outlive_their_run_are_waited_for(config, monkeypatch, tmp_path):
     whole = content(prepare(config("whole"), monkeypatch))
     config("orphaned")
@@ -189,6 +193,7 @@ def test_workers_that_outlive_their_run_are_waited_for(config, monkeypatch, tmp_
     assert content(tmp_path / "orphaned") == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_line_and_loses_nothing(config, monkeypatch, tmp_path, capsys):
     whole = content(prepare(config("whole"), monkeypatch))
     path = config("full")
@@ -205,6 +210,7 @@ def test_a_full_disk_is_one_error_line_and_loses_nothing(config, monkeypatch, tm
     assert content(prepare(path, monkeypatch)) == whole
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_work_in_the_same_folder(config, monkeypatch, tmp_path):
     path = config("out")
     holder = os.fork()
@@ -237,6 +243,7 @@ def grown(config, monkeypatch, tmp_path):
     return out, config("out", sources=sources)
 
 
+@pytest.mark.slow
 def test_an_append_leaves_existing_shards_unchanged(grown, monkeypatch, tmp_path, capsys):
     out, path = grown
     before, old = content(out), TokenShards(out / "train").manifest
@@ -268,6 +275,7 @@ def test_an_append_leaves_existing_shards_unchanged(grown, monkeypatch, tmp_path
     assert content(out) == after and not out.with_name("out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_append_leaves_the_old_or_the_new_state(grown, monkeypatch, tmp_path):
     out, path = grown
     shutil.copytree(out, tmp_path / "copy")
@@ -297,6 +305,7 @@ def test_a_killed_append_leaves_the_old_or_the_new_state(grown, monkeypatch, tmp
     assert interrupts > 3 and content(out) == whole
 
 
+@pytest.mark.slow
 def test_an_interrupted_append_is_finished_first(grown, config, monkeypatch, tmp_path, capsys):
     out, path = grown
     replace, moved = Path.replace, []
@@ -326,6 +335,7 @@ def test_an_interrupted_append_is_finished_first(grown, config, monkeypatch, tmp
     assert aside["documents"] == (out / "eval.jsonl").read_bytes().count(b"\n")
 
 
+@pytest.mark.slow
 def test_requests_of_sources_that_are_not_listed_again_are_kept(config, monkeypatch, tmp_path):
     """An append round may list new sources only: others keep their weight, and their epochs before `languages`."""
     paths = [str(tmp_path / f"{number}.jsonl") for number in range(3)]
@@ -343,6 +353,7 @@ def test_requests_of_sources_that_are_not_listed_again_are_kept(config, monkeypa
     assert shares == pytest.approx({"a": 6 / 16, "b": 2 / 16, "c": 4 / 16, "new": 4 / 16})
 
 
+@pytest.mark.slow
 def test_a_ratio_of_languages_applies_to_all_rounds(config, monkeypatch, tmp_path):
     languages = {"zh": 3, "en": 1}
     sources = [
@@ -356,6 +367,7 @@ def test_a_ratio_of_languages_applies_to_all_rounds(config, monkeypatch, tmp_pat
     assert max(each["epochs"] for each in grown) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -376,6 +388,7 @@ def test_an_append_with_other_settings_is_refused(change, message, grown, config
     assert content(grown[0]) == before and not grown[0].with_name("out.partial").exists()
 
 
+@pytest.mark.slow
 def test_an_append_with_another_tokenizer_or_a_changed_file_is_refused(grown, config, monkeypatch, tmp_path):
     other = byte_tokenizer(tmp_path / "other", extra=1)
     with pytest.raises(

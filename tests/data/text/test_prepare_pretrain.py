@@ -109,6 +109,7 @@ def write_as(kind: str, path: Path, texts: list[str]) -> None:
         path.write_bytes(gzip.compress(data) if kind.endswith("gz") else data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "lines.json", "array.json", "parquet", "csv", "txt.gz"])
 def test_every_format_gives_the_same_documents(kind, tmp_path, prepare, tokenizer_folder):
     texts = ["一，二\u2028三", "长" * 200_000, 'a "quoted", b']
@@ -124,6 +125,7 @@ def test_a_txt_file_is_one_document(tmp_path, prepare, tokenizer_folder):
     assert documents(out / "train", AutoTokenizer.from_pretrained(tokenizer_folder)) == ["one\n\ntwo"]
 
 
+@pytest.mark.slow
 def test_the_manifest_counts_every_row_and_byte(tmp_path, prepare, tokenizer_folder):
     rows = [*TEXTS, "", "\x00 \n", "短"]
     source = write_jsonl(tmp_path / "a.jsonl", rows)
@@ -163,6 +165,7 @@ def test_added_tokens_for_plain_text_are_used(tmp_path, prepare):
     assert TokenShards(out / "train").tokens == len(["a", "  ", "b", "<|endoftext|>"])
 
 
+@pytest.mark.slow
 def test_held_out_documents_depend_on_their_text_alone(tmp_path, prepare, tokenizer_folder):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     for i in range(3):
@@ -182,6 +185,7 @@ def test_held_out_documents_depend_on_their_text_alone(tmp_path, prepare, tokeni
     ]
 
 
+@pytest.mark.slow
 def test_a_file_without_remaining_documents_gets_no_shard(tmp_path, prepare):
     write_jsonl(tmp_path / "a.jsonl", [""])
     write_jsonl(tmp_path / "b.jsonl", ["text"])
@@ -200,6 +204,7 @@ def test_gaps_in_the_ids_do_not_make_tokens_narrow():
     assert token_dtype({"a": 0, "b": 70_000}).name == "uint32"
 
 
+@pytest.mark.slow
 def test_wide_tokens_are_written_and_read(tmp_path, prepare):
     folder = byte_tokenizer(tmp_path / "wide", extra=70_000)
     out = prepare(sources=write_jsonl(tmp_path / "a.jsonl", TEXTS), tokenizer=folder)
@@ -254,6 +259,7 @@ def test_a_finished_folder_is_kept_or_the_change_is_reported(tmp_path, prepare, 
         prepare(sources=source, output="mine")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_and_another_config_starts_from_scratch(tmp_path, prepare, capsys, monkeypatch):
     for name in "ab":
         write_jsonl(tmp_path / f"{name}.jsonl", TEXTS)
@@ -284,6 +290,7 @@ def test_a_stopped_run_resumes_and_another_config_starts_from_scratch(tmp_path, 
     assert TokenShards(out / "train").documents + TokenShards(out / "eval").documents == 120
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, content, options, message",
     [
@@ -336,6 +343,7 @@ def test_a_parquet_file_without_the_column_is_reported(tmp_path, prepare):
         prepare(sources=tmp_path / "a.parquet")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_worker_is_one_line_and_status_2(tmp_path, tokenizer_folder):
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "b.jsonl").write_text("[1]\n")
@@ -367,6 +375,7 @@ def concatenated(folder: Path) -> np.ndarray:
     return np.concatenate([np.fromfile(folder / s["file"], "<u2") for s in TokenShards(folder).shards])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [1, 7, 31, 50, 90])
 def test_blocks_are_the_shards_cut_to_length(shards, block_size):
     tokens, blocks = concatenated(shards), BlockDataset(shards, block_size)

@@ -185,6 +185,7 @@ def zstd(data: bytes) -> bytes:
     return pa.Codec("zstd").compress(data, asbytes=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix, compress", [("gz", gzip.compress), ("zst", zstd)])
 def test_compressed_files_are_read_whole_or_the_last_good_row_is_named(suffix, compress, tmp_path):
     lines = b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(50_000))
@@ -207,6 +208,7 @@ def peak_of(path: Path) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_a_line_of_50_megabytes_is_read_in_memory_bounded_by_itself(name, tmp_path):
     text = "长" * 17_000_000
@@ -217,6 +219,7 @@ def test_a_line_of_50_megabytes_is_read_in_memory_bounded_by_itself(name, tmp_pa
     assert peak_of(tmp_path / name) < 6 * (tmp_path / name).stat().st_size
 
 
+@pytest.mark.slow
 def test_memory_for_a_json_array_does_not_grow_with_it(tmp_path):
     rows = [{"text": "春" * 1000}] * 2000
     small, large = json_file(tmp_path / "small.json", rows), json_file(tmp_path / "large.json", rows * 4)
@@ -234,6 +237,7 @@ print(pyarrow.default_memory_pool().max_memory())
 """
 
 
+@pytest.mark.slow
 def test_memory_for_a_parquet_file_does_not_grow_with_its_row_group(tmp_path):
     for name, count in (("small", 2000), ("large", 16_000)):
         texts = [hashlib.sha256(str(i).encode()).hexdigest() * 30 for i in range(count)]
