@@ -111,6 +111,7 @@ def test_each_fault_is_caught_by_its_check_alone(name):
     assert failures(Subject(config, build)).keys() == expected
 
 
+@pytest.mark.slow
 def test_top_1_with_normalized_weights_leaves_the_router_without_gradient():
     config = Qwen3MoeConfig(num_experts=4, num_experts_per_tok=1, norm_topk_prob=True, moe_intermediate_size=32)
     found = failures(Subject(reduce_config(config)))
@@ -186,6 +187,7 @@ def test_help_explains_every_check(monkeypatch, capsys):
     assert all(f"\n  {name} " in output for name in CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -102,6 +102,7 @@ def test_another_process_writes_the_same_bytes_and_another_seed_others(output, t
     assert contents(tmp_path / "other") != contents(output)
 
 
+@pytest.mark.slow
 def test_no_heldout_question_occurs_in_training_text(tables, output, training_text):
     possible = [fact.ask(t)[0] for table in tables for fact in table.facts() for t in fact.relation.heldout]
     asked = list(asked_in_evaluation(output))
@@ -140,6 +141,7 @@ def test_a_question_has_one_answer_in_all_tables(tables):
             assert answers.setdefault(question, answer) == answer, question
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("question", "answer"), WELL_KNOWN)
 def test_well_known_facts_are_taught(output, question, answer):
     chats = [row["messages"] for row in rows(output / "sft_train.jsonl")]
@@ -239,6 +241,7 @@ def test_identical_output_is_left_alone_and_a_changed_one_is_replaced(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_things_is_refused_and_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="thesis.txt"):

@@ -130,6 +130,7 @@ def logits(folder: Path) -> torch.Tensor:
         return model(tokens, attention_mask=mask).logits[mask.bool()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("bias", "qk_norm", "like_qwen", "name"), TARGETS)
 def test_the_export_equals_the_checkpoint_bit_for_bit(tmp_path, export, bias, qk_norm, like_qwen, name, dtype):
@@ -171,6 +172,7 @@ def test_the_exported_template_needs_no_transformers_and_is_imported_with_its_ma
     assert (again / "chat_template.jinja").read_text() == template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [(variant, torch.float32) for variant in VARIANTS]
@@ -189,6 +191,7 @@ def test_latent_attention_and_experts_are_exported_bit_for_bit(tmp_path, export,
         assert torch.equal(logits(source), logits(tmp_path / "native"))
 
 
+@pytest.mark.slow
 def test_engines_find_an_output_head_and_no_unknown_layers(tmp_path, export):
     tied = dict(tie_word_embeddings=True)
     for variant in ("mla", "mla-moe-unshared", "moe", "moe-softmax"):

@@ -117,6 +117,7 @@ def test_import_and_export_give_the_stock_checkpoint_back(tmp_path, call, case, 
         assert weight.dtype == last[name].dtype and torch.equal(weight, last[name]), name
 
 
+@pytest.mark.slow
 def test_deepseek_with_halved_rope_is_reordered(tmp_path, call):
     for number, rank in enumerate((20, None)):
         fields = HALVES | dict(q_lora_rank=rank)

@@ -58,6 +58,7 @@ def test_implementations_agree_forward_and_backward(variant):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=implementation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [*ROUTED, "mla", "soft-moe"])
 def test_a_training_step_never_waits_for_the_host(variant):
     """Fake tensors have no values, so everything that reads one (`.item()`, `.cpu()`, `nonzero`) raises."""

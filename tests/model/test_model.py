@@ -96,6 +96,7 @@ def make_equal_models(case: str, backend: str = "sdpa"):
     return ours, stock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_stock_architecture(case, backend):
@@ -127,6 +128,7 @@ def test_no_token_reads_the_future(variant):
         assert (before[:, position] - after[:, position]).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_cached_equals_uncached(variant, cache):
@@ -146,6 +148,7 @@ def test_chunked_prefill_equals_one_pass(variant):
     torch.testing.assert_close(torch.cat(chunks, dim=1), model(ids).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @every_variant
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_left_padding_changes_nothing(variant, backend):

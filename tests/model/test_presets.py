@@ -116,6 +116,7 @@ def cache_size(model, tokens: int, device: str) -> int:
     return sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
+@pytest.mark.slow
 def test_table_in_the_readme_is_what_the_command_prints(monkeypatch, capsys):
     table = run_parameters(monkeypatch, capsys)
     assert table.count("\n") == len(PRESETS) + 2

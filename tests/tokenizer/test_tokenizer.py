@@ -54,6 +54,7 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_every_text_comes_back(tokenizer):
     planes = "".join(chr(code) for code in range(0x30000) if not 0xD800 <= code < 0xE000)
     texts = [*TEXTS, planes, "\r\n\r\n \t\u3000\u2028x\x00", " a  b   c\n \n", "e\u0301 é ﬁ １２３ ㍿", ""]

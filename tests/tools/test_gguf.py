@@ -147,6 +147,7 @@ def test_the_file_holds_the_model_and_its_tokenizer(tmp_path, checkpoint, export
         assert theirs(text).input_ids == tokenizer(text).input_ids
 
 
+@pytest.mark.slow
 def test_a_native_export_and_its_checkpoint_give_the_same_tensors(tmp_path, checkpoint, export):
     source = checkpoint(use_qk_norm=True)
     run("export/to_native.py", "--checkpoint", source, "--output", tmp_path / "native")
@@ -224,6 +225,7 @@ def test_a_stock_model_with_a_bias_that_llama_cpp_has_keeps_it(tmp_path, sample,
     assert "blk.0.attn_output.bias" in names
 
 
+@pytest.mark.slow
 def test_files_of_several_types_share_a_folder_and_nothing_is_overwritten(tmp_path, checkpoint, export):
     source, out = checkpoint(), tmp_path / "out"
     export(source, out)
@@ -294,6 +296,7 @@ def test_the_pre_tokenizer_is_found_by_its_tokens(sample):
     assert share > 0.1
 
 
+@pytest.mark.slow
 def test_an_unknown_pre_tokenizer_gives_a_warning(tmp_path, checkpoint, export):
     source = checkpoint(vocab_size=1600)
     PreTrainedTokenizerFast(tokenizer_object=train(None, PROBE), eos_token="<|im_end|>").save_pretrained(source)

@@ -51,6 +51,7 @@ def count_same(before, after, new_ids: dict[int, int], texts: list[str]) -> int:
     return same
 
 
+@pytest.mark.slow
 def test_pruning_keeps_what_the_text_uses(folder, tmp_path, monkeypatch, capsys):
     used = [f"{TEXTS[0]}{i}" for i in range(100)]
     made = prune(tmp_path, monkeypatch, "cut", used, "--tokenizer", folder, "--vocab_size", 300)

@@ -113,6 +113,7 @@ def expected_of_sft() -> dict[str, float]:
     return {"eval_loss": loss / tokens, "eval_entropy": entropy / tokens, "eval_mean_token_accuracy": correct / tokens}
 
 
+@pytest.mark.slow
 def test_sft_is_a_mean_over_tokens(folder):
     expected = expected_of_sft()
     for batch_size in (1, 2, 8, 40):
@@ -122,6 +123,7 @@ def test_sft_is_a_mean_over_tokens(folder):
                 assert measured[key] == pytest.approx(value, rel=1e-5), (key, batch_size, packing)
 
 
+@pytest.mark.slow
 def test_dpo_is_a_mean_over_pairs_and_tokens(folder):
     whole = evaluate("dpo", folder, 13)
     assert len(whole) > 8

@@ -21,6 +21,7 @@ def make_sft(model, folder, **options) -> SFTTrainer:
     return SFTTrainer(model, args, train_dataset=labeled_rows(), processing_class=tiny_tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("losses", LOSSES, ids=lambda losses: "+".join(losses))
 @pytest.mark.parametrize("options", [{}, {"packing": True}, {"gradient_checkpointing": True}], ids=str)
 def test_sft_has_the_gradient_of_the_model_itself(tmp_path, losses, options):

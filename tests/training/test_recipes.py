@@ -319,6 +319,7 @@ SCRIPTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_opens_with_the_purpose_and_the_command(script, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -188,6 +188,7 @@ def test_a_line_of_50_megabytes_is_a_bad_row_among_good_ones(tmp_path, run):
     assert len(written) == 1 and "more than 1,000,000 characters" in text
 
 
+@pytest.mark.slow
 def test_a_truncated_gzip_is_one_error_and_leaves_no_output(tmp_path, run):
     lines = "".join(json.dumps(row) + "\n" for row in alpaca_rows(5000)).encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines)[:-2000])
@@ -230,6 +231,7 @@ def test_a_file_of_another_type_than_its_name_says_is_an_error(tmp_path, run, na
         run("--input", str(tmp_path / name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

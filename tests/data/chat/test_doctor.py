@@ -372,6 +372,7 @@ def test_a_recipe_refuses_what_the_doctor_rejects_unless_forced(tmp_path, cache,
         load_messages([str(write(tmp_path / "c.jsonl", [{"messages": ZH[:1]}]))], force=True)
 
 
+@pytest.mark.slow
 def test_rows_whose_answer_is_cut_off_are_counted_and_left_out_or_refused(tmp_path, cache, doctor, tokenizer, capsys):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     question = {"role": "user", "content": "你好，世界。" * 20}
@@ -439,6 +440,7 @@ def test_rows_come_from_the_cache_only_if_content_and_rules_are_the_same(tmp_pat
     assert checked
 
 
+@pytest.mark.slow
 def test_a_recipe_and_the_doctor_agree(tmp_path, cache, doctor, tokenizer):
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     rows = {"messages": [*ZH, *EN]}, {"messages": ZH}, {"messages": ZH[:1]}, {"messages": []}

@@ -255,6 +255,7 @@ def test_a_block_belongs_to_the_source_in_which_it_begins(tmp_path):
     assert sorted(Counter(map(order.index, range(15))).values()) == [1, 1, 1, 3, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_appended_shards_are_read_from_the_next_epoch(tmp_path):
     """Random appends and mixtures at random steps: the current epoch stays as it is, later ones have everything."""
     rng = random.Random(0)

@@ -460,6 +460,7 @@ def test_no_example_can_leave_its_block(tmp_path):
 LINES = yaml.safe_load(Path(__file__).with_name("zh_web_lines.yaml").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", LINES)
 def test_zh_web_removes_boilerplate_and_no_prose(rule):
     """Precision (also the table in docs/data.md): lines rightly removed, of all removed or changed."""

@@ -91,6 +91,7 @@ def test_planted_near_duplicates_are_found_across_tasks(tmp_path, alphabet, sepa
     assert [row for row in second if row >= 400] == list(range(400, 800))
 
 
+@pytest.mark.slow
 def test_documents_of_one_frame_are_kept(tmp_path):
     """Pages that share a third of their text meet in a bucket by chance where there are many; each stays."""
     rng = random.Random(3)
@@ -142,6 +143,7 @@ def test_order_and_split_of_the_work_change_nothing(tmp_path):
     assert contents(work) == contents(tmp_path / "four")
 
 
+@pytest.mark.slow
 def test_a_stage_run_again_after_a_kill_leaves_the_same_bytes(tmp_path):
     texts = [[f"{'长' * (row % 7)}文{row // 2}章" for row in range(50)] for _ in range(3)]
     kept(tmp_path / "whole", "minhash", texts)
@@ -159,6 +161,7 @@ def contents(work: Path) -> dict[Path, bytes]:
     return {path.relative_to(work): path.read_bytes() for path in sorted(work.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_appended_text_is_compared_with_earlier_rounds(tmp_path):
     rng = random.Random(1)
     old, new, newer = (["".join(rng.choices(HAN, k=100)) for _ in range(20)] for _ in range(3))

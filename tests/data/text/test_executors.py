@@ -72,6 +72,7 @@ def test_slurm_gets_chained_jobs_that_give_the_same_bytes(config, monkeypatch, t
     assert "already made" in capsys.readouterr().out and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_failed_jobs_on_slurm_are_reported_and_submitted_again(config, monkeypatch, tmp_path, capsys):
     path = config("out", executor="slurm", workers=2, slurm=SLURM)
     row = (tmp_path / "1.jsonl").read_text()
@@ -109,6 +110,7 @@ def test_mistakes_in_the_slurm_settings_are_reported(slurm, message, config, mon
         prepare(config("out", executor="slurm", slurm=slurm), monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_reported(config, monkeypatch):
     ray = pytest.importorskip("ray")
 

@@ -119,6 +119,7 @@ def test_every_format_gives_the_same_documents(kind, tmp_path, prepare, tokenize
     assert not (out / "eval").exists()
 
 
+@pytest.mark.slow
 def test_a_txt_file_is_one_document(tmp_path, prepare, tokenizer_folder):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     out = prepare(sources=tmp_path / "a.txt")
@@ -152,6 +153,7 @@ def test_the_manifest_counts_every_row_and_byte(tmp_path, prepare, tokenizer_fol
     assert train.manifest["dtype"] == "uint16" and train.eos_id == 0 and train.manifest["vocab_size"] == 261
 
 
+@pytest.mark.slow
 def test_special_tokens_in_a_text_stay_text(tmp_path, prepare, tokenizer_folder):
     texts = ["a<|endoftext|>b", "<|im_end|>", "<tool_call>{}"]
     out = prepare(sources=write_jsonl(tmp_path / "a.jsonl", texts))
@@ -160,6 +162,7 @@ def test_special_tokens_in_a_text_stay_text(tmp_path, prepare, tokenizer_folder)
     assert TokenShards(out / "train").tokens == sum(map(len, texts)) + len(texts)
 
 
+@pytest.mark.slow
 def test_added_tokens_for_plain_text_are_used(tmp_path, prepare):
     out = prepare(sources=write_jsonl(tmp_path / "a.jsonl", ["a  b"]))
     assert TokenShards(out / "train").tokens == len(["a", "  ", "b", "<|endoftext|>"])
@@ -240,6 +243,7 @@ def test_two_thousand_tang_poems_decode_to_themselves(tmp_path, prepare, tokeniz
     assert documents(out / "train", AutoTokenizer.from_pretrained(tokenizer_folder)) == expected
 
 
+@pytest.mark.slow
 def test_a_finished_folder_is_kept_or_the_change_is_reported(tmp_path, prepare, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     out = prepare(sources=source)
@@ -390,6 +394,7 @@ def test_blocks_are_the_shards_cut_to_length(shards, block_size):
             blocks[index]
 
 
+@pytest.mark.slow
 def test_positions_restart_after_every_separator(shards):
     blocks = BlockDataset(shards, 20, isolate_documents=True)
     for block in blocks:
@@ -401,6 +406,7 @@ def test_positions_restart_after_every_separator(shards):
                 position = -1
 
 
+@pytest.mark.slow
 def test_loader_workers_read_the_same_blocks(shards):
     blocks = pickle.loads(pickle.dumps(BlockDataset(shards, 16)))
     loader = torch.utils.data.DataLoader(blocks, batch_size=2, num_workers=2)
@@ -408,6 +414,7 @@ def test_loader_workers_read_the_same_blocks(shards):
     assert read.tolist() == concatenated(shards)[: len(blocks) * 16].tolist()
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_is_reported(shards):
     name = TokenShards(shards).shards[1]["file"]
     with pytest.raises(UserError, match="holds 90 tokens, less than one block of 91"):
@@ -434,6 +441,7 @@ def test_a_damaged_folder_is_reported(shards):
         TokenShards(shards)
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(shards, tmp_path, tokenizer_folder):
     other = AutoTokenizer.from_pretrained(byte_tokenizer(tmp_path / "other", extra=1))
     with pytest.raises(UserError, match=rf"tokenizer {tmp_path}/other \(.*made with, {tokenizer_folder} \("):
@@ -473,6 +481,7 @@ def test_a_class_that_overrides_tokenizer_json_is_told_in_one_line(tmp_path, tok
     assert tokenizer_fingerprint(own) != tokenizer_fingerprint(overridden)
 
 
+@pytest.mark.slow
 def test_shards_with_an_older_hash_of_their_tokenizer_are_still_read(shards, tmp_path, tokenizer_folder):
     shutil.copytree(shards, tmp_path / "old")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
