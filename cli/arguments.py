@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
+from copy import copy
 from typing import Any, NoReturn
 
 import yaml
@@ -11,6 +12,68 @@ from trl import TrlParser
 
 from buddygpt.cli.encoding import not_utf8
 from buddygpt.cli.errors import UserError, did_you_mean
+
+# Other names that people know for an option. The first that the script has is suggested.
+ALIASES = {
+    "lr": ("learning_rate",),
+    "bs": ("per_device_train_batch_size",),
+    "batch": ("per_device_train_batch_size",),
+    "batch_size": ("per_device_train_batch_size",),
+    "train_batch_size": ("per_device_train_batch_size",),
+    "micro_batch_size": ("per_device_train_batch_size",),
+    "eval_batch_size": ("per_device_eval_batch_size",),
+    "epochs": ("num_train_epochs",),
+    "epoch": ("num_train_epochs",),
+    "num_epochs": ("num_train_epochs",),
+    "n_epochs": ("num_train_epochs",),
+    "steps": ("max_steps",),
+    "iters": ("max_steps",),
+    "max_iters": ("max_steps",),
+    "grad_accum": ("gradient_accumulation_steps",),
+    "grad_acc": ("gradient_accumulation_steps",),
+    "accum_steps": ("gradient_accumulation_steps",),
+    "accumulation_steps": ("gradient_accumulation_steps",),
+    "gradient_accumulation": ("gradient_accumulation_steps",),
+    "grad_clip": ("max_grad_norm",),
+    "clip_grad": ("max_grad_norm",),
+    "warmup": ("warmup_steps",),
+    "warmup_iters": ("warmup_steps",),
+    "warmup_ratio": ("warmup_steps",),
+    "wd": ("weight_decay",),
+    "scheduler": ("lr_scheduler_type",),
+    "lr_scheduler": ("lr_scheduler_type",),
+    "lr_decay_style": ("lr_scheduler_type",),
+    "max_len": ("max_length", "block_size"),
+    "max_seq_len": ("max_length", "block_size"),
+    "max_seq_length": ("max_length", "block_size"),
+    "seq_len": ("max_length", "block_size"),
+    "seq_length": ("max_length", "block_size"),
+    "cutoff_len": ("max_length", "block_size"),
+    "context_length": ("max_length", "block_size"),
+    "length": ("max_length", "block_size"),
+    "model": ("model_name_or_path", "checkpoint", "checkpoints"),
+    "model_path": ("model_name_or_path", "checkpoint", "checkpoints"),
+    "model_name": ("model_name_or_path", "checkpoint", "checkpoints"),
+    "init_from": ("model_name_or_path",),
+    "preset": ("model_config",),
+    "data": ("train_files", "train_data", "sources", "files", "input"),
+    "data_path": ("train_files", "train_data", "sources", "files", "input"),
+    "dataset": ("train_files", "train_data", "sources", "files", "input"),
+    "train_file": ("train_files", "train_data"),
+    "out": ("output_dir", "output"),
+    "out_dir": ("output_dir", "output"),
+    "save_dir": ("output_dir", "output"),
+    "save_interval": ("save_steps",),
+    "eval_interval": ("eval_steps",),
+    "log_interval": ("logging_steps",),
+    "resume": ("resume_from_checkpoint",),
+    "lora": ("use_peft",),
+    "use_lora": ("use_peft",),
+    "lora_rank": ("lora_r",),
+    "gradient_checkpointing": ("activation_checkpointing",),
+    "wandb": ("report_to",),
+}
+NULLS = ("null", "none", "~", "")
 
 
 def parse_arguments(
@@ -59,7 +122,14 @@ def _config_file() -> str:
 
 
 class StrictParser(TrlParser):
-    """`TrlParser` that raises [`UserError`] on every mistake and accepts no abbreviated options."""
+    """`TrlParser` that raises [`UserError`] on every mistake and accepts no abbreviated options.
+
+    An option that is None or an empty list by default may be given as `null`, `none` or an empty string.
+    """
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
+        super().__init__(dataclass_types, **kwargs)
+        self.nothing = {each.dest: each.default for each in self._actions if each.default in (None, [])}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
@@ -71,6 +141,8 @@ class StrictParser(TrlParser):
                 raise UserError(f"unknown key `{key}` in the config file{_suggestion(key, actions)}")
             if value is False and "no" in (actions[key].choices or ()):
                 config[key] = value = "no"  # YAML 1.1 reads a bare `no` as false, as in `eval_strategy: no`
+            if isinstance(value, str) and key in self.nothing and value.lower() in NULLS:
+                config[key] = value = self.nothing[key]
             _check_choices(key, value, actions[key].choices)
             _check_number(key, value, actions[key])
         return super().set_defaults_with_config(**config)
@@ -82,6 +154,11 @@ class StrictParser(TrlParser):
                 known = [action.dest for action in self._actions]
                 raise UserError(f"unknown argument `{option}`{_suggestion(option.lstrip('-'), known)}")
         return super().parse_known_args(args, namespace)
+
+    def _get_values(self, action, arg_strings):
+        if action.dest in self.nothing and len(arg_strings) == 1 and arg_strings[0].lower() in NULLS:
+            return copy(self.nothing[action.dest])
+        return super()._get_values(action, arg_strings)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -120,5 +197,7 @@ def _require_finite_numbers(parsed: Iterable[Any]) -> None:
 
 
 def _suggestion(key: str, known: Iterable[str]) -> str:
-    match = did_you_mean(key.replace("-", "_"), known)
+    name, known = key.replace("-", "_"), list(known)
+    aliases = [option for option in ALIASES.get(name.lower(), ()) if option in known]
+    match = aliases[0] if aliases else did_you_mean(name, known)
     return f"; did you mean `{match}`?" if match else "; see --help for every key"

@@ -7,9 +7,12 @@ from typing import Literal
 
 import pytest
 from transformers import TrainingArguments
+from trl import ModelConfig, SFTConfig
 
-from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.arguments import ALIASES, StrictParser, parse_arguments
 from buddygpt.cli.errors import UserError, run_script
+from buddygpt.pretrain.pretrain import PretrainArguments
+from buddygpt.training.tuning import TuningArguments
 
 
 @dataclass
@@ -17,6 +20,8 @@ class Arguments:
     name: str = field(metadata={"help": "a name"})
     size: int = 1
     rate: float = 0.1
+    limit: int | None = None
+    path: str | None = None
     flags: list[str] = field(default_factory=list)
     kind: Literal["small", "large"] = "small"
 
@@ -79,6 +84,42 @@ def test_a_bare_no_in_yaml_is_the_word_no(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["script.py", "--config", str(tmp_path / "a.yaml")])
     (args,) = parse_arguments(TrainingArguments)
     assert args.eval_strategy == "no" and args.save_strategy == "no"
+
+
+@pytest.mark.parametrize("word", ["null", "none", "None", ""])
+def test_a_value_may_be_none(monkeypatch, tmp_path, word):
+    (tmp_path / "a.yaml").write_text(f'name: a\nlimit: 3\npath: "{word}"\nflags: [a]\n')
+    words = ["--config", str(tmp_path / "a.yaml")]
+    assert parse(monkeypatch, *words) == Arguments("a", limit=3, flags=["a"])
+    words += ["--limit", word, "--flags", word, "--path", word]
+    assert parse(monkeypatch, *words) == Arguments("a", flags=[])
+
+
+@pytest.mark.parametrize(
+    ("word", "option"),
+    [
+        ("--lr", "learning_rate"),
+        ("--bs", "per_device_train_batch_size"),
+        ("--batch-size=4", "per_device_train_batch_size"),
+        ("--epochs", "num_train_epochs"),
+        ("--grad_accum", "gradient_accumulation_steps"),
+        ("--max_len", "max_length"),
+        ("--model", "model_name_or_path"),
+        ("--lora_rank", "lora_r"),
+        ("--learning_rat", "learning_rate"),
+    ],
+)
+def test_common_short_forms_get_a_hint(monkeypatch, word, option):
+    monkeypatch.setattr("sys.argv", ["script.py", word, "1"])
+    with pytest.raises(UserError, match=f"did you mean `{option}`"):
+        parse_arguments(SFTConfig, ModelConfig)
+
+
+def test_hints_name_options_that_exist():
+    pretraining, tuning = [PretrainArguments, TrainingArguments], [TuningArguments, SFTConfig, ModelConfig]
+    known = {action.dest for types in (pretraining, tuning) for action in StrictParser(types)._actions}
+    known |= {"checkpoint", "checkpoints", "files", "input", "output", "sources"}  # of the other scripts
+    assert not {option for options in ALIASES.values() for option in options} - known
 
 
 def test_config_without_a_name(monkeypatch):
