@@ -8,6 +8,7 @@ that it was trained on, so compare on text that none of them has seen. The built
 for a first look, but too short and repetitive to rank speed.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -66,11 +67,10 @@ def main() -> None:
     (args,) = parse_arguments(MeasureArguments, description=__doc__)
     texts = read_texts(args)
     measurements = []
-    for folder in args.tokenizers:
+    for folder, name in zip(args.tokenizers, short_names(args.tokenizers), strict=True):
         tokenizer = load_tokenizer(folder)
         for text, documents in texts.items():
             chars_per_token, bytes_per_token, mb_per_second = measure(tokenizer, documents, args.seconds)
-            name = Path(folder).name
             measurements.append(
                 Measurement(name, len(tokenizer), text, chars_per_token, bytes_per_token, mb_per_second)
             )
@@ -81,6 +81,19 @@ def main() -> None:
         with write_atomically(output / "tokenizers.md") as partial:
             partial.write_text(table, encoding="utf-8")
         plot(measurements, output / "tokenizers.png")
+
+
+def short_names(folders: list[str]) -> list[str]:
+    """Return the part of each path that tells it apart: outputs/a/tokenizer, outputs/b/tokenizer -> a, b."""
+    paths = [Path(os.path.abspath(folder)) if Path(folder).is_dir() else Path(folder) for folder in folders]
+    parts = [(path.parent if path.name == "tokenizer" and path.parent.name else path).parts for path in paths]
+    depth = 1
+    while len({each[-depth:] for each in parts}) < len(set(parts)):
+        depth += 1
+    tails = [each[-depth:] for each in parts]
+    while all(len(tail) > 1 for tail in tails) and len({tail[-1] for tail in tails}) == 1:
+        tails = [tail[:-1] for tail in tails]
+    return ["/".join(tail) for tail in tails]
 
 
 def read_texts(args: MeasureArguments) -> dict[str, list[str]]:

@@ -31,6 +31,22 @@ def test_figures_and_files(folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["outputs/a/tokenizer", "outputs/b/tokenizer"], ["a", "b"]),
+        (["outputs/quickstart/tokenizer/", "Qwen/Qwen3-0.6B"], ["quickstart", "Qwen3-0.6B"]),
+        (["outputs/quickstart/tokenizer"], ["quickstart"]),
+        (["x/a/v1", "x/a/v2", "x/b/v1"], ["a/v1", "a/v2", "b/v1"]),
+        (["x/a/tokenizer/v1", "x/b/tokenizer/v1"], ["a", "b"]),
+        (["mine"], ["mine"]),
+        (["a", "a"], ["a", "a"]),
+    ],
+)
+def test_tokenizers_are_named_by_what_tells_them_apart(folders, names):
+    assert measure_tokenizer.short_names(folders) == names
+
+
 def test_four_texts_are_built_in(folder, monkeypatch, capsys):
     run(measure_tokenizer, monkeypatch, "--tokenizers", folder, "--seconds", 0)
     table = capsys.readouterr().out
