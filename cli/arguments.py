@@ -2,16 +2,22 @@
 
 import argparse
 import math
+import reprlib
 import sys
 from collections.abc import Iterable
 from copy import copy
-from typing import Any, NoReturn
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 
 from buddygpt.cli.encoding import not_utf8
-from buddygpt.cli.errors import UserError, did_you_mean
+from buddygpt.cli.errors import UserError, did_you_mean, library_errors
+
+MAX_CONFIG_BYTES = 2**20  # the YAML parser takes seconds for a megabyte
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
 
 # Other names that people know for an option. The first that the script has is suggested.
 ALIASES = {
@@ -92,6 +98,7 @@ def parse_arguments(
     Raises:
         UserError: An unknown key, a missing or malformed config file, or a value that a dataclass rejects.
     """
+    _require_readable_config()
     parser = StrictParser(
         dataclass_types,
         description=description,
@@ -104,21 +111,41 @@ def parse_arguments(
         parsed = parser.parse_args_and_config()
     except FileNotFoundError as error:
         raise UserError(f"no such file: {error.filename}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{_config_file()} is not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{_config_file()} is {not_utf8(error.object)}") from error
-    except IndexError as error:  # TrlParser reads the word after `--config` without checking that there is one
-        raise UserError("--config needs the name of a YAML file") from error
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-    _require_finite_numbers(parsed)
+    except Exception as error:  # of any library that an option belongs to, while it is parsed
+        with library_errors("cannot use these arguments", "Change or remove the one it names, see --help"):
+            raise error
+    for arguments in parsed:
+        for key, value in vars(arguments).items():
+            _check_value(key, value)
     return parsed
 
 
 def _config_file() -> str:
     """Return the word after `--config`, as `TrlParser` finds it."""
     return sys.argv[sys.argv.index("--config") + 1]
+
+
+def _require_readable_config() -> None:
+    if "--config" not in sys.argv:
+        return
+    if sys.argv[-1] == "--config":
+        raise UserError("--config needs the name of a YAML file")
+    try:
+        path = Path(_config_file())
+        if path.is_dir():
+            raise UserError(f"--config {path} is a folder; name a YAML file in it")
+        if path.is_char_device() or path.is_block_device():
+            raise UserError(f"--config {path} is no file")
+        if path.is_file() and (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise UserError(f"--config {path} has {size:,} bytes; a config has at most {MAX_CONFIG_BYTES:,}")
+    except OSError as error:  # such as a name of 300 characters
+        raise UserError(f"--config: {error.strerror}: {error.filename}") from error
 
 
 class StrictParser(TrlParser):
@@ -129,7 +156,10 @@ class StrictParser(TrlParser):
 
     def __init__(self, dataclass_types: Iterable[type], **kwargs: Any) -> None:
         super().__init__(dataclass_types, **kwargs)
-        self.nothing = {each.dest: each.default for each in self._actions if each.default in (None, [])}
+        self.hints = {key: hint for each in dataclass_types for key, hint in get_type_hints(each).items()}
+        self.nothing = {
+            each.dest: each.default for each in self._actions if each.default in (None, []) and not each.required
+        }
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See --help.")
@@ -141,10 +171,14 @@ class StrictParser(TrlParser):
                 raise UserError(f"unknown key `{key}` in the config file{_suggestion(key, actions)}")
             if value is False and "no" in (actions[key].choices or ()):
                 config[key] = value = "no"  # YAML 1.1 reads a bare `no` as false, as in `eval_strategy: no`
-            if isinstance(value, str) and key in self.nothing and value.lower() in NULLS:
-                config[key] = value = self.nothing[key]
+            if key in self.nothing and (value is None or isinstance(value, str) and value.lower() in NULLS):
+                config[key] = value = copy(self.nothing[key])
+            if isinstance(value, str) and get_origin(self.hints.get(key)) is list:
+                config[key] = value = [value]  # as on the command line
+            if type(value) in (int, float) and self.hints.get(key) in (str, str | None):
+                config[key] = value = str(value)  # a name such as 2026, or `batch_size: 16` where `auto` is allowed
             _check_choices(key, value, actions[key].choices)
-            _check_number(key, value, actions[key])
+            _check_type(key, value, self.hints.get(key, Any))
         return super().set_defaults_with_config(**config)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -158,6 +192,8 @@ class StrictParser(TrlParser):
     def _get_values(self, action, arg_strings):
         if action.dest in self.nothing and len(arg_strings) == 1 and arg_strings[0].lower() in NULLS:
             return copy(self.nothing[action.dest])
+        if "" in arg_strings and (action.required or isinstance(action.default, str)):
+            raise UserError(f"--{action.dest} is empty; give a value")
         return super()._get_values(action, arg_strings)
 
 
@@ -175,25 +211,41 @@ def _check_choices(key: str, value: Any, choices: Iterable[Any] | None) -> None:
             raise UserError(f"`{key}` in the config file is {value}, must be one of {allowed}")
 
 
-def _check_number(key: str, value: Any, action: argparse.Action) -> None:
-    """Raise UserError if a value of the config file is not the expected number; argparse converts strings only."""
-    allowed = {int: int, float: (int, float)}.get(action.type)
-    if allowed is None:
-        return
-    takes_list = action.nargs is not None
-    for item in value if takes_list and isinstance(value, list) else [value]:
-        if item is None or isinstance(item, str):
-            continue
-        if isinstance(item, bool) or not isinstance(item, allowed):
-            expected = "a whole number" if action.type is int else "a number"
-            raise UserError(f"`{key}` in the config file is {value}, must be {expected}")
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Raise UserError if a value of the config file does not fit its key; argparse converts strings only."""
+    if not _fits(value, hint):
+        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+        expected = [TYPE_NAMES.get(get_origin(each) or each, "a mapping") for each in options if each is not NoneType]
+        shown = "empty" if value is None else reprlib.repr(value)
+        quotes = " (in quotes)" if expected == ["text"] else ""
+        raise UserError(f"`{key}` in the config file is {shown}, must be {' or '.join(expected)}{quotes}")
 
 
-def _require_finite_numbers(parsed: Iterable[Any]) -> None:
-    for arguments in parsed:
-        for key, value in vars(arguments).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"`{key}` is {value}; give a finite number")
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether a value has the type of an annotation; a string fits what argparse converts it to."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if kind is list:  # of data/prepare_pretrain.py's sources, each may be a name or a mapping
+        return isinstance(value, list) and all(
+            isinstance(item, str | dict) or _fits(item, *(inner or [Any])) for item in value
+        )
+    if kind in (dict, NoneType):
+        return isinstance(value, kind)
+    if kind not in (int, float, bool, str) or isinstance(value, str):
+        return True
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _check_value(key: str, value: Any) -> None:
+    """Raise UserError if a value is or holds a float that is no finite number, or text that is no file name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"`{key}` is {value}; give a finite number")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"`{key}` holds a null character; remove it")
+    if isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_value(key, item)
 
 
 def _suggestion(key: str, known: Iterable[str]) -> str:

@@ -1,18 +1,24 @@
 """User errors: one line on stderr and exit status 2, without a traceback."""
 
+import argparse
 import difflib
 import errno
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Parts of messages that report a full disk. OSError and safetensors say so; torch.save only says that a write failed.
 DISK_FULL_MESSAGES = (os.strerror(errno.ENOSPC), "inline_container.cc", "PytorchStreamWriter failed writing")
 
+# Parts of messages of torch that report that memory ran out, on a GPU and on a CPU.
+MEMORY_FULL_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
+
+PROJECT = Path(__file__).resolve().parents[1]
 SECONDS_FOR_RANK_0 = 10
 
 
@@ -39,18 +45,75 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Call `main`. A [`UserError`] or a full disk becomes one line on stderr and exit status 2."""
+@contextmanager
+def library_errors(problem: str, remedy: str) -> Iterator[None]:
+    """Turn what a library raises into a UserError: "PROBLEM: what the library says. REMEDY".
+
+    Libraries check options where they use them. Errors that code of this project raises are mistakes of ours and pass.
+    """
     try:
-        main()
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_raised_here(error) or _is_out_of(MEMORY_FULL_MESSAGES, error):
+            raise
+        message = textwrap.shorten(str(error), 300, placeholder=" ...").rstrip(".")
+        if " " not in message:  # such as that of KeyError
+            message = f"{type(error).__name__} {message}"
+        raise UserError(f"{problem}: {message}. {remedy}") from error
+
+
+def _is_raised_here(error: Exception) -> bool:
+    """Return whether the error was raised in code of this project, not in a library."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    file = Path(trace.tb_frame.f_code.co_filename) if trace else Path()
+    return file.is_relative_to(PROJECT) and "site-packages" not in file.relative_to(PROJECT).parts
+
+
+def _is_out_of(messages: Iterable[str], error: Exception) -> bool:
+    return any(message in str(error) for message in messages)
+
+
+@contextmanager
+def file_system_errors() -> Iterator[None]:
+    """Turn an OSError about a file into a UserError: a name that is too long, a folder that is a file, a link loop."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno == errno.ENOSPC:  # `run_script` has another message for a full disk
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser that raises [`UserError`] on a mistake and accepts no abbreviated options."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main`. A [`UserError`], a full disk or full memory becomes one line on stderr and exit status 2."""
+    try:
+        with file_system_errors():
+            main()
     except UserError as error:
         _exit_with(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not any(message in str(error) for message in DISK_FULL_MESSAGES):
-            raise
-        _exit_with(f"the disk is full ({error}). Free some space and run the same command again")
+        if _is_out_of(DISK_FULL_MESSAGES, error):
+            _exit_with(f"the disk is full ({error}). Free some space and run the same command again")
+        if isinstance(error, MemoryError) or _is_out_of(MEMORY_FULL_MESSAGES, error):
+            message = textwrap.shorten(str(error), 200, placeholder=" ...") or "MemoryError"
+            _exit_with(f"there is not enough memory ({message}). Use smaller batches, shorter rows or a smaller model")
+        raise
 
 
 def _exit_with(message: object) -> NoReturn:

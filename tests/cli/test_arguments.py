@@ -1,6 +1,7 @@
 """Mistakes of users give one line and exit status 2, from wherever they are raised."""
 
 import errno
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,7 +11,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
 from buddygpt.cli.arguments import ALIASES, StrictParser, parse_arguments
-from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.errors import UserError, library_errors, run_script
 from buddygpt.pretrain.pretrain import PretrainArguments
 from buddygpt.training.tuning import TuningArguments
 
@@ -24,6 +25,9 @@ class Arguments:
     path: str | None = None
     flags: list[str] = field(default_factory=list)
     kind: Literal["small", "large"] = "small"
+    rates: list[float] = field(default_factory=list)
+    is_big: bool = False
+    options: dict[str, str] | str | None = None
 
 
 def parse(monkeypatch, *words: str) -> Arguments:
@@ -70,6 +74,19 @@ def test_a_config_that_cannot_be_read_is_named(monkeypatch, tmp_path):
         ("name: a\nrate: {a: 1}", [], "`rate` in the config file is {'a': 1}, must be a number"),
         ("name: a\nrate: .nan", [], "`rate` is nan; give a finite number"),
         ("name: a", ["--rate", "inf"], "`rate` is inf; give a finite number"),
+        ("name: a\nrates: [1.0, .nan]", [], "`rates` is nan; give a finite number"),
+        ("name: a\nrates: [[1.0]]", [], "`rates` in the config file is [[1.0]], must be a list"),
+        ("name: [a, b]", [], "`name` in the config file is ['a', 'b'], must be text"),
+        ("name: {a: b}", [], "must be text (in quotes)"),
+        ("name: 2026-11-28", [], "`name` in the config file is datetime.date(2026, 11, 28), must be text (in quotes)"),
+        ("name:", [], "`name` in the config file is empty, must be text"),
+        ("name: a\nflags: 2", [], "`flags` in the config file is 2, must be a list"),
+        ("name: a\nis_big: 7", [], "`is_big` in the config file is 7, must be true or false"),
+        ("name: a\noptions: [b]", [], "`options` in the config file is ['b'], must be a mapping or text"),
+        ('name: "a\\0"', [], "`name` holds a null character"),
+        ("1: 2", [], "keywords must be strings"),
+        ("[" * 5000, [], "is not valid YAML"),
+        ("a: " + "x" * 2**20, [], "has 1,048,579 bytes; a config has at most 1,048,576"),
     ],
 )
 def test_mistakes_in_arguments(monkeypatch, tmp_path, yaml, words, message):
@@ -77,6 +94,35 @@ def test_mistakes_in_arguments(monkeypatch, tmp_path, yaml, words, message):
     with pytest.raises(UserError) as error:
         parse(monkeypatch, "--config", str(tmp_path / "a.yaml"), *words)
     assert message in str(error.value)
+
+
+def test_values_of_yaml_become_what_the_command_line_gives(monkeypatch, tmp_path):
+    (tmp_path / "a.yaml").write_text("name: 2026\nflags: a\nrates: null\noptions: {b: c}\n")
+    expected = Arguments(name="2026", flags=["a"], options={"b": "c"})
+    assert parse(monkeypatch, "--config", str(tmp_path / "a.yaml")) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (".", "is a folder"),
+        ("/dev/zero", "is no file"),
+        ("a" * 300, "File name too long"),
+        ("no.yaml", "no such file"),
+    ],
+)
+def test_a_config_that_is_no_file_is_refused(path, message, monkeypatch):
+    with pytest.raises(UserError, match=message):
+        parse(monkeypatch, "--config", path)
+
+
+def test_what_libraries_refuse_is_one_line_and_mistakes_of_ours_are_not():
+    with pytest.raises(UserError, match=r"^cannot start: Expecting .*\. Change it$"):  # noqa: SIM117
+        with library_errors("cannot start", "Change it"):
+            json.loads("{")
+    for mistake in (lambda: {}["key"], lambda: json.loads(wrong="word"), lambda: 1 / 0):
+        with pytest.raises((KeyError, TypeError, ZeroDivisionError)), library_errors("cannot start", "Change it"):
+            mistake()
 
 
 def test_a_bare_no_in_yaml_is_the_word_no(monkeypatch, tmp_path):
@@ -132,6 +178,12 @@ def test_config_without_a_name(monkeypatch):
     [
         (UserError("one\n  line"), 2, "error: one line\n"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.safetensors"), 2, "error: the disk is full ("),
+        (MemoryError(), 2, "error: there is not enough memory (MemoryError). Use smaller batches"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+            2,
+            "error: there is not enough memory (CUDA",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
