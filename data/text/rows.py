@@ -17,7 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -30,10 +30,10 @@ from tqdm import tqdm
 from buddygpt.cli.encoding import marked_encoding, not_utf8
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_type
+from buddygpt.data.text.json_forms import is_conversation, is_message, rows_of_object
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
-ROW_LISTS = {"data", "rows", "examples", "samples", "items", "records", "instances", "train"}  # hold a file's rows
 CHUNK = 2**16  # bytes of a JSON array to read at once
 LONGEST_TOKEN = 16  # characters of the longest JSON tokens that are invalid in part: `\ud83d\ude00`, `-Infinity`
 PARQUET_BUFFER = 2**20  # bytes; without a buffer pyarrow reads a column of a whole row group at once
@@ -102,7 +102,7 @@ def read_rows(
     """
     readers = {
         ".jsonl": partial(_read_json, is_lines=True),
-        ".json": _read_json,
+        ".json": partial(_read_json, path=path),
         ".parquet": _read_parquet,
         ".csv": _read_csv,
     }
@@ -136,7 +136,7 @@ def _select(row: Row, text_key: Sequence[str] | None, keep: Sequence[str]) -> Ro
     """Return the row as requested: all columns, or its text and the columns of `keep`. A bad row gets an error."""
     if row.error:
         return row
-    if _all_of(row.content, dict) and all(map(_is_message, row.content)):
+    if is_conversation(row.content):
         row = row._replace(content={"messages": row.content})  # a conversation
     if not isinstance(row.content, dict):
         return Row(row.number, None, f"the row is not an object but {type(row.content).__name__}")
@@ -192,7 +192,11 @@ def _skip_byte_order_mark(stream: BinaryIO) -> None:
 
 
 def _read_json(
-    stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str], is_lines: bool = False
+    stream: BinaryIO,
+    text_key: Sequence[str] | None,
+    keep: Sequence[str],
+    is_lines: bool = False,
+    path: Path | str = "",
 ) -> Iterator[Row]:
     """Read an array of rows, a row per line, rows that span several lines, or one object of rows or of columns.
 
@@ -200,6 +204,7 @@ def _read_json(
 
     Args:
         is_lines: An object on the only line is a row, whatever it holds.
+        path: For a message about several lists of rows.
     """
     if stream.peek(1).lstrip().startswith(b"["):
         yield from _read_array(stream)
@@ -215,12 +220,20 @@ def _read_json(
     else:
         rows = (_parse_line(*each) for each in chain([(number, line)], lines))
     first = next(rows)
-    found = [] if is_lines else _rows_of_object(first.content)
+    found = {} if is_lines else rows_of_object(first.content)
     second = next(rows, None) if found else None
-    if found and second is None:
-        yield from (Row(number, content) for number, content in enumerate(found, start=1))
-    else:
+    if not found or second:
         yield from chain([first], [second] if second else [], rows)
+        return
+    if len(found) > 1:
+        _tell(f"{path}: all its lists are read: {', '.join(f'{name} ({len(found[name]):,} rows)' for name in found)}")
+    for number, content in enumerate(chain.from_iterable(found.values()), start=1):
+        yield Row(number, content)
+
+
+@cache  # a file is read more than once
+def _tell(message: str) -> None:
+    print(message)
 
 
 def _continues(line: bytes) -> bool:
@@ -267,38 +280,6 @@ def _read_values(stream: BinaryIO, text: str, number: int, decode: Callable[[byt
         start = end
 
 
-def _rows_of_object(content: Any) -> list[Any]:
-    """Return the rows of an object that is a whole file; an empty list if it is a row itself.
-
-    It holds a list of rows (`{"data": [{...}, ...]}`), a row under each key, or a list or (pandas) an object of values
-    under each column.
-    """
-    if not isinstance(content, dict) or not content:
-        return []
-    lists = [content[key] for key in ROW_LISTS & content.keys() if _all_of(content[key], dict)]
-    if len(lists) == 1 and not ("instruction" in content or any(map(_is_message, lists[0]))):
-        return lists[0]
-    values = list(content.values())
-    if _all_of(values, dict) and not any(map(_is_message, values)):
-        names = values[0].keys()
-        if names and all(value.keys() == names for value in values):
-            is_columns = all(name.isdigit() for name in names)
-            return [{key: content[key][name] for key in content} for name in names] if is_columns else values
-    is_columns = len(values) > 1 and all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
-    if is_columns and not any(_is_message(item) for value in values for item in value):
-        return [dict(zip(content, row, strict=True)) for row in zip(*values, strict=True)]
-    return []
-
-
-def _all_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
-
-
-def _is_message(value: Any) -> bool:
-    """Return True for a turn of a conversation: role and content, or from and value."""
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
-
-
 def _parse_line(number: int, data: bytes) -> Row:
     row = _decode(number, data)
     if row.error:
@@ -340,7 +321,7 @@ def _read_array(stream: BinaryIO) -> Iterator[Row]:
             text = text[start:] + decode(more)
             start = 0
             continue
-        if number == 1 and _is_message(content):  # the array is no list of rows but a row: a list of messages
+        if number == 1 and is_message(content):  # the array is no list of rows but a row: a list of messages
             yield from _read_values(stream, "[" + text[start:], 1, decode)
             return
         error = _encoding_error(text[start:end])

@@ -100,14 +100,26 @@ TWO_ROWS = [{"q": "a", "a": "b"}, {"q": "c", "a": None}]
 JSON_FORMS = {
     "an object that holds a list": ({"version": "1.0", "data": TWO_ROWS}, TWO_ROWS),
     "instances (LMFlow)": ({"type": "text2text", "instances": TWO_ROWS}, TWO_ROWS),
+    "a list under any name": ({"count": 2, "my_rows": TWO_ROWS, "tags": ["x"]}, TWO_ROWS),
+    "a list beside another of other rows": ({"features": [{"name": "q"}], "rows": TWO_ROWS}, TWO_ROWS),
+    "splits": ({"train": TWO_ROWS, "test": TWO_ROWS[:1], "dev": []}, [*TWO_ROWS, TWO_ROWS[0]]),
+    "splits of one length": ({"train": TWO_ROWS, "test": TWO_ROWS}, TWO_ROWS * 2),
     "a row under each key": ({"x": TWO_ROWS[0], "y": TWO_ROWS[1]}, TWO_ROWS),
     "columns": ({"q": ["a", "c"], "a": ["b", None]}, TWO_ROWS),
     "columns (pandas)": ({"q": {"0": "a", "1": "c"}, "a": {"0": "b", "1": None}}, TWO_ROWS),
+    "columns and data (pandas)": (
+        {"columns": ["q", "a"], "index": [0], "data": [["a", "b"], ["c", None]]},
+        TWO_ROWS,
+    ),
+    "a column of conversations": ({"messages": [MESSAGES, MESSAGES]}, [{"messages": MESSAGES}] * 2),
+    "a conversation under each key": ({"x": MESSAGES, "y": MESSAGES}, [{"messages": MESSAGES}] * 2),
+    "rows of different keys": ({"x": TWO_ROWS[0], "y": {"q": "c"}}, [TWO_ROWS[0], {"q": "c"}]),
     "a conversation": (MESSAGES, [{"messages": MESSAGES}]),
     "conversations": ([MESSAGES, MESSAGES], [{"messages": MESSAGES}] * 2),
     "one row of messages": ({"messages": MESSAGES}, [{"messages": MESSAGES}]),
     "one pair": ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None),
     "one pair of turns": ({"chosen": MESSAGES[0], "rejected": MESSAGES[1]}, None),
+    "one row with ranked answers": ({"question": "q", "answers": [{"text": "a", "rank": 1}]}, None),
     "one task with instances": ({"instruction": "q", "instances": [{"input": "", "output": "a"}]}, None),
     "one conversation of MOSS": ({"conversation_id": "1", "chat": {"turn_1": {"Human": "q"}}}, None),
 }
@@ -119,6 +131,15 @@ def test_rows_are_read_from_every_form_of_json(form, tmp_path):
     for indent in (None, 2):
         (tmp_path / "a.json").write_text(json.dumps(content, indent=indent), encoding="utf-8")
         assert [row.content for row in read_rows(tmp_path / "a.json")] == (expected or [content])
+
+
+def test_an_object_of_several_lists_tells_what_is_read_of_it(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps({"train": TWO_ROWS, "test": TWO_ROWS[:1]}))
+    assert [len(list(read_rows(tmp_path / "a.json"))) for _ in range(2)] == [3, 3]
+    assert capsys.readouterr().out == f"{tmp_path}/a.json: all its lists are read: train (2 rows), test (1 rows)\n"
+    (tmp_path / "b.json").write_text(json.dumps({"users": [{"name": "x"}], "talks": TWO_ROWS}))
+    with pytest.raises(UserError, match="it holds lists of different rows: users, talks; keep one of them"):
+        list(read_rows(tmp_path / "b.json"))
 
 
 def test_lists_of_messages_may_be_lines_and_a_line_of_its_own_is_a_row(tmp_path):
