@@ -27,6 +27,7 @@ from buddygpt.cli.files import ROW_TYPES, find_files, write_atomically
 from buddygpt.data.chat.checker import RowChecker, SchemaError, find_schema, require_schema
 from buddygpt.data.chat.rules import count_remarks, fill_placeholders, select_turns, special_tokens
 from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
+from buddygpt.data.chat.trees import join_replies
 from buddygpt.data.text.rows import progress_bar, read_rows
 
 
@@ -183,7 +184,7 @@ def standard_rows(
     values = dict(entry.split("=", 1) for entry in args.fill)
     columns = args.mapped_columns()
     with progress_bar([path], desc=path.name) as bar:
-        for row in read_rows(path, bar=bar):
+        for row in join_replies(read_rows(path, bar=bar), schema):
             counts["read"] += 1
             if not args.schema:
                 require_schema(path, row, schema, args.kind)

@@ -46,6 +46,7 @@ from buddygpt.data.chat.report import CONTROL, Findings, format_examples, format
 from buddygpt.data.chat.rules import FORMS, MEDIA, count_remarks, special_tokens
 from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
 from buddygpt.data.chat.tokens import TokenSequence
+from buddygpt.data.chat.trees import join_replies
 from buddygpt.data.text.operators import language
 from buddygpt.data.text.rows import Row, progress_bar, read_rows
 
@@ -125,7 +126,7 @@ def check_files(args: argparse.Namespace) -> Findings:
             rows = read_rows(path, None if schema else args.text_key, bar)
             if schema and not args.schema:
                 rows = rows_of_schema(path, rows, schema, KINDS.get(args.stage))
-            doctor.add_rows(path, rows, schema)
+            doctor.add_rows(path, join_replies(rows, schema), schema)
         tqdm.write(f"file         {path} ({f'schema {schema.name}, kind {kind}' if schema else 'text'})")
     return doctor.findings
 

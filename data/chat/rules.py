@@ -59,6 +59,13 @@ THINKING_KEYS = (
     "cot",
     "complex_cot",
     "chain_of_thought",
+    "reasoning_process",
+    "reasoning_trace",
+    "thinking_process",
+    "thinking_trajectory",
+    "thought_process",
+    "think_content",
+    "rationale",
 )
 MEDIA = re.compile(r"(?:image|picture|video|audio)s?(?:_(?:url|path|file)s?)?$", re.IGNORECASE)
 LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -165,6 +172,8 @@ def refuse_label(row: dict[str, Any]) -> None:
     is_class = str(row.get("label")) in ("0", "1") and not {"messages", "conversations", "kto_tag"} & row.keys()
     if read_label(row) is not None and not is_class:
         raise BadRow("the answer is labeled good or bad (kto), so it is no instruction; drop a label of other meaning")
+    if str(row.get("is_safe")).lower() == "false":  # BeaverTails
+        raise BadRow("the answer is judged unsafe (`is_safe`)")
 
 
 # --- Special tokens in text ---

@@ -18,12 +18,11 @@ turns.py reads lists of turns. The caller escapes special tokens, checks the rul
 CASES in tests/data/chat/test_schemas.py and a row to the table in data/README.md.
 """
 
-import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-from buddygpt.data.chat.loss_marks import mark_turn
+from buddygpt.data.chat.dialogues import read_belle, read_glaive, read_moss, read_moss_002
 from buddygpt.data.chat.rules import FORMS, BadRow, read_label
 from buddygpt.data.chat.turns import (
     DIALOGUE_TURN,
@@ -147,6 +146,10 @@ COLUMNS = {
     "input_output": "input output",  # Nemotron
     "prompt_completion": "prompt completion",  # TRL
     "prompt_output": "prompt output",
+    "question_output": "question output",
+    "inputs_targets": "inputs targets",  # Aya, P3
+    "user_assistant": "user assistant",
+    "generated_solution": "problem generated_solution",  # OpenMathInstruct-2, OpenMathReasoning
     "instruction_answer": "instruction answer",
     "r1_distill": "input content reasoning_content",
     "openthoughts": "problem deepseek_solution deepseek_reasoning",
@@ -172,7 +175,7 @@ for _name, _keys in COLUMNS.items():
 
 @schema("alpaca", kind="sft", keys="instruction output")
 def alpaca(row: dict[str, Any]) -> StandardRow:
-    return instruction(row, join_input(row, "instruction"), row["output"])
+    return instruction(row, read_belle(join_input(row, "instruction")), row["output"])
 
 
 @schema("seed_tasks", kind="sft", keys="instruction instances")
@@ -200,6 +203,9 @@ def input_target(row: dict[str, Any]) -> StandardRow:
 
 @schema("question_answer", kind="sft", keys="question answer")
 def question_answer(row: dict[str, Any]) -> StandardRow:
+    options = [key for key in ("options", "choices") if row.get(key)] or [key for key in "abcd" if key in row]
+    if options and len(str(row["answer"])) < 3:
+        raise BadRow(f"the answer is one of the options ({', '.join(options)}), which the question does not show")
     return instruction(row, row["question"], row["answer"])
 
 
@@ -215,47 +221,24 @@ def messages(row: dict[str, Any]) -> StandardRow:
 
 @schema("human_assistant", kind="sft", keys="conversation")
 def human_assistant(row: dict[str, Any]) -> StandardRow:
-    items = row["conversation"]
-    if isinstance(items, list) and all(isinstance(item, dict) and "role" in item for item in items):
-        return conversation(row, read_turns(items))  # LMSYS, WildChat
-    if not isinstance(items, list) or not all({"human", "assistant"} <= set(item) for item in items):
-        raise BadRow("conversation is not a list of objects with human and assistant")
-    turns = []
-    for item in items:
-        question, answer = exchange(item["human"], item["assistant"])
-        turns += [question, mark_turn(answer, item)]
-    return conversation(row, turns)
-
-
-MOSS_TURN = re.compile(r"(?:<\|[\w ]+\|>:)?\s*(.*?)\s*(?:<eo[a-z]>)?\s*", re.DOTALL)
+    """ShareGPT-90k, LMSYS, WildChat, XTuner."""
+    return conversation(row, read_turns(row["conversation"]))
 
 
 @schema("moss", kind="sft", keys="chat")
 def moss(row: dict[str, Any]) -> StandardRow:
-    """MOSS-003: turn_1, turn_2, ... of marked texts such as `<|Human|>: ...<eoh>`. Thoughts are left out.
-
-    A turn with commands to plugins is a bad row: the commands are not JSON and cannot become tool calls.
-    """
-    turns = []
-    for _, marked in sorted(row["chat"].items(), key=lambda item: int(item[0].removeprefix("turn_"))):
-        texts = {key: MOSS_TURN.fullmatch(text)[1] for key, text in marked.items()}
-        if texts.get("Commands", "None") != "None":
-            raise BadRow("a turn commands plugins, which is no tool call")
-        turns += exchange(texts["Human"], texts["MOSS"])
-    return conversation({"system": row.get("meta_instruction")}, turns)
-
-
-MOSS_002_TURN = re.compile(r"\s*\[(Human|MOSS)\]:\s*(.*?)\s*<eo[ha]>\s*", re.DOTALL)
+    return conversation({"system": row.get("meta_instruction")}, read_moss(row["chat"]))
 
 
 @schema("moss_002", kind="sft", keys="plain_text", yields=True)
 def moss_002(row: dict[str, Any]) -> StandardRow:
-    """MOSS-002: one text of turns `[Human]: ...<eoh>` and `[MOSS]: ...<eoa>`; `prefix` is the system text."""
-    turns = MOSS_002_TURN.findall(row["plain_text"])
-    if not turns or MOSS_002_TURN.sub("", row["plain_text"]):
-        raise BadRow("plain_text has no turns such as [Human]: ...<eoh>, or more than them")
-    messages = [turn("user" if name == "Human" else "assistant", text) for name, text in turns]
-    return conversation({"system": row.get("prefix")}, messages)
+    return conversation({"system": row.get("prefix")}, read_moss_002(row["plain_text"]))
+
+
+@schema("glaive", kind="sft", keys="system chat")
+def glaive(row: dict[str, Any]) -> StandardRow:
+    system, tools, turns = read_glaive(row["system"], row["chat"])
+    return conversation({"system": system, "tools": tools}, turns)
 
 
 @schema("data_list", kind="sft", keys="data", yields=True)
@@ -269,6 +252,8 @@ def data_list(row: dict[str, Any]) -> StandardRow:
 @schema("huatuo_qa", kind="sft", keys="questions answers", yields=True)
 def huatuo_qa(row: dict[str, Any]) -> list[StandardRow]:
     """Questions, each a text or a list of its wordings (the first is taken), and their answers."""
+    if not isinstance(row["questions"], list):
+        raise BadRow("questions is not a list")
     rows = []
     for question, answer in zip(row["questions"], row["answers"], strict=True):
         rows.append(instruction({}, question[0] if isinstance(question, list) else question, answer))
@@ -296,7 +281,10 @@ def oasst(row: dict[str, Any]) -> StandardRow:
 
 @schema("oasst_message", kind="sft", keys="message_id message_tree_id text role", yields=True)
 def oasst_message(row: dict[str, Any]) -> StandardRow:
-    raise BadRow("one message of a tree; use the file *.trees.jsonl.gz of the same data set")
+    """The first message of a tree, to which trees.py has joined the replies."""
+    if row.get("role") != "prompter":
+        raise BadRow("the first message of the tree is not a prompt")
+    return oasst({"prompt": row})
 
 
 # --- Labeled answers ---
@@ -352,11 +340,6 @@ def preference(row: dict[str, Any]) -> StandardRow:
     return pair(row, prompt, read_answer(row["chosen"], "assistant"), read_answer(row["rejected"], "assistant"))
 
 
-@schema("prompt_reject", kind="preference", keys="prompt chosen reject")
-def prompt_reject(row: dict[str, Any]) -> StandardRow:
-    return preference(row | {"rejected": row["reject"]})
-
-
 @schema("instruction_preference", kind="preference", keys="instruction chosen rejected")
 def instruction_preference(row: dict[str, Any]) -> StandardRow:
     return preference(row | {"prompt": join_input(row, "instruction")})
@@ -383,9 +366,27 @@ def dialogue_pair(row: dict[str, Any]) -> StandardRow:
     return pair(row, [], chosen, rejected)
 
 
-@schema("question_preference", kind="preference", keys="question chosen rejected", yields=True)
-def question_preference(row: dict[str, Any]) -> StandardRow:
-    return preference(row | {"prompt": join_input(row, "question")})
+# Schemas of a question and two answers: name -> column of the question, of the better answer, of the worse one.
+PAIR_COLUMNS = {
+    "prompt_reject": "prompt chosen reject",  # huozi
+    "question_preference": "question chosen rejected",  # orca_dpo_pairs
+    "input_preference": "input chosen rejected",  # distilabel-intel-orca-dpo-pairs
+    "chosen_response": "prompt chosen_response rejected_response",
+    "cvalues": "prompt pos_resp neg_resp",
+    "stack_exchange": "question response_j response_k",
+}
+
+
+def add_pair_schema(name: str, question: str, chosen: str, rejected: str) -> None:
+    def read(row: dict[str, Any]) -> StandardRow:
+        asked = row[question] if isinstance(row[question], list) else join_input(row, question)
+        return preference(row | {"prompt": asked, "chosen": row[chosen], "rejected": row[rejected]})
+
+    schema(name, "preference", f"{question} {chosen} {rejected}", yields=True)(read)
+
+
+for _name, _keys in PAIR_COLUMNS.items():
+    add_pair_schema(_name, *_keys.split())
 
 
 @schema("query_preference", kind="preference", keys="query response rejected_response", yields=True)
@@ -421,6 +422,24 @@ def safe_rlhf(row: dict[str, Any]) -> StandardRow:
     if better not in (0, 1):
         raise BadRow("better_response_id is neither 0 nor 1")
     return preference(row | {"chosen": row[f"response_{better}"], "rejected": row[f"response_{1 - better}"]})
+
+
+def better_first(answers: tuple[str, str], score: Any) -> dict[str, str]:
+    """Return two answers as `chosen` and `rejected`: a negative score prefers the first, a positive one the second."""
+    if not float(score):
+        raise BadRow("neither answer is preferred")
+    return dict(zip(("chosen", "rejected"), answers if float(score) < 0 else answers[::-1], strict=True))
+
+
+@schema("helpsteer2", kind="preference", keys="prompt response_1 response_2 preference_strength", yields=True)
+def helpsteer2(row: dict[str, Any]) -> StandardRow:
+    return preference(row | better_first((row["response_1"], row["response_2"]), row["preference_strength"]))
+
+
+@schema("helpsteer3", kind="preference", keys="context response1 response2 overall_preference", yields=True)
+def helpsteer3(row: dict[str, Any]) -> StandardRow:
+    answers = better_first((row["response1"], row["response2"]), row["overall_preference"])
+    return preference(row | answers | {"prompt": row["context"]})
 
 
 def best_and_worst(answers: list[tuple[float, str]]) -> dict[str, str]:

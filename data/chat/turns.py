@@ -31,18 +31,20 @@ CALL_ROLES = ("function_call", "tool_call")
 TEXT_PARTS = ("text", "input_text", "output_text", "observation", "tool_result", "tool_response")
 THINKING_PARTS = ("thinking", "reasoning", "think")
 CALL_PARTS = ("tool_call", "function_call", "tool_use")
+# Keys of a question and its answer, in a list of them.
+EXCHANGES = (("human", "assistant"), ("user", "assistant"), ("input", "output"), ("question", "answer"))
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 LIST_PREFIX = re.compile(r"(?:问|答|Human|Assistant|User)\s*[:：]\s*")
 
 # Thinking in an answer's text, in other tags than <think>; and the tags around the answer after it.
 THINKING_TEXT = re.compile(
-    r"\s*(?:<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|<(thinking|thought|reasoning)>(.*?)</\2>"
-    r"|\[THINK\](.*?)\[/THINK\])\s*",
-    re.DOTALL,
+    r"\s*(?:<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|<(think|thinking|thoughts?|reasoning|seed:think)>(.*?)</\2>"
+    r"|\[THINK\](.*?)\[/THINK\]|◁think▷(.*?)◁/think▷)\s*",  # the last two: Magistral and Kimi
+    re.DOTALL | re.IGNORECASE,
 )
 ANSWER_TEXT = re.compile(
     r"\s*(?:<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>)?|<(answer|output|response)>(.*?)</\2>)\s*",
-    re.DOTALL,
+    re.DOTALL | re.IGNORECASE,
 )
 
 
@@ -64,6 +66,9 @@ def read_turns(items: Any) -> list[dict[str, Any]]:
     if items and all(isinstance(item, str) for item in items):  # LIMA, UltraChat, HuatuoGPT
         texts = [LIST_PREFIX.sub("", item, count=1) if LIST_PREFIX.match(item) else item for item in items]
         return [turn("user" if number % 2 == 0 else "assistant", text) for number, text in enumerate(texts)]
+    for question, answer in EXCHANGES:
+        if items and all(isinstance(item, dict) and {question, answer} <= item.keys() for item in items):
+            return read_exchanges(items, question, answer)
     messages: list[dict[str, Any]] = []
     thinking = ""
     for item in order_results(items):
@@ -81,6 +86,15 @@ def read_turns(items: Any) -> list[dict[str, Any]]:
             previous["tool_calls"] = previous.get("tool_calls", []) + message["tool_calls"]
         elif message["role"] != "system" or message["content"]:
             messages.append(message)
+    return messages
+
+
+def read_exchanges(items: list[dict[str, Any]], question: str, answer: str) -> list[dict[str, Any]]:
+    """Read a list of questions and answers; the first may have the system text (XTuner)."""
+    messages = [turn("system", items[0]["system"])] if items[0].get("system") else []
+    for item in items:
+        asked, answered = exchange(item[question], item[answer])
+        messages += [asked, mark_turn(answered, item)]
     return messages
 
 
@@ -206,7 +220,9 @@ def respell_thinking(answer: str) -> str:
     rest = answer[found.end() :]
     if solution := ANSWER_TEXT.fullmatch(rest):
         rest = solution[1] or solution[3] or ""
-    return think(found[1] or found[3] or found[4] or "", rest.strip())
+    elif found[2] == "think":
+        return answer
+    return think(next((thoughts for thoughts in found.group(1, 3, 4, 5) if thoughts), ""), rest.strip())
 
 
 def respell_system(text: str) -> str:

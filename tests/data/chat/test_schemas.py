@@ -44,6 +44,29 @@ TOOLACE = "s\nHere is a list of functions in JSON format that you can invoke:\n%
 OPEN_THOUGHTS = "<|begin_of_thought|>\n\nr\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\na\n\n<|end_of_solution|>"
 
 
+# Schema -> the columns of the question and the answer.
+ONE_EXCHANGE = [
+    ("prompt_response", "prompt", "response"),
+    ("prompt_output", "prompt", "output"),
+    ("prompt_completion", "prompt", "completion"),
+    ("instruction_answer", "instruction", "answer"),
+    ("question_answer", "question", "answer"),
+    ("question_output", "question", "output"),
+    ("inputs_targets", "inputs", "targets"),
+    ("user_assistant", "user", "assistant"),
+    ("generated_solution", "problem", "generated_solution"),
+]
+# Schema -> the columns of the question, the better and the worse answer.
+TWO_ANSWERS = [
+    ("preference", "prompt", "chosen", "rejected"),
+    ("prompt_reject", "prompt", "chosen", "reject"),
+    ("input_preference", "input", "chosen", "rejected"),
+    ("chosen_response", "prompt", "chosen_response", "rejected_response"),
+    ("cvalues", "prompt", "pos_resp", "neg_resp"),
+    ("stack_exchange", "question", "response_j", "response_k"),
+]
+
+
 def ids(*values: str) -> list[dict]:
     return [CALL | {"id": value} for value in values]
 
@@ -129,12 +152,66 @@ CASES = [
     ("kto", LABELED, LABELED),
     ("kto", {"prompt": "q", "completion": "a", "label": "False"}, LABELED),  # as a .csv file has it
     ("messages_label", {"messages": [USER, ASSISTANT], "label": 0}, LABELED),
-    ("prompt_reject", {"prompt": "q", "chosen": "a", "reject": "b"}, PAIR),
+    # Columns that differ by name only.
+    *((name, {question: "q", answer: "a", "id": 1}, ANSWER) for name, question, answer in ONE_EXCHANGE),
+    *((name, {question: "q", chosen: "a", rejected: "b"}, PAIR) for name, question, chosen, rejected in TWO_ANSWERS),
+    *(
+        ("question_answer", {"question": "q", key: "r", "answer": "a"}, THOUGHTFUL)
+        for key in ("reasoning", "rationale", "thinking_process", "thought_process", "reasoning_trace")
+    ),
+    *(
+        ("messages", {"messages": [USER, {"role": "assistant", "content": content}]}, THOUGHTFUL)
+        for content in (
+            "<thinking>r</thinking>a",
+            "<Thought>r</Thought><output>a</output>",
+            "<think>r</think><answer>a</answer>",  # AM-DeepSeek-R1-Distilled
+            "[THINK]r[/THINK]a",
+            "◁think▷r◁/think▷a",
+            OPEN_THOUGHTS,
+        )
+    ),
+    *(
+        (name, {name_of_turns: [{question: "q", answer: "a"}]}, ANSWER)
+        for name, name_of_turns, question, answer in (
+            ("human_assistant", "conversation", "human", "assistant"),
+            ("human_assistant", "conversation", "input", "output"),  # Capybara
+            ("sharegpt", "conversations", "question", "answer"),
+            ("human_assistant", "conversation", "user", "assistant"),
+        )
+    ),
+    (
+        "alpaca",  # BELLE
+        {"instruction": "Human:q\nAssistant:b\nHuman:r\nAssistant:", "input": "", "output": "a", "system": "s"},
+        {"messages": [*FOLLOW_UP["messages"][:2], REJECTED | {"weight": 0}, *FOLLOW_UP["messages"][3:]]},
+    ),
+    (
+        "human_assistant",  # XTuner
+        {
+            "conversation": [
+                {"system": "s", "input": "q", "output": "b", "output_with_loss": False},
+                {"input": "r", "output": "a", "output_with_loss": True},
+            ]
+        },
+        {"messages": [*FOLLOW_UP["messages"][:2], REJECTED | {"weight": 0}, *FOLLOW_UP["messages"][3:]]},
+    ),
+    (
+        "glaive",
+        {
+            "system": "SYSTEM: s with access to the following functions. Use them if required -\n"
+            + json.dumps(TOOL["function"], indent=4)
+            + "\n",
+            "chat": "USER: q\n\n\nASSISTANT: <functioncall> "
+            """{"name": "f", "arguments": '{"x": 1, "y": null}'} <|endoftext|>\n\n\n"""
+            "FUNCTION RESPONSE: 1\n\n\nASSISTANT: a <|endoftext|>\n\n\n",
+        },
+        TOOL_ROW | {"messages": [SYSTEM | {"content": "s."}, *TOOL_ROW["messages"]]},
+    ),
+    ("helpsteer2", {"prompt": "q", "response_1": "b", "response_2": "a", "preference_strength": 2}, PAIR),
+    ("helpsteer3", {"context": [USER], "response1": "a", "response2": "b", "overall_preference": -1}, PAIR),
     ("instruction_preference", {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"}, PAIR),
     ("hc3", {"question": "q", "human_answers": ["b", "c"], "chatgpt_answers": ["a"]}, PAIR),
     ("dialogue_pair", {"chosen": [USER, ASSISTANT], "rejected": [USER, REJECTED]}, PAIR),
     ("preference", PAIR | {"tools": [TOOL]}, PAIR | {"tools": [TOOL]}),
-    ("human_assistant", {"conversation": [{"human": "q", "assistant": "a"}], "category": "c"}, ANSWER),
     ("messages", {"messages": [SYSTEM, USER, ASSISTANT], "tools": None}, {"messages": [SYSTEM, USER, ASSISTANT]}),
     ("messages", TOOL_ROW, TOOL_ROW),
     (
@@ -147,10 +224,7 @@ CASES = [
         },
         ANSWER,
     ),
-    ("prompt_response", {"prompt": "q", "response": "a"}, ANSWER),
     ("input_target", {"kind": "NLI", "input": "q", "target": "a"}, ANSWER),
-    ("question_answer", {"question": "q", "answer": "a"}, ANSWER),
-    ("preference", {"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
     ("preference", PAIR, PAIR),
     (
         "preference",
@@ -189,9 +263,6 @@ CASES = [
     ("messages", {"problem": "p", "solution": "t", "messages": [USER, ASSISTANT]}, ANSWER),  # NuminaMath
     ("sharegpt", {"instruction": "i", "response": "r", "conversations": [USER, ASSISTANT]}, ANSWER),  # Magpie
     ("input_output", {"input": [USER], "output": "a", "reasoning": "on", "system_prompt": ""}, ANSWER),
-    ("prompt_output", {"prompt": "q", "output": "a"}, ANSWER),
-    ("instruction_answer", {"instruction": "q", "answer": "a"}, ANSWER),
-    ("prompt_completion", {"prompt": "q", "completion": "a"}, ANSWER),
     (
         "prompt_completion",
         {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]},
@@ -233,7 +304,6 @@ CASES = [
         ANSWER,
     ),
     # Thinking.
-    ("question_answer", {"question": "q", "reasoning": "r", "answer": "a"}, THOUGHTFUL),
     ("alpaca", {"instruction": "q", "output": "a", "thinking": "r"}, THOUGHTFUL),
     ("alpaca", {"instruction": "q", "output": "<think>\nr\n</think>\n\na"}, THOUGHTFUL),
     ("r1_distill", {"input": "q", "reasoning_content": "r", "content": "a", "score": 10}, THOUGHTFUL),
@@ -249,7 +319,6 @@ CASES = [
         {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": OPEN_THOUGHTS}]},
         THOUGHTFUL,
     ),
-    ("messages", {"messages": [USER, {"role": "assistant", "content": "<thinking>r</thinking>a"}]}, THOUGHTFUL),
     ("messages", {"messages": [USER, ASSISTANT | {"thinking": "r"}]}, THOUGHTFUL),  # gpt-oss
     ("messages", {"messages": [USER, {"role": "reasoning", "content": "r"}, ASSISTANT]}, THOUGHTFUL),
     (
@@ -430,7 +499,7 @@ def test_a_row_is_recognized_and_becomes_its_standard_form(name, row, expected):
 
 
 def test_every_schema_has_a_case():
-    assert {name for name, _, _ in CASES} == set(SCHEMAS) - {"oasst_message"}, "whose rows are always bad"
+    assert {name for name, _, _ in CASES} == set(SCHEMAS) - {"oasst_message"}, "whose rows are joined: test_trees.py"
 
 
 def test_a_quoted_call_stays_a_text():
@@ -461,10 +530,13 @@ def test_a_quoted_call_stays_a_text():
             {"prompt": "q", "response_0": "b", "response_1": "a", "better_response_id": -1},
             "neither 0 nor",
         ),
+        ("question_answer", {"question": "q", "choices": ["a", "b"], "answer": "B"}, r"options \(choices\)"),
+        ("question_answer", {"question": "q", "A": "x", "B": "y", "answer": "A"}, r"options \(a, b\)"),
+        ("prompt_response", {"prompt": "q", "response": "a", "is_safe": False}, "judged unsafe"),
         (
-            "oasst_message",
-            {"message_id": "m", "message_tree_id": "t", "text": "q", "role": "prompter"},
-            "trees.jsonl.gz",
+            "helpsteer3",
+            {"context": "q", "response1": "a", "response2": "b", "overall_preference": 0},
+            "neither answer",
         ),
         (
             "sharegpt",
@@ -510,8 +582,8 @@ def test_a_quoted_call_stays_a_text():
         ("alpaca", {"instruction": "q", "output": "a", "history": [["q"]]}, "history is not a list of"),
         ("alpaca", {"instruction": "q", "output": 3}, "turn 2 is not a string"),
         ("alpaca", {"instruction": "q", "output": "a\ud800"}, "surrogate"),
-        ("human_assistant", {"conversation": ["q", "a"]}, "conversation is not a list of"),
-        ("human_assistant", {"conversation": [{"human": "q"}]}, "conversation is not a list of"),
+        ("human_assistant", {"conversation": ["q", {"human": "q", "assistant": "a"}]}, "a turn is not an object"),
+        ("human_assistant", {"conversation": [{"human": "q"}]}, "a turn is not an object"),
         ("moss", {"chat": {"turn_1": "q"}}, "does not have the types"),
         ("preference", PAIR | {"rejected": [ASSISTANT]}, "chosen equals rejected"),
         ("preference", {"prompt": "q", "chosen": "a", "rejected": ""}, "turn 2 .* is empty"),
