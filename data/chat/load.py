@@ -218,8 +218,8 @@ def _drop_untrained_rows(rows: Dataset, kind: str, files: list[str], truncation:
         _warn(f"{names}: {truncation}")
     if truncation.untrained:
         _warn(
-            f"{names}: {truncation.untrained:,} of {truncation.rows:,} rows have no answer within max_length "
-            f"{truncation.max_length:,} and are left out"
+            f"{names}: {truncation.untrained:,} of {truncation.rows:,} rows have no {truncation.missing} within "
+            f"max_length {truncation.max_length:,} and are left out"
         )
         rows = rows.select(trained)
     return rows

@@ -154,7 +154,9 @@ def _format_lengths(findings: Findings) -> list[str]:
         lines.append(f"loss         {share:.1%} of the {truncation.kept:,} tokens kept carry loss")
         if truncation.untrained:
             places = _format_places(findings.places["untrained"])
-            lines.append(f"             {truncation.untrained:,} rows have no answer within max_length ({places})")
+            lines.append(
+                f"             {truncation.untrained:,} rows have no {truncation.missing} within max_length ({places})"
+            )
     return lines
 
 

@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    supports_tool_calling,
+)
 from trl.data_utils import common_prefix_length
 
+from buddygpt.cli.checkpoints import end_of_answer_token
 from buddygpt.cli.errors import UserError
 from buddygpt.data.chat.loss_marks import carries_loss
 from buddygpt.data.chat.rules import FORMS, BadRow
@@ -38,9 +43,13 @@ def tokenize(
         assistant_only: False: every token of an instruction carries loss.
 
     Raises:
-        BadRow: The template refuses the row, as some refuse system turns.
+        BadRow: The template refuses the row, as some refuse system turns, or leaves its tool calls out, as some do.
         UserError: See [`training_template`].
     """
+    messages = [message for key in FORMS[kind] for message in row[key]]
+    has_calls = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
+    if has_calls and not _shows_calls(tokenizer, tokenizer.chat_template):
+        raise BadRow("the chat template leaves tool calls or their results out")
     try:
         if kind == "sft":
             return [_tokenize_instruction(row, tokenizer, assistant_only)]
@@ -99,17 +108,40 @@ def _tokenize_answers(row: dict[str, Any], kind: str, tokenizer: PreTrainedToken
 
 
 def _end_of_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens up to the last one that is not blank, if that one is a mark such as <|im_end|>.
+    """Return the number of tokens up to the mark that ends the last answer, such as <|im_end|>.
 
-    Many templates (Qwen's, Gemma's) write a line end after the mark that ends an answer. Generation stops at the mark,
-    so a loss on the line end teaches nothing, and in preference pairs it would be most of the loss.
+    Many templates write more after it: a line end (Qwen, Gemma), or also the eos token (Phi-3). Generation stops at
+    the mark, so a loss on the rest teaches nothing, and in preference pairs it would be most of the loss.
     """
+
+    def is_blank(position: int) -> bool:
+        return not tokenizer.decode(ids[position : position + 1]).strip()
+
     end = len(ids)
-    while end and ids[end - 1] not in _marks(tokenizer):
-        if tokenizer.decode(ids[end - 1 : end]).strip():
-            return len(ids)
+    while end and is_blank(end - 1):
         end -= 1
-    return end or len(ids)
+    if not end or ids[end - 1] not in _marks(tokenizer):
+        return len(ids)
+    mark = _end_mark(tokenizer, tokenizer.chat_template)
+    for position in range(end - 1, -1, -1):
+        if ids[position] == mark:
+            end = position + 1
+        elif ids[position] != tokenizer.eos_token_id and not is_blank(position):
+            break
+    return end
+
+
+@cache
+def _shows_calls(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    return supports_tool_calling(tokenizer)
+
+
+@cache
+def _end_mark(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+    try:
+        return tokenizer.convert_tokens_to_ids(end_of_answer_token(tokenizer))
+    except UserError:  # the recipes report it
+        return None
 
 
 @cache
@@ -145,22 +177,26 @@ class Truncation:
     keep_end: bool = False  # keep the last tokens, not the first
     rows: int = 0
     cut: int = 0  # rows with a longer sequence
-    untrained: int = 0  # rows with a sequence without loss in what is kept
+    untrained: int = 0  # rows with a sequence without loss in what is kept, or with two equal ones
+    missing: str = "answer"  # what they lack
     tokens: int = 0
     kept: int = 0
     with_loss: int = 0  # of those kept
 
     def add(self, sequences: list[TokenSequence]) -> bool:
-        """Count a row; return True if each of its sequences carries loss in what is kept."""
+        """Count a row; return True if each of its sequences carries loss in what is kept, and they differ there."""
+        kept = slice(self.max_length)
+        if self.keep_end and self.max_length is not None:
+            kept = slice(-self.max_length, None)
         trained = True
-        for _, loss in sequences:
-            kept = loss
-            if self.max_length is not None:
-                kept = loss[-self.max_length :] if self.keep_end else loss[: self.max_length]
-            trained = trained and any(kept)
-            self.tokens += len(loss)
-            self.kept += len(kept)
-            self.with_loss += sum(kept)
+        for ids, loss in sequences:
+            trained = trained and any(loss[kept])
+            self.tokens += len(ids)
+            self.kept += len(ids[kept])
+            self.with_loss += sum(loss[kept])
+        if len(sequences) == 2:
+            self.missing = "two different answers"
+            trained = trained and sequences[0].ids[kept] != sequences[1].ids[kept]
         self.rows += 1
         self.cut += any(len(ids) > (self.max_length or len(ids)) for ids, _ in sequences)
         self.untrained += not trained
@@ -189,9 +225,9 @@ def find_faults(bad_rows: int, truncation: Truncation | None = None) -> list[str
     within = f" within max_length {truncation.max_length:,}" if truncation.max_length else ""
     share = truncation.untrained / truncation.rows
     if share == 1:
-        faults.append(f"no row has an answer{within}")
+        faults.append(f"all rows have no {truncation.missing}{within}")
     elif share > MAX_UNTRAINED:
-        faults.append(f"{share:.1%} of the rows have no answer{within}, more than {MAX_UNTRAINED:.0%}")
+        faults.append(f"{share:.1%} of the rows have no {truncation.missing}{within}, more than {MAX_UNTRAINED:.0%}")
     if truncation.cut == truncation.rows:
         faults.append(f"every row is longer than max_length {truncation.max_length:,}")
     return faults

@@ -356,7 +356,7 @@ def test_a_recipe_refuses_what_the_doctor_rejects_unless_forced(tmp_path, cache,
     bad = write(tmp_path / "b.jsonl", [{"messages": ZH}, {"messages": ZH[:1]}, {"messages": EN}])
     command = rf"python data/doctor.py {tmp_path}/.\.jsonl --stage sft"
     assert len(load_messages([str(good)], tokenizer=loaded, max_length=64)) == 3
-    for length, reason in ((40, "every row is longer"), (5, "no row has an answer within")):
+    for length, reason in ((40, "every row is longer"), (5, "all rows have no answer within")):
         for force in (False, True)[: 1 + (length == 5)]:
             with pytest.raises(UserError, match=rf"{reason} .*{command} --tokenizer .* --max_length {length}\. Fix"):
                 load_messages([str(good)], tokenizer=loaded, max_length=length, force=force)
@@ -384,16 +384,17 @@ def test_rows_whose_answer_is_cut_off_are_counted_and_left_out_or_refused(tmp_pa
         rows = load_rows(some, **options)
         assert len(rows) == 10
         told = capsys.readouterr().out
-        assert "1 of 11 rows have no answer within max_length 64 and are left out" in told
+        missing = {"sft": "no answer", "preference": "no two different answers"}[kind]
+        assert f"1 of 11 rows have {missing} within max_length 64 and are left out" in told
         assert re.search(r"max_length 64 cuts 9\.1% of the rows and [\d.]+% of their tokens", told)
         status, text = doctor(*some, *stage, "--tokenizer", tokenizer, "--max_length", 64)
-        assert status == 0 and f"1 rows have no answer within max_length ({some[0]}:11)" in text
+        assert status == 0 and f"1 rows have {missing} within max_length ({some[0]}:11)" in text
         assert re.search(r"verdict: fit, but max_length 64 cuts 9\.1% of the rows", text)
         # TRL's `truncation_mode: keep_end` keeps the answers.
         assert len(load_rows(some, **options, keep_end=True)) == 11
 
         most = [str(write(tmp_path / f"{kind}-most.jsonl", [short] * 4 + [long] * 6))]
-        reason = "60.0% of the rows have no answer within max_length 64, more than 10%"
+        reason = f"60.0% of the rows have {missing} within max_length 64, more than 10%"
         with pytest.raises(UserError, match=f"not fit: {reason}"):
             load_rows(most, **options)
         assert len(load_rows(most, **options, force=True)) == 4

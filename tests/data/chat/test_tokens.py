@@ -1,0 +1,65 @@
+"""Chat rows become tokens whose answers end at their mark; what cannot be learned is left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_tokenizer import train_tiny_tokenizer
+from transformers import AutoTokenizer
+
+from buddygpt.data.chat.load import load_rows
+from buddygpt.data.chat.rules import BadRow
+from buddygpt.data.chat.tokens import tokenize
+
+ZH = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是一个小模型。"}]
+PAIR = {"prompt": ZH[:1], "chosen": ZH[1:], "rejected": [{"role": "assistant", "content": "走开。"}]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    return train_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def test_pairs_that_differ_only_in_what_is_cut_off_are_left_out(tmp_path, monkeypatch, tokenizer, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    same = "你好，世界。" * 20
+    pair = PAIR | {key: [{"role": "assistant", "content": same + key}] for key in ("chosen", "rejected")}
+    rows = "".join(json.dumps(row) + "\n" for row in [PAIR] * 10 + [pair])
+    (tmp_path / "a.jsonl").write_text(rows, encoding="utf-8")
+    file = [str(tmp_path / "a.jsonl")]
+    assert len(load_rows(file, "preference", tokenizer=loaded)) == 11
+    for keep_end, kept in ((False, 10), (True, 11)):
+        assert len(load_rows(file, "preference", tokenizer=loaded, max_length=64, keep_end=keep_end)) == kept
+    assert "1 of 11 rows have no two different answers within max_length 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("eos", [None, "<|endoftext|>"], ids=["as trained", "as published"])
+def test_an_answer_ends_at_its_first_end_mark(tokenizer, eos):
+    """As Phi-3's template, which writes the eos token after the last turn; calls end with a mark of their own."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded.eos_token = eos or loaded.eos_token
+    loaded.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% generation %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ '<tool_call>' ~ c.function ~ '</tool_call>' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endgeneration %}{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt else eos_token }}"
+    )
+    (ids, _), _ = tokenize(PAIR, "preference", loaded)
+    assert loaded.decode(ids).endswith(PAIR["chosen"][0]["content"] + "<|im_end|>")
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    row = {"messages": [ZH[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+    ((ids, loss),) = tokenize(row, "sft", loaded)
+    assert loaded.decode(ids).endswith("</tool_call><|im_end|>") and loss[-1] == 1
+
+
+def test_tool_calls_that_a_template_leaves_out_make_a_row_bad(tokenizer):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    row = {"messages": [ZH[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+    tokenize(row, "sft", loaded)
+    loaded.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% endfor %}"
+    )
+    with pytest.raises(BadRow, match="the chat template leaves tool calls or their results out"):
+        tokenize(row, "sft", loaded)
