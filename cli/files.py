@@ -106,6 +106,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
     whole. If the block raises, `path` is unchanged. The temporary path lies in a new hidden folder next to `path`,
     which is deleted in any case; if the process is killed, by the next one that writes `path`.
     """
+    if path.is_symlink():
+        path = path.resolve()  # the link stays, and what it names is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     name = f".{path.name[:40]}."
     for left in path.parent.glob(f"{glob.escape(name)}*.partial"):

@@ -116,6 +116,8 @@ def main() -> None:
 
     output = Path(args.output)
     partial = output.with_name(f"{output.name}.partial")
+    if partial.exists() and not (partial / "lock").is_file():
+        raise UserError(f"{partial} exists and is no work folder of this script; choose another `output`")
     try:
         with lock(partial / "lock", wait=False):
             is_done = False

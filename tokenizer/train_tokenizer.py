@@ -92,11 +92,17 @@ def main() -> None:
 
 def check_output(output: Path) -> None:
     """Raise UserError if `output` exists and is anything but a tokenizer folder of ours: it would be overwritten."""
-    if output.exists() and not (output / "tokenizer.json").is_file():
+    if not output.exists():
+        return
+    if not (output / "tokenizer.json").is_file():
         raise UserError(f"{output} exists and is not a tokenizer folder; choose another `output`")
     for path in sorted(output.glob("*")):
         if path.name not in TOKENIZER_FILES:
             raise UserError(f"{output} holds more than a tokenizer ({path.name}); choose another `output`")
+    config = output / "tokenizer_config.json"
+    is_trained_here = config.is_file() and '"document_separator_token"' in config.read_text(encoding="utf-8")
+    if not is_trained_here and not (output / "old_ids.json").is_file():
+        raise UserError(f"{output} holds a tokenizer from elsewhere; choose another `output`")
 
 
 def read_all_texts(patterns: list[str], column: str, max_bytes: int) -> list[str]:

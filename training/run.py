@@ -28,6 +28,7 @@ from buddygpt.training.liger import register_liger
 from buddygpt.training.model_losses import add_model_losses
 from buddygpt.training.pickles import load_without_code, reporting_damage
 from buddygpt.training.resume import (
+    CHECKSUMS,
     ResumedStateCallback,
     Start,
     claim_folder,
@@ -244,7 +245,7 @@ def _sample_in_chats(generation_config: GenerationConfig) -> None:
 
 
 def _require_no_other_model(output_dir: Path, checkpoint: str | None) -> None:
-    """Raise UserError if the folder holds a model or tokenizer that is not from the run that is resumed."""
+    """Raise UserError if the folder holds a model, tokenizer or checkpoint that is not from the run that is resumed."""
     if checkpoint and Path(checkpoint).resolve().parent == output_dir.resolve():
         return
     for pattern in ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"):
@@ -252,6 +253,12 @@ def _require_no_other_model(output_dir: Path, checkpoint: str | None) -> None:
             raise UserError(
                 f"{output_dir} holds a finished model or tokenizer ({file.name}) and no checkpoint to resume from: "
                 "this run would overwrite it. Set another output_dir, or delete that one"
+            )
+    for folder in output_dir.glob("checkpoint-*"):
+        if not (folder / CHECKSUMS).exists():
+            raise UserError(
+                f"{folder} is not a checkpoint of these recipes (it has no {CHECKSUMS}), and this run might delete it. "
+                "Set another output_dir, or delete that one"
             )
 
 

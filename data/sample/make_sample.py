@@ -302,7 +302,7 @@ def write_files(files: dict[str, str], output: Path) -> bool:
     """Write the folder as a whole. Return False if it has the same content already.
 
     Raises:
-        UserError: `output` is a file, or a folder with anything but a sample in it.
+        UserError: `output` is a file, or a folder with anything but a whole sample in it.
     """
     if output.is_file():
         raise UserError(f"--output {output} is a file; name a folder.")
@@ -310,12 +310,15 @@ def write_files(files: dict[str, str], output: Path) -> bool:
     present: dict[str, bytes] = {}
     for path in output.rglob("*"):
         name = path.relative_to(output).as_posix()
-        if path.is_file() and name not in files:
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if name not in files:
             raise UserError(f"--output {output} holds {name}, no part of the sample; name another folder.")
-        if path.is_file():
-            present[name] = path.read_bytes()
+        present[name] = path.read_bytes()
     if present == {name: text.encode() for name, text in files.items()}:
         return False
+    if present and present.keys() != files.keys():  # a file of the user's that has the name of one of ours
+        raise UserError(f"--output {output} holds {min(present)}, but no whole sample; name another folder.")
     with write_atomically(output) as partial:
         for name, text in files.items():
             path = partial / name

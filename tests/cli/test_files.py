@@ -69,6 +69,19 @@ def test_writing_touches_no_folder_of_the_user_and_leaves_nothing_behind(tmp_pat
     assert after == (before if fails else before - {"out/old"} | {"out/new"})
 
 
+def test_what_a_link_names_is_replaced_and_the_link_stays(tmp_path):
+    fill(tmp_path, "disk/old")
+    for target, name in (("disk", "out"), ("disk/new", "new")):  # a folder, and a folder yet to be made
+        (tmp_path / name).symlink_to(target)
+        with write_atomically(tmp_path / name) as partial:
+            fill(partial, "file")
+        assert (tmp_path / name).is_symlink()
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("file")) == [
+        "disk/file",
+        "disk/new/file",
+    ]
+
+
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     for text in ("first", "second"):
         with write_atomically(tmp_path / "new" / "file.txt") as partial:

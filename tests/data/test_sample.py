@@ -282,3 +282,13 @@ def test_another_folder_is_refused_at_its_first_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds notes.txt, no part of the sample; name another folder"):
         make_sample.write_files({"a.jsonl": ""}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_files_of_the_user_with_names_of_the_sample_are_left_alone(tmp_path):
+    (tmp_path / "a.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="holds a.jsonl, but no whole sample; name another folder"):
+        make_sample.write_files({"a.jsonl": "", "b.jsonl": ""}, tmp_path)
+    (tmp_path / "c.jsonl").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="holds c.jsonl, no part of the sample"):
+        make_sample.write_files({"a.jsonl": ""}, tmp_path)
+    assert (tmp_path / "a.jsonl").read_text() == "mine"

@@ -304,3 +304,8 @@ def test_a_folder_that_is_not_a_tokenizer_is_not_overwritten(tmp_path, monkeypat
         (tmp_path / "mine" / name).write_text("{}")
     with pytest.raises(UserError, match=r"holds more than a tokenizer \(model.safetensors\)"):
         run(train_tokenizer, monkeypatch, "--files", tmp_path / "a", "--output", tmp_path / "mine")
+    (tmp_path / "mine" / "model.safetensors").unlink()  # a tokenizer that was downloaded
+    (tmp_path / "mine" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(UserError, match="mine holds a tokenizer from elsewhere; choose another"):
+        run(train_tokenizer, monkeypatch, "--files", tmp_path / "a", "--output", tmp_path / "mine")
+    assert (tmp_path / "mine" / "tokenizer.json").read_text() == "{}"

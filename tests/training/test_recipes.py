@@ -297,6 +297,15 @@ def test_a_finished_model_is_never_overwritten(workspace, base, tmp_path):
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+def test_checkpoints_of_another_program_are_not_deleted(workspace, tmp_path):
+    file = tmp_path / "run" / "checkpoint-3" / "optimizer.pt"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match="checkpoint-3 is not a checkpoint of these recipes .* Set another output_dir"):
+        run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", tmp_path / "run")
+    assert file.read_text() == "mine"
+
+
 @pytest.mark.slow
 def test_changed_arguments_are_told_on_resuming(workspace, base, capsys):
     run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--output_dir", base, "--logging_steps", 3)

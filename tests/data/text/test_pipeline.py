@@ -407,3 +407,12 @@ def test_an_impossible_mixture_is_reported_before_any_work(config, monkeypatch, 
     with pytest.raises(UserError, match="`languages` asks for zh, and its language is not given"):
         prepare(config("out", languages={"zh": 1}), monkeypatch)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_folder_of_the_user_named_like_the_work_folder_is_left_alone(config, monkeypatch, tmp_path):
+    notes = tmp_path / "out.partial" / "notes" / "a.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="out.partial exists and is no work folder of this script"):
+        prepare(config("out"), monkeypatch)
+    assert notes.read_text() == "mine"
