@@ -15,6 +15,7 @@ from trl import TrlParser
 
 from buddygpt.cli.encoding import not_utf8
 from buddygpt.cli.errors import UserError, did_you_mean, library_errors
+from buddygpt.cli.files import require_output
 
 MAX_CONFIG_BYTES = 2**20  # the YAML parser takes seconds for a megabyte
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
@@ -96,7 +97,8 @@ def parse_arguments(
         One instance per dataclass, in order.
 
     Raises:
-        UserError: An unknown key, a missing or malformed config file, or a value that a dataclass rejects.
+        UserError: An unknown key, a missing or malformed config file, a value that a dataclass rejects, or an output
+            that cannot be written.
     """
     _require_readable_config()
     parser = StrictParser(
@@ -123,6 +125,8 @@ def parse_arguments(
     for arguments in parsed:
         for key, value in vars(arguments).items():
             _check_value(key, value)
+            if key in ("output", "eval_output") and value is not None:
+                require_output(Path(value).absolute())
     return parsed
 
 

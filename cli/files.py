@@ -2,22 +2,26 @@
 
 import glob
 import hashlib
+import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import psutil
 
-from buddygpt.cli.errors import UserError
+from buddygpt.cli.errors import UserError, file_system_errors, reading
 
 ROW_TYPES = (".jsonl", ".json", ".parquet", ".csv")  # files of rows with columns
 FILE_TYPES = (*ROW_TYPES, ".txt", ".md")
 COMPRESSIONS = (".gz", ".zst")
+LARGEST_JSON = 100_000_000  # bytes of a file that is read as a whole, which takes up to ten times as much memory
 
 
 def file_type(file: Path | str) -> str:
@@ -87,6 +91,19 @@ def _print_once(message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: It is damaged, larger than any that a command writes, or no file.
+        FileNotFoundError: It does not exist.
+    """
+    with reading(path):
+        if path.stat().st_size > LARGEST_JSON or not path.is_file():
+            raise ValueError(f"not a file of at most {LARGEST_JSON:,} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def file_sha256(path: str | Path, flush: bool = False) -> str:
     """Return the sha256 of a file's bytes in hexadecimal. `flush` first writes buffered bytes to the disk."""
     digest = hashlib.sha256()
@@ -98,6 +115,24 @@ def file_sha256(path: str | Path, flush: bool = False) -> str:
     return digest.hexdigest()
 
 
+def require_output(path: Path) -> None:
+    """Raise UserError if nothing can be written at `path`: it has no name, is a device or pipe, or is below a file."""
+    if not path.name:
+        raise UserError(f"{path} cannot be replaced; name a new file or folder")
+    with file_system_errors():
+        try:
+            kind = stat.S_IFMT(os.stat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            kind = stat.S_IFREG  # to be made
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            raise UserError(f"{path} is a device, a pipe or the like, and cannot be replaced; name a file or folder")
+        parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not stat.S_ISDIR(os.stat(parent).st_mode):
+            raise UserError(f"{path} cannot be written, because {parent} is no folder")
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{path} cannot be written: no permission to write to {parent}")
+
+
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path near `path`, to be written as a file or a folder, then rename it to `path`.
@@ -106,6 +141,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
     whole. If the block raises, `path` is unchanged. The temporary path lies in a new hidden folder next to `path`,
     which is deleted in any case; if the process is killed, by the next one that writes `path`.
     """
+    require_output(path)
     if path.is_symlink():
         path = path.resolve()  # the link stays, and what it names is replaced
     path.parent.mkdir(parents=True, exist_ok=True)

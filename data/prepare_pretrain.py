@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import require_output
 from buddygpt.data.shards.format import TokenShards, read_manifest
 from buddygpt.data.text.clean import Cleaner, load_profile
 from buddygpt.data.text.counts import CountWriter
@@ -39,6 +40,7 @@ from buddygpt.data.text.plan import (
 from buddygpt.data.text.publish import ManifestWriter, Publisher, finish_publishing
 from buddygpt.data.text.readers import SourceReader
 from buddygpt.data.text.report import ExampleWriter
+from buddygpt.data.text.rows import is_url
 from buddygpt.data.text.sources import Source, read_sources
 from buddygpt.data.text.tokenize import HoldOut, ShardWriter, read_text_tokenizer
 
@@ -115,6 +117,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", str(is_one_process).lower())
 
     output = Path(args.output)
+    require_output(output)
     partial = output.with_name(f"{output.name}.partial")
     if partial.exists() and not (partial / "lock").is_file():
         raise UserError(f"{partial} exists and is no work folder of this script; choose another `output`")
@@ -175,7 +178,13 @@ def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> bool:
         Stage("manifest", [ManifestWriter(plan, work, output)], 1),
         Stage("publish", [Publisher(work, output)], 1),
     ]
-    return run(args, stages, work)
+    try:
+        return run(args, stages, work)
+    except UserError:
+        # The remedy changes the files or the config, and so the plan, unless a download failed.
+        if args.executor != "slurm" and not any(is_url(file) for source in sources for file in source.files):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def cleaning_stages(args: PretrainDataArguments, sources: list[Source], plan: Plan, work: Path) -> list[Stage]:
