@@ -15,19 +15,17 @@ import time
 from tqdm import tqdm
 from transformers.utils import logging
 
-from buddygpt.cli.errors import run_script
+from buddygpt.cli.errors import ArgumentParser, run_script
 
 from .checks import CHECKS, Row, explain, run_check
 from .subject import open_subject
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m buddygpt.check",
         description=__doc__,
         epilog="checks:\n" + "\n".join(f"  {name:24}{explain(name)}" for name in CHECKS),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="preset, config JSON, checkpoint folder or Hub repository")
     parser.add_argument("--reduced", action="store_true", help="check a small model of the same structure")

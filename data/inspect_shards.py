@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from buddygpt.cli.checkpoints import load_tokenizer
-from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.errors import ArgumentParser, UserError, run_script
 from buddygpt.cli.files import write_atomically
 from buddygpt.data.shards.blocks import BlockDataset
 from buddygpt.data.shards.format import TokenShards, verify_shards
@@ -29,9 +29,7 @@ COLUMNS = ("source", "language", "tokens", "documents", "bytes/token", "epochs",
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="folder of token shards: OUT/train or OUT/eval")
     parser.add_argument("--verify", action="store_true", help="hash every file and name all damaged ones")
     parser.add_argument("--output", type=Path, metavar="FILE.png", help="plot the document lengths to this file")

@@ -11,7 +11,6 @@ import argparse
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .configuration_buddygpt import BuddyGPTConfig
@@ -137,12 +136,13 @@ def main() -> None:
         "models", nargs="*", default=sorted(PRESETS), metavar="NAME_OR_PATH", help="default: all presets"
     )
     parser.add_argument("--vocab_size", type=int, help="rows of the embedding; default: as in the config")
+    parser.error = lambda message: parser.exit(2, f"error: {message}. See --help.\n")
     args = parser.parse_args()
 
     overrides = {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
     try:
         rows = [describe(name, load_buddygpt_config(name, **overrides)) for name in args.models]
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # transformers and torch raise many kinds for odd configs
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
 
     # model/ imports nothing else of this project, so it prints the Markdown table itself.
