@@ -7,10 +7,12 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from buddygpt.cli.errors import UserError
+from buddygpt.cli.weights import require_all_weights
 from buddygpt.model.presets import PRESETS, load_config
 
 
@@ -143,6 +145,10 @@ def open_subject(
         config = load_config(name, trust_remote_code=trust_remote_code, **overrides)
         if reduced:
             config = reduce_config(config)
+        if has_random_weights:
+            require_memory(config, trust_remote_code)
+        else:
+            require_all_weights(name, trust_remote_code)
         subject = Subject(
             config,
             weights=None if has_random_weights else name,
@@ -151,8 +157,22 @@ def open_subject(
         )
         subject.model  # noqa: B018 - build it here, so that a model that cannot be built is a user error
         return subject
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"cannot open the model {name}: {error}") from error
+
+
+def require_memory(config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Raise UserError if the weights of a model do not fit into memory; the system would kill the process."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    needed, available = 4 * model.num_parameters(), psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"the weights take {needed / 2**30:,.1f} GiB, but {available / 2**30:,.1f} GiB of memory are free; "
+            "check a reduced model (--reduced)"
+        )
 
 
 def reduce_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -2,19 +2,25 @@
 
 import hashlib
 import json
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
 
+MAX_LAYERS = 10_000
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+TEMPLATE_SECONDS = 5  # a usual template takes milliseconds
 
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
@@ -29,10 +35,34 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
         raise UserError(f"no such tokenizer folder: {name_or_path}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+        _warn_if_class_overrides_file(tokenizer)
+    except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
         raise UserError(f"cannot read a tokenizer from {name_or_path}: {_first_line(error)}") from error
-    _warn_if_class_overrides_file(tokenizer)
+    require_quick_template(tokenizer)
     return tokenizer
+
+
+def require_quick_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise UserError if the chat template takes longer than any should: a nested loop may never end."""
+    if not tokenizer.chat_template or threading.current_thread() is not threading.main_thread():
+        return
+
+    def stop(*_: object) -> None:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} takes over {TEMPLATE_SECONDS} s for one question; fix it"
+        )
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(TEMPLATE_SECONDS)
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
+    except UserError:
+        raise
+    except Exception:  # those who use the template report it
+        pass
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def _warn_if_class_overrides_file(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -76,12 +106,10 @@ def end_of_answer_token(tokenizer: "PreTrainedTokenizerBase") -> str:
     Raises:
         UserError: The template refuses a question with an answer, or ends the answer with plain text.
     """
-    from jinja2 import TemplateError
-
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError as error:
+    except Exception as error:  # of the template: it may refuse the roles, but also divide by zero
         raise UserError(f"the chat template of {tokenizer.name_or_path} refuses an answer: {error}") from error
     end = tokenizer(text.rpartition("answer")[2], add_special_tokens=False).input_ids
     tokens = tokenizer.added_tokens_decoder
@@ -142,6 +170,7 @@ def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> "Pr
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import buddygpt.model  # noqa: F401  registers the model with the Auto classes
+    from buddygpt.model.presets import require_possible_size
 
     # A folder without config.json may be a typo, or the wrong folder of a LoRA run.
     folder = Path(name_or_path)
@@ -153,8 +182,15 @@ def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> "Pr
         raise UserError(f"{folder} is not a checkpoint: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        require_possible_size(config)
+    except Exception as error:  # transformers raises many kinds for odd configs
         raise UserError(f"cannot read a model config from {name_or_path}: {_first_line(error)}") from error
+
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise UserError(
+            f"{name_or_path} has {layers:,} layers in its config.json; correct it ({MAX_LAYERS:,} at most)"
+        )
 
     # The class comes from the checkpoint's own code if that is trusted, else from those that transformers knows.
     has_own_class = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
@@ -182,4 +218,4 @@ def _is_missing(name_or_path: str) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)

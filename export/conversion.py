@@ -9,15 +9,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from buddygpt.cli.checkpoints import finish_checkpoint, save_tokenizer
+from buddygpt.cli.checkpoints import finish_checkpoint, load_tokenizer, save_tokenizer
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import write_atomically
+from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.export.architectures import convert
 from buddygpt.export.generation_marks import hide_generation_marks, restore_generation_marks
 from buddygpt.model import BuddyGPTConfig
@@ -90,12 +90,12 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     """Return the model, in the dtype it was saved in, and its tokenizer.
 
     Raises:
-        UserError: Weights are missing.
+        UserError: A file is damaged, or a weight is missing, has another shape or is no number.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model, loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", output_loading_info=True)
-    if loaded["missing_keys"]:
-        raise UserError(f"{checkpoint} lacks weights: {', '.join(sorted(loaded['missing_keys']))}")
+    tokenizer = load_tokenizer(str(checkpoint))
+    require_all_weights(str(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    require_finite_weights(model, checkpoint)
     return model, tokenizer
 
 

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from step_memory import FakeModel, Setup, StepMemory, total_bytes
 from transformers import PreTrainedConfig, TrainingArguments
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import load_tokenizer
-from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.errors import UserError, reading, run_script
 from buddygpt.cli.tables import markdown_table
 from buddygpt.model.parameters import count_parameters
 from buddygpt.model.presets import load_config
@@ -127,7 +126,7 @@ def read_model(args: PlanArguments) -> PreTrainedConfig:
         vocab_size = len(load_tokenizer(args.tokenizer))
     try:
         return load_config(name, **({} if vocab_size is None else {"vocab_size": vocab_size}))
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # transformers raises many kinds for odd configs
         raise UserError(f"cannot read the model config {name}: {error}") from error
 
 
@@ -155,13 +154,22 @@ def read_setup(args: PlanArguments, training: TrainingArguments) -> Setup:
 def _zero_stage(args: PlanArguments) -> int:
     if args.accelerate_config is None:
         return args.zero_stage
-    try:
-        content = yaml.safe_load(Path(args.accelerate_config).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read --accelerate_config {args.accelerate_config}: {error}") from error
-    if content.get("distributed_type") == "FSDP":
-        return 3 if content["fsdp_config"].get("fsdp_reshard_after_forward", True) else 2
-    return content.get("deepspeed_config", {}).get("zero_stage", 0)
+    path = Path(args.accelerate_config)
+    if not path.is_file():
+        raise UserError(f"--accelerate_config {path} is not a file")
+    with reading(path):
+        if path.stat().st_size > 1_000_000:
+            raise ValueError("larger than any config")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(error) from error
+        if content.get("distributed_type") == "FSDP":
+            return 3 if content["fsdp_config"].get("fsdp_reshard_after_forward", True) else 2
+        stage = content.get("deepspeed_config", {}).get("zero_stage", 0)
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage is {stage}")
+        return stage
 
 
 @dataclass(frozen=True)

@@ -327,10 +327,10 @@ def break_checkpoint(folder: Path, how: str) -> Path:
         ("adapter", "holds a LoRA adapter"),
         ("llama", "is a `llama` model, not a BuddyGPT one"),
         ("heads", "(?s)cannot be converted: .*48.* is not a multiple of the number of attention heads"),
-        ("tokenizer", "cannot be converted"),
-        ("weights", "cannot be converted: .*no file named"),
-        ("truncated", "cannot be converted"),
-        ("incomplete", "lacks weights: model.norm.weight"),
+        ("tokenizer", "cannot read a tokenizer"),
+        ("weights", "cannot read the weights .*no file named"),
+        ("truncated", "cannot read the weights"),
+        ("incomplete", "lacks model.norm.weight"),
     ],
 )
 def test_an_incomplete_checkpoint_is_refused(tmp_path, export, how, message):
