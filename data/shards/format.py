@@ -9,6 +9,7 @@ the mixture in which sources are read, and the inputs. data/prepare_pretrain.py 
 import hashlib
 import json
 import math
+import reprlib
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from buddygpt.cli.checkpoints import tokenizer_rules
 from buddygpt.cli.errors import UserError
-from buddygpt.cli.files import file_sha256
+from buddygpt.cli.files import file_sha256, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,16 @@ FORMAT_VERSION = 3
 REMEDY = "Prepare the shards again with data/prepare_pretrain.py."
 INDEX_ENTRY_BYTES = 8
 SIZES = ("tokens", "documents", "text_bytes")
+DTYPES = ("uint16", "uint32")
+
+# The fields that training and the commands read, with their types.
+MANIFEST_FIELDS = dict.fromkeys((*SIZES, "eos_id"), int) | dict.fromkeys(
+    ("dtype", "tokenizer", "tokenizer_sha256"), str
+)
+MANIFEST_FIELDS |= dict.fromkeys(("shards", "sources", "generations"), list)
+SHARD_FIELDS = dict.fromkeys(SIZES, int) | dict.fromkeys(("file", "source", "sha256"), str)
+SHARD_FIELDS |= dict.fromkeys(("index_sha256", "documents_sha256"), str)
+SOURCE_FIELDS = dict.fromkeys(SIZES, int) | {"name": str, "epochs": object, "share": float, "language": str | None}
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -57,15 +68,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{folder} is not a folder of token shards: it has no {MANIFEST}. {REMEDY}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}. {REMEDY}") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format_version is {version}, this code reads {FORMAT_VERSION}. {REMEDY}")
 
+    check_fields(path, manifest)
     described = {source["name"] for source in manifest["sources"]}
     for shard in manifest["shards"]:
         if shard["source"] not in described:
@@ -77,6 +87,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if wrong := find_wrong_sums(manifest):
         raise UserError(f"{path} was changed: {'; '.join(wrong)}. {REMEDY}")
     return manifest
+
+
+def check_fields(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise UserError if a field of a manifest, of a shard or of a source is missing or has another type."""
+    entries = [("", manifest, MANIFEST_FIELDS)]
+    for key, fields in (("shards", SHARD_FIELDS), ("sources", SOURCE_FIELDS)):
+        if isinstance(manifest.get(key), list):
+            entries += [(f"{key}[{number}].", entry, fields) for number, entry in enumerate(manifest[key])]
+    for place, entry, fields in entries:
+        for key, kind in fields.items():
+            value = entry.get(key) if isinstance(entry, dict) else None
+            if not isinstance(value, kind) or (kind is int and value < 0):
+                raise UserError(f"{path}: `{place}{key}` is {reprlib.repr(value)}. {REMEDY}")
+    if manifest["dtype"] not in DTYPES:
+        raise UserError(f"{path}: `dtype` is {manifest['dtype']}, must be one of {', '.join(DTYPES)}. {REMEDY}")
+    for shard in manifest["shards"]:
+        if Path(shard["file"]).name != shard["file"]:
+            raise UserError(f"{path}: shard {shard['file']} is not in the folder of the manifest. {REMEDY}")
 
 
 def find_wrong_sums(manifest: dict[str, Any]) -> list[str]:

@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,9 +34,10 @@ from buddygpt.data.text.json_forms import is_conversation, is_message, rows_of_o
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
 CHUNK = 2**16  # bytes of a JSON array to read at once
+LONGEST_ROW = 2**28  # bytes; a process takes up to five times as much memory for it
 LONGEST_TOKEN = 16  # characters of the longest JSON tokens that are invalid in part: `\ud83d\ude00`, `-Infinity`
 PARQUET_BUFFER = 2**20  # bytes; without a buffer pyarrow reads a column of a whole row group at once
-csv.field_size_limit(sys.maxsize)  # the default refuses documents above 128 kB
+csv.field_size_limit(LONGEST_ROW)  # the default refuses documents above 128 kB
 
 
 class Row(NamedTuple):
@@ -209,7 +209,7 @@ def _read_json(
     if stream.peek(1).lstrip().startswith(b"["):
         yield from _read_array(stream)
         return
-    lines = ((number, line.rstrip()) for number, line in enumerate(stream, start=1) if line.strip())
+    lines = ((number, line.rstrip()) for number, line in enumerate(_lines(stream), start=1) if line.strip())
     number, line = next(lines, (0, b""))
     if not number:
         return
@@ -267,6 +267,7 @@ def _read_values(stream: BinaryIO, text: str, number: int, decode: Callable[[byt
             if not _may_be_incomplete(text, error):
                 raise ValueError(f"the object at line {number}: {reason}") from error
             more = stream.read(max(CHUNK, len(text) - start))
+            _check_length(len(text) - start)
             if not more:
                 if start < len(text):
                     yield Row(number, None, reason)
@@ -315,6 +316,7 @@ def _read_array(stream: BinaryIO) -> Iterator[Row]:
             more = b""
             if _may_be_incomplete(text, error):
                 more = stream.read(max(CHUNK, len(text) - start))
+                _check_length(len(text) - start)
             if not more:
                 reason = _encoding_error(text) or f"not valid JSON: {getattr(error, 'msg', error)}"
                 raise ValueError(f"row {number}: {reason}") from error
@@ -412,14 +414,31 @@ def _read_csv(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[s
             yield Row(number, row)
 
 
-def _read_lines(stream: Iterable[bytes], text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(stream, start=1):
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    while line := stream.readline(LONGEST_ROW + 1):
+        _check_length(len(line))
+        yield line
+
+
+def _check_length(length: int) -> None:
+    if length > LONGEST_ROW:
+        raise ValueError(f"a row is longer than {LONGEST_ROW:,} bytes; split it")
+
+
+def _read_lines(stream: BinaryIO, text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:
+    return _text_rows(_lines(stream), text_key)
+
+
+def _text_rows(lines: Iterable[bytes], text_key: Sequence[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
         row = _decode(number, line)
         yield row if row.error else Row(number, {text_key[0]: row.content})
 
 
 def _read_document(stream: BinaryIO, text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:
-    return _read_lines([stream.read()], text_key, keep)
+    document = stream.read(LONGEST_ROW + 1)
+    _check_length(len(document))
+    return _text_rows([document], text_key)
 
 
 def _decode(number: int, data: bytes) -> Row:
