@@ -1,6 +1,15 @@
-"""Markdown tables."""
+"""Markdown: tables, and text in which nothing is Markdown."""
 
+import re
 from collections.abc import Iterable, Sequence
+
+NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
+
+
+def escape_markdown(text: str) -> str:
+    """Return the text as one line in which nothing is Markdown or HTML."""
+    return MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", NO_TEXT.sub(" ", text))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: Sequence[str] | None = None) -> str:

@@ -14,6 +14,7 @@ groups `cmmlu` and `ceval-valid` average over the subjects found, weighted by th
 """
 
 import importlib.resources
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,13 @@ def build_tasks(benchmark: Benchmark, folder: Path) -> dict[str, dict[str, Any]]
     files = sorted((folder / benchmark.split).glob(f"*{suffix}"))
     if not files:
         raise UserError(f"{benchmark.group}: {folder / benchmark.split} has no *{suffix}.")
+    others = sorted({path.name for path in files[0].parent.iterdir() if path.name[0] != "."} - {p.name for p in files})
+    if others:
+        print(
+            f"skipped {len(others):,} of {len(files) + len(others):,} files in {files[0].parent}, whose names do not "
+            f"end in {suffix}: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}",
+            file=sys.stderr,
+        )
 
     stock_folder = Path(str(importlib.resources.files("lm_eval"))) / "tasks" / benchmark.folder
     tasks: dict[str, dict[str, Any]] = {}

@@ -23,9 +23,9 @@ from scipy.stats import binomtest
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, reading, run_script
-from buddygpt.cli.files import write_atomically
+from buddygpt.cli.files import read_json, write_atomically
 from buddygpt.cli.fonts import use_chinese_font
-from buddygpt.cli.tables import markdown_table
+from buddygpt.cli.tables import escape_markdown, markdown_table
 
 Sample = dict[str, Any]  # one question with the model's answer, a line of lm-eval's samples_*.jsonl
 Score = dict[str, Any]  # value, n, ci95: [low, high] or None, chance: a float or None
@@ -69,8 +69,7 @@ def read_runs(results: Path) -> dict[str, list[Run]]:
     # The names contain the time, so sorting by name sorts by time.
     for path in sorted(results.glob("*/**/results_*.json"), key=lambda path: path.name):
         checkpoint = path.relative_to(results).parts[0]
-        with reading(path):
-            runs[checkpoint].append((path, json.loads(path.read_text(encoding="utf-8"))))
+        runs[checkpoint].append((path, read_json(path)))
     if not runs:
         raise UserError(f"{results} has no NAME/results_*.json; eval/run_eval.py writes them.")
     return dict(runs)
@@ -213,7 +212,10 @@ def to_markdown(scores: dict[str, TaskScores], runs: dict[str, list[Run]]) -> st
     for task in tasks:
         subjects = [name for name in names if name.startswith(f"{task}/")]
         if subjects:
-            sections += [f"## {task} by subject", score_table("subject", subjects, scores, first_metric_only=True)]
+            sections += [
+                f"## {escape_markdown(task)} by subject",
+                score_table("subject", subjects, scores, first_metric_only=True),
+            ]
     sections += [
         "## Prompts",
         "Examples before each question (few-shot), and questions whose prompt was truncated on the left to fit into "
@@ -234,7 +236,7 @@ def score_table(title: str, names: list[str], scores: dict[str, TaskScores], fir
         scores: Scores of each checkpoint.
         first_metric_only: Show only the first metric of each name.
     """
-    header = [title, "metric", "n", "chance", *scores]
+    header = [title, "metric", "n", "chance", *map(escape_markdown, scores)]
     align = ["---", "---", "--:", "--:"] + ["--:"] * len(scores)
     rows = []
     for name in names:
@@ -248,7 +250,8 @@ def score_table(title: str, names: list[str], scores: dict[str, TaskScores], fir
             n = "/".join(dict.fromkeys(str(score["n"]) for score in found))
             chances = [f"{score['chance']:.1%}" for score in found if score["chance"]]
             cells = [format_score(measured.get(metric)) for measured in by_checkpoint]
-            rows.append([name.rpartition("/")[2], metric, n, chances[0] if chances else "", *cells])
+            names_of_row = map(escape_markdown, (name.rpartition("/")[2], metric))
+            rows.append([*names_of_row, n, chances[0] if chances else "", *cells])
     return markdown_table(header, rows, align)
 
 
@@ -274,8 +277,9 @@ def prompt_table(tasks: list[str], runs: dict[str, list[Run]]) -> str:
                     shots = "/".join(sorted({str(results["n-shot"][leaf]) for leaf in leaves}))
                     counts = results.get("truncated_prompts")
                     truncated = f"{sum(counts[leaf] for leaf in leaves)} truncated" if counts else "not counted"
-                    cells[task][checkpoint] = f"{shots}-shot, {truncated}"
-    return markdown_table(["task", *runs], [[task, *of_task.values()] for task, of_task in cells.items()])
+                    cells[task][checkpoint] = escape_markdown(f"{shots}-shot, {truncated}")
+    rows = [[escape_markdown(task), *of_task.values()] for task, of_task in cells.items()]
+    return markdown_table(["task", *map(escape_markdown, runs)], rows)
 
 
 def checkpoint_table(runs: dict[str, list[Run]]) -> str:
@@ -288,7 +292,8 @@ def checkpoint_table(runs: dict[str, list[Run]]) -> str:
                 folder = str(config["model_args"]["pretrained"])
                 prompts = "chat template" if results.get("chat_template") else "bare text"
                 limit = "none" if config["limit"] is None else f"first {config['limit']:g}"
-                row = [checkpoint, folder, prompts, limit, str(results["lm_eval_version"])]
+                row = [*map(escape_markdown, (checkpoint, folder)), prompts, limit]
+                row.append(escape_markdown(str(results["lm_eval_version"])))
             if row not in rows:
                 rows.append(row)
     header = ["name", "folder", "prompts", "limit", "lm-eval"]
@@ -337,8 +342,9 @@ def bar_title(group: tuple[str, str], groups: list[tuple[str, str]], runs: dict[
     task, metric = group
     title = task
     for of_checkpoint in runs.values():
-        for _, results in of_checkpoint:
-            title = str(results["results"].get(task, {}).get("alias", title))
+        for path, results in of_checkpoint:
+            with reading(path):
+                title = str(results["results"].get(task, {}).get("alias", title))
     if sum(other == task for other, _ in groups) > 1:
         title += f" ({METRICS.get(metric, metric)})"
     return textwrap.fill(title.replace("_", " ").strip(), 18)

@@ -36,6 +36,7 @@ from transformers import AutoTokenizer
 import buddygpt.eval.harness  # makes lm-eval score every answer from its first token
 import buddygpt.model  # noqa: F401  registers the model with the Auto classes
 from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import require_quick_template
 from buddygpt.cli.errors import UserError, did_you_mean, run_script
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
 
@@ -151,6 +152,9 @@ def build_model_args(name: str, folder: str, args: EvalArguments) -> dict[str, A
     try:
         require_all_weights(folder, args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
+        require_quick_template(tokenizer)
+    except UserError:
+        raise
     except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
         raise UserError(f"checkpoints: {name}={folder} cannot be loaded: {error}") from error
     if name in args.chat and not tokenizer.chat_template:
@@ -179,7 +183,9 @@ def load_tasks(args: EvalArguments) -> tuple[TaskManager, dict[str, Task]]:
             raise UserError(f"tasks: there is no task `{task}`; {hint}")
     try:
         tasks = manager.load(args.tasks)["tasks"]
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: task files may run code
         raise UserError(f"tasks: {error} (benchmarks from local files: eval/README.md)") from error
     if "lm_eval.tasks.ifeval.instructions_util" in sys.modules:
         require_punkt()

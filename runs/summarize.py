@@ -12,8 +12,8 @@ from typing import Any
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, reading, run_script
-from buddygpt.cli.files import write_atomically
-from buddygpt.cli.tables import markdown_table
+from buddygpt.cli.files import read_json, write_atomically
+from buddygpt.cli.tables import escape_markdown, markdown_table
 
 CHECKPOINTS = {"base": "pretrain", "sft": "sft", "dpo": "dpo"}  # name in the evaluation -> folder
 INSTALL_SECONDS = Path(__file__).resolve().parents[1] / ".venv" / "installed"  # written by `make setup`
@@ -53,11 +53,6 @@ def summarize(run: Path) -> dict[str, Any]:
         "seconds": read_seconds(run),
         "checkpoints": {**folders, "native": str(run / "native")},
     }
-
-
-def read_json(path: Path) -> Any:
-    with reading(path):
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_number(path: Path, *keys: str) -> float:
@@ -122,7 +117,7 @@ def read_seconds(run: Path) -> dict[str, int]:
 def to_markdown(title: str, summary: dict[str, Any], chat: list[dict[str, str]]) -> str:
     """Return the content of `report.md`: scores, a transcript, loss curves and times."""
     sections = [
-        f"# {title}",
+        f"# {escape_markdown(title)}",
         f"{summary['parameters']:,} parameters, pretrained on {summary['tokens_seen']:,} tokens. The wording of the "
         "questions never occurs in training. Brackets hold the 95% interval.",
         score_table(summary),
@@ -134,13 +129,17 @@ def to_markdown(title: str, summary: dict[str, Any], chat: list[dict[str, str]])
         "## Chat",
     ]
     for turn in chat:
-        sections.append(f"> **{turn['question']}**\n> {turn['answer']}")
+        question, answer = (escape_markdown(turn[key]) for key in ("question", "answer"))
+        sections.append(f"> **{question}**\n> {answer}")
     sections.append("## Curves")
     for name, folder in CHECKPOINTS.items():
         sections.append(f"{name}: ![{name}]({folder}/loss_curve.png)")
     seconds = summary["seconds"]
     times = [str(value) for value in seconds.values()]
-    sections += ["## Seconds", markdown_table(list(seconds), [times], align=["--:"] * len(seconds))]
+    sections += [
+        "## Seconds",
+        markdown_table(list(map(escape_markdown, seconds)), [times], align=["--:"] * len(seconds)),
+    ]
     return "\n\n".join(sections) + "\n"
 
 

@@ -12,16 +12,14 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.writers import JsonlWriter
 
-from buddygpt.cli.tables import markdown_table
+from buddygpt.cli.tables import NO_TEXT, escape_markdown, markdown_table
 from buddygpt.data.text.counts import Kind, RowCounts, sum_counts
 from buddygpt.data.text.operators import MEASURES
 
 EXAMPLES = 3  # examples of each rule that each task keeps, and that the report shows
 EXCERPT = 240  # characters of an example
 RULES_IN_PICTURE = 9  # the others are added up
-NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 PICTURE = "![not written, by source and rule](report.png)"
-MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
 
 
 def write_report(folder: Path, manifest: dict[str, Any], examples: Path) -> None:
@@ -98,8 +96,8 @@ def _mixture(sources: list[dict[str, Any]]) -> str:
         languages[source["language"] or "not given"] += source["share"]
         rows.append(
             [
-                _escape(source["name"]),
-                _escape(source["language"] or ""),
+                escape_markdown(source["name"]),
+                escape_markdown(source["language"] or ""),
                 f"{source['documents']:,}",
                 f"{source['tokens']:,}",
                 f"{source['text_bytes'] / 1e6:,.2f}",
@@ -108,7 +106,7 @@ def _mixture(sources: list[dict[str, Any]]) -> str:
             ]
         )
     table = markdown_table(["source", "language", "documents", "tokens", "MB", "epochs", "share of tokens read"], rows)
-    shares = ", ".join(f"{_escape(name)} {share:.1%}" for name, share in languages.most_common())
+    shares = ", ".join(f"{escape_markdown(name)} {share:.1%}" for name, share in languages.most_common())
     return f"{table}\n\nTokens read by language: {shares}."
 
 
@@ -118,7 +116,7 @@ def _rows(counts: dict[str, RowCounts]) -> str:
     for name, count in [*counts.items(), ("all", sum_counts(counts.values()))]:
         dropped = count.dropped.total()
         cells = [count.read, count.written, count.held_out, dropped]
-        rows.append([_escape(name), *(f"{cell:,}" for cell in cells), f"{dropped / max(count.read, 1):.2%}"])
+        rows.append([escape_markdown(name), *(f"{cell:,}" for cell in cells), f"{dropped / max(count.read, 1):.2%}"])
     return markdown_table(["source", "read", "written", "held out", "dropped", "share dropped"], rows)
 
 
@@ -138,7 +136,7 @@ def _table_of(counts: dict[str, RowCounts], kind: Kind, with_chars: bool = False
     by_name = [column.by_name(kind) for column in columns]
     rows = []
     for name in names:
-        row = [_escape(name)]
+        row = [escape_markdown(name)]
         if with_chars:
             row.append(f"{total.by_name('changed_chars')[name]:,}")
         for column, numbers in zip(columns, by_name, strict=True):
@@ -146,7 +144,7 @@ def _table_of(counts: dict[str, RowCounts], kind: Kind, with_chars: bool = False
             row.append(f"{numbers[name]:,} ({share:.2%})" if numbers[name] else "")
         rows.append(row)
     header = ["", "characters"] if with_chars else [""]
-    return markdown_table([*header, "all", *map(_escape, counts)], rows)
+    return markdown_table([*header, "all", *map(escape_markdown, counts)], rows)
 
 
 def _examples(folder: Path, profiles: dict[str, dict[str, Any]]) -> str:
@@ -159,15 +157,15 @@ def _examples(folder: Path, profiles: dict[str, dict[str, Any]]) -> str:
                 by_rule[example["rule"]].append(example)
     sections = []
     for rule, examples in sorted(by_rule.items()):
-        sections.append(f"### {_escape(rule)}{_meaning(rule, profiles)}")
+        sections.append(f"### {escape_markdown(rule)}{_meaning(rule, profiles)}")
         for example in _spread(examples)[:EXAMPLES]:
-            value = "" if example["value"] is None else f": {_escape(str(example['value']))}"
-            sections.append(f"{_escape(example['id'])}{value}\n\n{_block(example['text'])}")
+            value = "" if example["value"] is None else f": {escape_markdown(str(example['value']))}"
+            sections.append(f"{escape_markdown(example['id'])}{value}\n\n{_block(example['text'])}")
             if example["exam_item"]:
                 sections.append(f"Benchmark item:\n\n{_block(str(example['exam_item']))}")
             if original := example["copy_of"]:
                 text = f"\n\n{_block(original['text'])}" if original["text"] else ""
-                sections.append(f"Copy of {_escape(original['id'])}{text}")
+                sections.append(f"Copy of {escape_markdown(original['id'])}{text}")
     return "\n\n".join(sections) or "None."
 
 
@@ -181,7 +179,7 @@ def _meaning(rule: str, profiles: dict[str, dict[str, Any]]) -> str:
     for name, profile in profiles.items():
         for step in profile["steps"]:
             if step["operator"] == measure and bound in step["bounds"]:
-                bounds.append(f"{_escape(str(step['bounds'][bound]))} in {_escape(name)}")
+                bounds.append(f"{escape_markdown(str(step['bounds'][bound]))} in {escape_markdown(name)}")
     about = " ".join(inspect.getdoc(MEASURES[measure]).partition("\n\n")[0].split())
     return f"\n\n{about} `{bound}` is {', '.join(bounds)}."
 
@@ -198,11 +196,6 @@ def _spread(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
             first.append(example)
         files.add(file)
     return [*first, *others]
-
-
-def _escape(text: str) -> str:
-    """Return the text as one line in which nothing is Markdown or HTML."""
-    return MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", NO_TEXT.sub(" ", text))
 
 
 def _block(text: str) -> str:

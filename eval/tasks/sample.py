@@ -144,9 +144,11 @@ def read_rows(path: Path, *columns: str) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         try:
             rows = [json.loads(line) for line in file]
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not one JSON object per line: {error}") from error
     for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number} is not an object but {type(row).__name__}")
         for column in columns:
             if not row.get(column):
                 raise ValueError(f"{path}, row {number}: `{column}` is missing or empty")

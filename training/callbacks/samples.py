@@ -8,6 +8,8 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from trl.models.utils import unwrap_model_for_generation
 
+from buddygpt.cli.tables import escape_markdown
+
 
 class SampleCallback(TrainerCallback):
     """Generates greedily from each prompt at every evaluation.
@@ -41,12 +43,13 @@ class SampleCallback(TrainerCallback):
             model.eval()
             for prompt in self.prompts:
                 question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                lines.append(f"- {question!r} → {self._generate(model, prompt)!r}")
+                lines.append(f"{question!r} → {self._generate(model, prompt)!r}")
             model.train(was_training)
 
         if state.is_world_process_zero:
-            samples = "\n".join(lines)
+            samples = "\n".join(f"- {line}" for line in lines)
             tqdm.write(f"samples at step {state.global_step}\n{samples}")
+            samples = "\n".join(f"- {escape_markdown(line)}" for line in lines)
             with open(Path(args.output_dir) / "samples.md", "a", encoding="utf-8") as file:
                 file.write(f"## step {state.global_step}\n{samples}\n\n")
 
