@@ -15,6 +15,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from buddygpt.cli.checkpoints import end_of_answer_token, load_tokenizer, require_causal_lm
 from buddygpt.cli.errors import UserError, run_script
+from buddygpt.training.adapters import prepare_lora, save_merged, start_lora
 from buddygpt.training.callbacks.alarms import AlarmCallback
 from buddygpt.training.callbacks.curve import CurveCallback
 from buddygpt.training.callbacks.experts import ExpertLoadCallback, find_routers
@@ -64,7 +65,8 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
 
     Raises:
         UserError: No checkpoint is named, it is not a causal language model, its tokenizer has no chat template, rows
-            may be longer than it supports, or the hardware is not as requested (see [`require_hardware`]).
+            may be longer than it supports, the hardware is not as requested (see [`require_hardware`]), or LoRA cannot
+            be used as requested (see [`prepare_lora`]).
     """
     if model_args.model_name_or_path is None:
         raise UserError("give model_name_or_path: the checkpoint to start from")
@@ -83,8 +85,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
         raise UserError(f"{model_args.model_name_or_path} has no chat template: add a chat_template.jinja to it")
     stop_at_end_of_answer(tokenizer)
 
-    if model_args.use_peft and model_args.lora_target_modules is None:
-        model_args.lora_target_modules = "all-linear"  # peft has defaults for stock architectures only
+    prepare_lora(model_args, config, training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -166,6 +167,8 @@ def run_training(
     """
     args = trainer.args
     require_strategy(trainer)
+    if isinstance(trainer.model, PeftModel):
+        start_lora(trainer)
     _add_callbacks(trainer, prompts, run_card, bias_update_speed, describe_step)
     average_over_tokens(trainer)
     if run_card["recipe"] != "pretrain":
@@ -319,6 +322,5 @@ def _save_final_model(trainer: Trainer) -> None:
             return
         trainer.save_model(str(folder / "adapter"))
         if trainer.is_world_process_zero():
-            merged = model.merge_and_unload()
-            merged.save_pretrained(folder)
+            save_merged(trainer, folder / "adapter", folder)
             trainer.processing_class.save_pretrained(folder)
