@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,14 +50,15 @@ def reading(path: Path) -> Iterator[None]:
 def library_errors(problem: str, remedy: str) -> Iterator[None]:
     """Turn what a library raises into a UserError: "PROBLEM: what the library says. REMEDY".
 
-    Libraries check options where they use them. Errors that code of this project raises are mistakes of ours and pass.
+    Libraries check options where they use them. Errors of our own code are mistakes of ours and pass: what it raises,
+    and what a library raises that it calls while it is called by a library, such as a callback.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if _is_raised_here(error) or _is_out_of(MEMORY_FULL_MESSAGES, error):
+        if _is_ours(error) or _is_out_of(MEMORY_FULL_MESSAGES, error):
             raise
         message = textwrap.shorten(str(error), 300, placeholder=" ...").rstrip(".")
         if " " not in message:  # such as that of KeyError
@@ -64,13 +66,13 @@ def library_errors(problem: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{problem}: {message}. {remedy}") from error
 
 
-def _is_raised_here(error: Exception) -> bool:
-    """Return whether the error was raised in code of this project, not in a library."""
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    file = Path(trace.tb_frame.f_code.co_filename) if trace else Path()
-    return file.is_relative_to(PROJECT) and "site-packages" not in file.relative_to(PROJECT).parts
+def _is_ours(error: Exception) -> bool:
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [file.is_relative_to(PROJECT) and "site-packages" not in file.relative_to(PROJECT).parts for file in files]
+    if all(ours) or ours[-1]:
+        return True
+    called_back = [file for file, is_ours in zip(files, ours, strict=True) if is_ours][ours.index(False) :]
+    return any(file.parent != PROJECT / "model" for file in called_back)  # libraries build models through their code
 
 
 def _is_out_of(messages: Iterable[str], error: Exception) -> bool:
@@ -120,5 +122,8 @@ def _exit_with(message: object) -> NoReturn:
     # The launcher kills all processes when the first one exits: let rank 0 print the message before the others exit.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)
+    if "tqdm" in sys.modules:  # the message begins on a line of its own
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)

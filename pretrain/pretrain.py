@@ -11,9 +11,9 @@ command resumes a stopped run.
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -24,8 +24,9 @@ from transformers import (
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import checkpoint_sha256, load_tokenizer, require_causal_lm
-from buddygpt.cli.errors import UserError
+from buddygpt.cli.errors import UserError, reading
 from buddygpt.cli.files import file_sha256
+from buddygpt.cli.weights import require_all_weights
 from buddygpt.data.shards.blocks import BlockDataset, BlockStream, collate_blocks
 from buddygpt.data.shards.format import MANIFEST
 from buddygpt.data.shards.history import describe_mixture, make_order, update_history
@@ -34,9 +35,10 @@ from buddygpt.pretrain.replay import replay_step
 from buddygpt.pretrain.stream_trainer import PretrainTrainer
 from buddygpt.training.hardware import require_hardware
 from buddygpt.training.liger import register_liger
+from buddygpt.training.limits import require_limits, require_memory
 from buddygpt.training.optimizers import choose_optimizer
 from buddygpt.training.resume import Start, find_start
-from buddygpt.training.run import recipe_defaults, require_positions, run_recipe, run_training
+from buddygpt.training.run import building, recipe_defaults, require_positions, run_recipe, run_training
 
 
 @dataclass
@@ -95,6 +97,7 @@ def main() -> None:
     )
 
     # Stop on impossible requests before anything is loaded.
+    require_limits(args, training_args)
     require_hardware(training_args, args.attn_implementation)
     register_liger(training_args)
     optimizer = choose_optimizer(args.optimizer, training_args)
@@ -115,7 +118,7 @@ def main() -> None:
 
     # Model. A base model ends a text with the document separator and a chat model ends a turn with eos, so generation
     # stops at either.
-    model = load_model(args, tokenizer)
+    model = load_model(args, training_args, tokenizer)
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, blocks["train"].eos_id})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
@@ -128,16 +131,17 @@ def main() -> None:
     for source, dataset in eval_by_source.items():
         tokens_per_byte[f"eval_{source}"] = dataset.tokens_per_byte
     needs_bounds = args.isolate_documents and "flash" in model.config._attn_implementation
-    trainer = PretrainTrainer(
-        model=model,
-        args=training_args,
-        data_collator=partial(collate_blocks, with_bounds=needs_bounds),
-        train_dataset=stream,
-        eval_dataset=eval_by_source or blocks.get("eval"),
-        processing_class=tokenizer,
-        tokens_per_byte=tokens_per_byte,
-        optimizer_cls_and_kwargs=optimizer,
-    )
+    with building("trainer"):
+        trainer = PretrainTrainer(
+            model=model,
+            args=training_args,
+            data_collator=partial(collate_blocks, with_bounds=needs_bounds),
+            train_dataset=stream,
+            eval_dataset=eval_by_source or blocks.get("eval"),
+            processing_class=tokenizer,
+            tokens_per_byte=tokens_per_byte,
+            optimizer_cls_and_kwargs=optimizer,
+        )
     if args.replay_step is not None:
         replay_step(trainer, args.replay_step)
         return
@@ -184,7 +188,8 @@ def open_stream(
     global_batch = (
         training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
     )
-    history = update_history(start.card.get("data_history", []), blocks, start.step, global_batch)
+    with reading(Path(start.checkpoint or "").parent / "run.json"):
+        history = update_history(start.card.get("data_history", []), blocks, start.step, global_batch)
     if training_args.process_index == 0:
         print(describe_mixture(history, blocks))
 
@@ -195,7 +200,9 @@ def open_stream(
     return BlockStream(blocks, order, training_args.max_steps * global_batch), history
 
 
-def load_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(
+    args: PretrainArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """Return the checkpoint `model_name_or_path`, or a new model of `model_config`, with the requested z-loss.
 
     Raises:
@@ -203,7 +210,11 @@ def load_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> P
     """
     if (args.model_config is None) == (args.model_name_or_path is None):
         raise UserError("give one of model_config (a new model) and model_name_or_path (a checkpoint)")
-    model = load_checkpoint(args, tokenizer) if args.model_name_or_path else make_model(args, tokenizer)
+    with building("model"):
+        if args.model_name_or_path:
+            model = load_checkpoint(args, tokenizer)
+        else:
+            model = make_model(args, training_args, tokenizer)
     require_positions("block_size", args.block_size, getattr(model.config, "max_position_embeddings", None))
     if args.z_loss_coef is not None:
         if not hasattr(model.config, "z_loss_coef"):
@@ -224,12 +235,15 @@ def load_checkpoint(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase)
             f"the tokenizer {args.tokenizer} has {len(tokenizer)} entries, the checkpoint {args.model_name_or_path} "
             f"only {config.vocab_size}; use the checkpoint's own tokenizer"
         )
+    require_all_weights(args.model_name_or_path)
     return AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path, dtype=args.dtype, attn_implementation=args.attn_implementation
     )
 
 
-def make_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def make_model(
+    args: PretrainArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
     """Return a new model with random weights and the special tokens of the tokenizer."""
     vocab_size = len(tokenizer) if args.vocab_size is None else args.vocab_size
     if vocab_size < len(tokenizer):
@@ -242,8 +256,9 @@ def make_model(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> P
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # the classes of configs raise many kinds for values that they cannot use
         raise UserError(f"cannot read the model config {args.model_config}: {error}") from error
+    require_memory(config, training_args, bytes_per_weight=2 if args.dtype == "bfloat16" else 4)
     return AutoModelForCausalLM.from_config(config, dtype=args.dtype, attn_implementation=args.attn_implementation)
 
 

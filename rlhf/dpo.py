@@ -12,9 +12,17 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.errors import UserError
 from buddygpt.data.chat.load import load_rows
-from buddygpt.training.run import prepare_for_trl, recipe_defaults, run_recipe, run_training
+from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options
+
+# TRL refuses other names only after the first step has begun (trl/trainer/dpo_trainer.py).
+LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -28,6 +36,8 @@ def main() -> None:
     args, training_args, model_args = parse_arguments(
         TuningArguments, DPOConfig, ModelConfig, description=__doc__, defaults=recipe_defaults()
     )
+    require_known("loss_type", training_args.loss_type, LOSSES)
+    require_known("f_divergence_type", [training_args.f_divergence_type], DIVERGENCES)
     tokenizer = prepare_for_trl(model_args, training_args)
     # Rows that are not fit stop the run here, before the model is loaded.
     with training_args.main_process_first(desc="reading the rows"):  # the others read its cache
@@ -36,16 +46,24 @@ def main() -> None:
         options = row_options(args, training_args, tokenizer, evaluation=True)
         eval_rows = load_rows(args.eval_files, "preference", **options) if args.eval_files else None
     # TRL computes the loss of both answers (trl/trainer/dpo_trainer.py), with a frozen copy as the reference model.
-    trainer = TokenizedDPOTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-    )
+    with building("trainer"):
+        trainer = TokenizedDPOTrainer(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            quantization_config=get_quantization_config(model_args),
+        )
     run_training(trainer, chat_prompts(args.sample_prompts), describe_run("dpo", args, model_args))
+
+
+def require_known(key: str, names: list[str], known: tuple[str, ...]) -> None:
+    """Raise UserError if a name is not known."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"`{key}` is {name}, must be one of {', '.join(known)}")
 
 
 if __name__ == "__main__":

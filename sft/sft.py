@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantiz
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.data.chat.load import load_rows
-from buddygpt.training.run import prepare_for_trl, recipe_defaults, run_recipe, run_training
+from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options
 
 
@@ -27,15 +27,16 @@ def main() -> None:
         options = row_options(args, training_args, tokenizer, evaluation=True)
         eval_rows = load_rows(args.eval_files, "sft", **options) if args.eval_files else None
     # TRL replaces the model's forward pass and computes the loss itself (trl/trainer/sft_trainer.py, compute_loss).
-    trainer = SFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
-    )
+    with building("trainer"):
+        trainer = SFTTrainer(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            quantization_config=get_quantization_config(model_args),
+        )
     run_training(trainer, chat_prompts(args.sample_prompts), describe_run("sft", args, model_args))
 
 

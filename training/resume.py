@@ -25,7 +25,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from buddygpt.cli.checkpoints import finish_checkpoint
-from buddygpt.cli.errors import UserError
+from buddygpt.cli.errors import UserError, library_errors, reading
 from buddygpt.cli.files import file_sha256
 from buddygpt.training.pickles import require_plain_metadata
 
@@ -109,19 +109,40 @@ def _find_start_on_rank_0(args: TrainingArguments, model: Model) -> Start:
             raise UserError(f"cannot resume from {checkpoint}: {damage}")
         _require_same_model(Path(checkpoint), model)
     require_plain_metadata(Path(checkpoint))
-    state = _read_json(Path(checkpoint) / TRAINER_STATE_NAME)
     card = Path(checkpoint).parent / "run.json"
-    return Start(checkpoint, state.get("global_step", 0), _read_json(card) if card.exists() else {})
+    return Start(checkpoint, _read_step(Path(checkpoint) / TRAINER_STATE_NAME), _read_card(card))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_step(path: Path) -> int:
+    """Return the step of a `trainer_state.json`, after checking all that callbacks and trainers read from it."""
+    with _reading_for_resume(path):
+        state = TrainerState.load_from_json(str(path))
+        steps = [row["step"] for row in state.log_history]
+        Path(state.best_model_checkpoint or "")
+        if not all(type(step) is int and step >= 0 for step in [state.global_step, *steps]):
+            raise ValueError("a step is not a whole number")
+        return state.global_step
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """Return the run card; empty if there is none."""
+    if not path.exists():
+        return {}
+    with _reading_for_resume(path):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        for key, kind in {"origin": dict, "training_arguments": dict, "data_history": list}.items():
+            if not isinstance(card.get(key, kind()), kind):
+                raise ValueError(f"{key} is of another type")
+        return card
+
+
+@contextmanager
+def _reading_for_resume(path: Path) -> Iterator[None]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot resume: {path} cannot be read ({error}). Set another output_dir") from error
-    if not isinstance(content, dict):
-        raise UserError(f"cannot resume: {path} holds no JSON object. Set another output_dir")
-    return content
+        with reading(path):
+            yield
+    except (FileNotFoundError, UserError) as error:
+        raise UserError(f"cannot resume: {error}, or set another output_dir") from error
 
 
 def last_checkpoint(output_dir: str | Path, model: Model) -> str | None:
@@ -151,7 +172,8 @@ def find_damage(folder: Path) -> str | None:
     """Return a description of the first file that differs from the checkpoint's checksums, or None if all match."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        expected = {name: {key: facts[key] for key in ("bytes", "sha256")} for name, facts in expected.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{CHECKSUMS} is missing or incomplete (it is written last)"
 
     # Sizes first: they are cheap to read and reveal most damage.
@@ -203,7 +225,8 @@ def _require_same_heads(folder: Path, config: PreTrainedConfig) -> None:
 
     Any number of attention heads can split the same matrices, and the output head has one shape, tied or not.
     """
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    with _reading_for_resume(folder / "config.json"):
+        saved = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for key in ("num_attention_heads", "tie_word_embeddings"):
         if key in saved and saved[key] != getattr(config, key, None):
             raise UserError(
@@ -216,7 +239,7 @@ def _saved_shapes(folder: Path) -> dict[str, list[int]]:
     """Return the shape of every tensor in a checkpoint, sharded or not, from the headers of its files."""
     shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        with library_errors(f"cannot read {path}", "Delete this checkpoint"), safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  safe_open is no dictionary
                 shapes[name] = file.get_slice(name).get_shape()
     return shapes

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,10 +12,12 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import SwanLabCallback
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from buddygpt.cli.checkpoints import end_of_answer_token, load_tokenizer, require_causal_lm
-from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.errors import UserError, library_errors, run_script
+from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.training.adapters import prepare_lora, save_merged, start_lora
 from buddygpt.training.callbacks.alarms import AlarmCallback
 from buddygpt.training.callbacks.curve import CurveCallback
@@ -26,6 +29,7 @@ from buddygpt.training.evaluation import average_over_tokens
 from buddygpt.training.extensions import claim_extensions
 from buddygpt.training.hardware import HardwareCallback, require_hardware, require_strategy
 from buddygpt.training.liger import register_liger
+from buddygpt.training.limits import require_limits
 from buddygpt.training.model_losses import add_model_losses
 from buddygpt.training.pickles import load_without_code, reporting_damage
 from buddygpt.training.resume import (
@@ -58,6 +62,12 @@ def recipe_defaults() -> dict[str, Any]:
     return defaults
 
 
+def building(part: str) -> AbstractContextManager[None]:
+    """Turn what libraries refuse while they build the model, the trainer or its trackers into a UserError."""
+    remedy = "Change the option that this is about, or install the package that it needs"
+    return library_errors(f"cannot build the {part}", remedy)
+
+
 def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfig) -> PreTrainedTokenizerBase:
     """Check the checkpoint that a TRL trainer will load, pass the loading options on, and return the tokenizer.
 
@@ -70,6 +80,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     """
     if model_args.model_name_or_path is None:
         raise UserError("give model_name_or_path: the checkpoint to start from")
+    require_limits(training_args, model_args)
     require_hardware(training_args, model_args.attn_implementation)
     register_liger(training_args)
 
@@ -78,6 +89,8 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     changes = training_args.model_init_kwargs or {}
     limit = changes.get("max_position_embeddings") or getattr(config, "max_position_embeddings", None)
     require_positions("max_length", training_args.max_length, limit)
+    if Path(model_args.model_name_or_path).is_dir():
+        require_all_weights(model_args.model_name_or_path, training_args.trust_remote_code)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if path := getattr(training_args, "chat_template_path", None):
         tokenizer.chat_template = _read_template(Path(path))  # rows are tokenized before TRL sets it
@@ -167,6 +180,7 @@ def run_training(
     """
     args = trainer.args
     require_strategy(trainer)
+    require_finite_weights(trainer.model, trainer.model.config._name_or_path)
     if isinstance(trainer.model, PeftModel):
         start_lora(trainer)
     _add_callbacks(trainer, prompts, run_card, bias_update_speed, describe_step)
@@ -193,11 +207,7 @@ def run_training(
         trainer.get_batch_samples = lambda *_: ([], None)
     expect_tied_weights_once(trainer)
     load_without_code(trainer)
-    try:
-        trainer.train(resume_from_checkpoint=start.checkpoint)
-    except UnpicklingError as error:  # DeepSpeed loads while it builds its engine
-        with reporting_damage(start.checkpoint):
-            raise error
+    _train(trainer, start.checkpoint)
     step = _step_of_weights(trainer)
     evaluation = _evaluation_at(trainer, step) if trainer.eval_dataset is not None else {}
 
@@ -237,7 +247,42 @@ def _add_callbacks(
     trainer.add_callback(SampleCallback(trainer, prompts))
     trainer.add_callback(CurveCallback())
     show_progress_lines(trainer)
+    _let_swanlab_begin(trainer)
     trainer.args.run_name = trainer.args.run_name or trainer.args.output_dir  # a tracker continues a resumed run
+
+
+def _let_swanlab_begin(trainer: Trainer) -> None:
+    """Let transformers ask swanlab 0.10 whether there is a run: `get_run` raises if there is none, instead of None."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, SwanLabCallback):
+            swanlab, get_run = callback._swanlab, callback._swanlab.get_run
+            swanlab.get_run = lambda has=swanlab.has_run, get=get_run: get() if has() else None
+
+
+class BeginCallback(TrainerCallback):
+    """Knows whether optimizer, schedule and trackers are built, so that the first batch is next."""
+
+    is_over = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.is_over = True
+
+
+def _train(trainer: Trainer, checkpoint: str | None) -> None:
+    beginning = BeginCallback()
+    trainer.add_callback(beginning)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except UnpicklingError as error:  # DeepSpeed loads while it builds its engine
+        with reporting_damage(checkpoint):
+            raise error
+    except Exception as error:
+        if "metric_for_best_model" in str(error):  # known only after the first evaluation
+            raise UserError(str(error)) from error
+        if beginning.is_over:
+            raise
+        with building("optimizer, the schedule or a tracker"):
+            raise error
 
 
 def _sample_in_chats(generation_config: GenerationConfig) -> None:
