@@ -4,7 +4,8 @@
 
 Reads `RESULTS/NAME/**/results_*.json` and the samples next to it, as `eval/run_eval.py` or
 `lm_eval --output_path RESULTS/NAME --log_samples` writes them. If a task was run more than once, the newest counts.
-Writes the report, and `scores.png` and `scores.json` to the same folder.
+Writes the report, and `scores.png` and `scores.json` to the same folder. The scores also go to the run card and the
+model card of each checkpoint that our recipes have trained.
 """
 
 import json
@@ -26,6 +27,7 @@ from buddygpt.cli.errors import UserError, reading, run_script
 from buddygpt.cli.files import read_json, write_atomically
 from buddygpt.cli.fonts import use_chinese_font
 from buddygpt.cli.tables import escape_markdown, markdown_table
+from buddygpt.training.model_card import add_evaluation
 
 Sample = dict[str, Any]  # one question with the model's answer, a line of lm-eval's samples_*.jsonl
 Score = dict[str, Any]  # value, n, ci95: [low, high] or None, chance: a float or None
@@ -56,7 +58,19 @@ def main() -> None:
     plot(scores, runs, output.parent / "scores.png")
     with write_atomically(output) as partial:
         partial.write_text(report, encoding="utf-8")
+    for checkpoint, of_checkpoint in scores.items():
+        add_evaluation(*describe_evaluation(of_checkpoint, runs[checkpoint]))
     print(f"{output}: {len(scores)} checkpoints")
+
+
+def describe_evaluation(scores: TaskScores, runs: list[Run]) -> tuple[str, dict[str, Any]]:
+    """Return the folder of a checkpoint, and what its model card tells of the evaluation: prompts, tasks, scores."""
+    path, results = runs[-1]
+    with reading(path):
+        folder = str(results["config"]["model_args"]["pretrained"])
+    prompts = "chat template" if results.get("chat_template") else "bare text"
+    tasks = {task: metrics for task, metrics in scores.items() if "/" not in task}  # without subjects
+    return folder, {"prompts": prompts, "tasks": tasks}
 
 
 def read_runs(results: Path) -> dict[str, list[Run]]:

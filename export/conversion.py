@@ -1,6 +1,7 @@
 """Write a checkpoint in another architecture, only if logits and tokenizer stay the same."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.export.architectures import convert
 from buddygpt.export.generation_marks import hide_generation_marks, restore_generation_marks
 from buddygpt.model import BuddyGPTConfig
+from buddygpt.training.model_card import write_model_card
 
 # Largest allowed difference of logits in float32, relative to the largest logit. 0.0 is expected, because both models
 # run the same operations; with other memory alignment a BLAS library may round the last bit differently.
@@ -45,6 +47,7 @@ def convert_checkpoint(checkpoint: str, output: Path, configs: Iterator[PreTrain
     try:
         with write_atomically(output) as folder:
             _write_and_compare(checkpoint, folder, configs)
+        _write_cards(Path(checkpoint), output)
     except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"{checkpoint} cannot be converted: {error}") from error
     print(f"wrote {output}")
@@ -84,6 +87,13 @@ def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrain
             f"above {TOLERANCE:.0e}"
         )
     print(f"{name}: the logits differ by {difference} of the largest (in float32)")
+
+
+def _write_cards(checkpoint: Path, output: Path) -> None:
+    """Copy the run card, and write a model card from it that tells how to load the result."""
+    if (checkpoint / "run.json").is_file():
+        shutil.copyfile(checkpoint / "run.json", output / "run.json")
+        write_model_card(output, json.loads((output / "run.json").read_text(encoding="utf-8")))
 
 
 def read_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -30,12 +30,14 @@ from buddygpt.cli.weights import require_all_weights
 from buddygpt.data.shards.blocks import BlockDataset, BlockStream, collate_blocks
 from buddygpt.data.shards.format import MANIFEST
 from buddygpt.data.shards.history import describe_mixture, make_order, update_history
+from buddygpt.data.text.licenses import describe_data
 from buddygpt.model.presets import load_config
 from buddygpt.pretrain.replay import replay_step
 from buddygpt.pretrain.stream_trainer import PretrainTrainer
 from buddygpt.training.hardware import require_hardware
 from buddygpt.training.liger import register_liger
 from buddygpt.training.limits import require_limits, require_memory
+from buddygpt.training.model_card import describe_base
 from buddygpt.training.optimizers import choose_optimizer
 from buddygpt.training.resume import Start, find_start
 from buddygpt.training.run import building, recipe_defaults, require_positions, run_recipe, run_training
@@ -156,6 +158,7 @@ def main() -> None:
         "base_sha256": checkpoint_sha256(args.model_name_or_path) if args.model_name_or_path else None,
     }
     run_card = {"recipe": "pretrain", "arguments": vars(args), "origin": origin, "data_history": data_history}
+    run_card |= {"data": describe_data(blocks["train"].folder), **describe_base(args.model_name_or_path)}
     # Only pretraining balances the experts; SFT and DPO keep the biases fixed, as DeepSeek-V3 does at the end.
     bias_update_speed = getattr(model.config, "bias_update_speed", 0)
     run_training(trainer, args.sample_prompts, run_card, bias_update_speed, trainer.describe_step, start)

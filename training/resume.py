@@ -27,6 +27,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from buddygpt.cli.checkpoints import finish_checkpoint
 from buddygpt.cli.errors import UserError, library_errors, reading
 from buddygpt.cli.files import file_sha256
+from buddygpt.training.finished_folder import (
+    as_part_of_run,
+    bring_training_state_back,
+    set_training_state_aside,
+)
 from buddygpt.training.pickles import require_plain_metadata
 
 CHECKSUMS = "checksums.json"
@@ -98,7 +103,7 @@ def _find_start_on_rank_0(args: TrainingArguments, model: Model) -> Start:
         if checkpoint is None:
             return Start()
     else:
-        checkpoint = args.resume_from_checkpoint
+        checkpoint = str(as_part_of_run(Path(args.resume_from_checkpoint)))
         if not Path(checkpoint).is_dir():
             raise UserError(
                 f"resume_from_checkpoint: there is no folder {checkpoint}. Without this option, a run resumes from "
@@ -398,6 +403,9 @@ def save_checkpoints_atomically(trainer: Trainer) -> None:
     wait = trainer.accelerator.wait_for_everyone
     run_dir = Path(trainer.args.output_dir)
     partial = run_dir / PARTIAL
+    if trainer.args.should_save:
+        bring_training_state_back(run_dir)
+    wait()
 
     def save(model: torch.nn.Module, trial: Any = None) -> None:
         if trainer.args.should_save:
@@ -477,7 +485,10 @@ def _move_into_place(written: Path, folder: Path) -> None:
 
 @contextmanager
 def save_final_folder(trainer: Trainer) -> Iterator[Path]:
-    """Yield a temporary folder for the final model; afterwards move each file to the same path in `output_dir`."""
+    """Yield a temporary folder for the final model; afterwards move each file to the same path in `output_dir`.
+
+    Then the folder can be published: cards of libraries, pickles and training state are not left in it.
+    """
     output_dir = Path(trainer.args.output_dir)
     wait = trainer.accelerator.wait_for_everyone
     partial = output_dir / "final.partial"
@@ -488,13 +499,16 @@ def save_final_folder(trainer: Trainer) -> Iterator[Path]:
         yield partial
         wait()  # until every rank has written its part
         if trainer.args.should_save:
-            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle with paths; run.json has the arguments
+            for name in ("training_args.bin", "README.md"):  # a pickle, cards of libraries: run.json tells more
+                for file in partial.rglob(name):
+                    file.unlink()
             finish_checkpoint(partial)
             for path in list(partial.rglob("*")):
                 if path.is_file():
                     target = output_dir / path.relative_to(partial)
                     target.parent.mkdir(exist_ok=True)
                     path.replace(target)
+            set_training_state_aside(output_dir)
     finally:
         if trainer.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)

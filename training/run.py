@@ -43,7 +43,7 @@ from buddygpt.training.resume import (
     save_checkpoints_atomically,
     save_final_folder,
 )
-from buddygpt.training.run_card import write_run_card
+from buddygpt.training.run_card import portable, write_run_card
 
 
 def run_recipe(main: Callable[[], None]) -> None:
@@ -294,7 +294,7 @@ def _sample_in_chats(generation_config: GenerationConfig) -> None:
 
 def _require_no_other_model(output_dir: Path, checkpoint: str | None) -> None:
     """Raise UserError if the folder holds a model, tokenizer or checkpoint that is not from the run that is resumed."""
-    if checkpoint and Path(checkpoint).resolve().parent == output_dir.resolve():
+    if checkpoint and Path(checkpoint).parent.resolve() == output_dir.resolve():
         return
     for pattern in ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"):
         for file in output_dir.glob(pattern):
@@ -329,7 +329,7 @@ def _require_same_origin(start: Start, origin: dict[str, Any]) -> None:
 def _describe_changed_arguments(start: Start, trainer: Trainer) -> str:
     """Return the training arguments that differ from those in the run card: " with key old -> new, ..."."""
     before = start.card.get("training_arguments", {})
-    now = json.loads(json.dumps(trainer.args.to_dict(), default=str))
+    now = portable(json.loads(json.dumps(trainer.args.to_dict(), default=str)), Path(trainer.args.output_dir))
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
     return f" with {', '.join(changed)}" if changed else ""
 

@@ -10,6 +10,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from buddygpt.cli.checkpoints import checkpoint_sha256
 from buddygpt.cli.files import ROW_TYPES, file_sha256, find_files
+from buddygpt.training.model_card import describe_base
 
 
 @dataclass
@@ -84,4 +85,5 @@ def describe_run(recipe: str, args: TuningArguments, model_args: ModelConfig) ->
     if model_args.use_peft:
         prefixes = ("lora_", "use_", "load_in_")
         origin |= {key: value for key, value in vars(model_args).items() if key.startswith(prefixes)}
-    return {"recipe": recipe, "arguments": vars(args), "origin": origin}
+    base = describe_base(model_args.model_name_or_path)
+    return {"recipe": recipe, "arguments": vars(args), "origin": origin, **base}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, dpo_arguments, history, pretrain_arguments, run, sft_arguments
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,11 +46,22 @@ def check_folder(folder: Path, recipe: str) -> dict:
     for weights in folder.rglob("*.safetensors"):
         assert weights.stat().st_mode == (folder / "run.json").stat().st_mode, weights
     assert model.config.use_cache and model.generation_config.do_sample == (None if recipe == "pretrain" else True)
-    assert not (folder / "README.md").exists() and not (folder / "training_args.bin").exists()
+    check_published_files(folder)
     card = json.loads((folder / "run.json").read_text())
     assert card["recipe"] == recipe and card["versions"]["torch"] and math.isfinite(card["metrics"]["eval_loss"])
-    assert card["training_arguments"]["output_dir"] == str(folder)
+    assert card["training_arguments"]["output_dir"] == "/".join(folder.parts[-2:])
     return card
+
+
+def check_published_files(folder: Path) -> None:
+    """Check that what `hf upload` and `modelscope upload` send has a card, no training state and no local path."""
+    ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
+    for file in folder.glob("**/*"):  # as both commands look for files
+        if file.is_file():
+            assert file.name not in ("optimizer.pt", "training_args.bin", "trainer_state.json"), file
+            if file.suffix in (".json", ".md") and file.parent == folder:
+                text = file.read_text(encoding="utf-8")
+                assert not any(f"{path}/" in text for path in (folder.parent, ROOT, Path.home())), file
 
 
 def test_pretraining_learns_and_leaves_a_checkpoint(workspace, base):

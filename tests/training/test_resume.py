@@ -232,7 +232,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tiny, tmp_path, for
     assert ("moe" not in model) or biases[0].abs().max() > 0
     assert not list((tmp_path / "killed").glob("*.partial"))
     if processes == 2:  # one process continues with the same global batches
-        shutil.rmtree(tmp_path / "killed/checkpoint-12")
+        delete_checkpoint(tmp_path / "killed/checkpoint-12")
         run("pretrain/pretrain.py", *command, "--per_device_train_batch_size", 4)
         history = json.loads((tmp_path / "killed/run.json").read_text())["data_history"]
         order = make_order(history, BlockDataset(tiny / "train", BLOCK), seed=42)
@@ -259,6 +259,12 @@ def test_two_runs_do_not_share_a_folder(tiny, tmp_path, forks):
 
 
 # --- checkpoints ---
+
+
+def delete_checkpoint(link: Path) -> None:
+    """Delete a checkpoint of a finished run, which was set aside."""
+    shutil.rmtree(link.resolve())
+    link.unlink()
 
 
 def damage(folder: Path, how: str) -> None:
@@ -362,7 +368,7 @@ def test_a_best_checkpoint_that_was_deleted_is_replaced_by_the_next_best(tiny, t
     run("pretrain/pretrain.py", *command, "--max_steps", "4")
     state = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / "run/checkpoint-2")
-    shutil.rmtree(tmp_path / "run/checkpoint-2")
+    delete_checkpoint(tmp_path / "run/checkpoint-2")
     run("pretrain/pretrain.py", *command, "--max_steps", "8")
     assert "the best checkpoint, " in capsys.readouterr().err
     card = json.loads((tmp_path / "run/run.json").read_text())
@@ -571,7 +577,7 @@ def test_appended_data_and_another_mixture_apply_from_the_next_epoch(tiny, tmp_p
     continued = list(blocks_read)
     blocks_read.clear()
     for step in (8, 9, 12, 16, 17):
-        shutil.rmtree(tmp_path / f"run/checkpoint-{step}")
+        delete_checkpoint(tmp_path / f"run/checkpoint-{step}")
     run("pretrain/pretrain.py", *command, "--max_steps", "17")  # from step 4 again: the history is known by now
     assert blocks_read == continued[16:]
 
