@@ -19,7 +19,7 @@ import shlex
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from multiprocessing import get_all_start_methods, get_context
@@ -36,6 +36,7 @@ from buddygpt.cli.errors import ArgumentParser, UserError, run_script
 from buddygpt.cli.files import file_type, find_files
 from buddygpt.data.chat.checker import (
     ROWS_TO_RECOGNIZE,
+    CheckedRow,
     RowChecker,
     SchemaError,
     find_schema,
@@ -50,7 +51,7 @@ from buddygpt.data.chat.trees import join_replies
 from buddygpt.data.text.operators import language
 from buddygpt.data.text.rows import Row, progress_bar, read_rows
 
-LARGE_FILE = 2**20  # bytes; starting processes for less takes longer than they save
+LARGE_FILE = 2**18  # bytes; starting processes for less takes longer than they save
 ROWS_PER_TASK = 100
 MIN_HAN, MAX_ACCENTED = 0.25, 0.01  # shares of the letters; see `language`
 # Columns that text does not have. A file with one of them is no pretraining text, unless --stage pretrain says so.
@@ -202,33 +203,44 @@ class Doctor:
         """Count the rows of a file. Those of a large file are examined by all processors."""
         workers = os.cpu_count() or 1
         is_large = path.stat().st_size > LARGE_FILE
+        rows = iter(rows)
+        chunks = iter(lambda: list(islice(rows, ROWS_PER_TASK)), [])
         if workers == 1 or not is_large or self.checker.index or "fork" not in get_all_start_methods():
-            for row in rows:
-                self._count((path, row.number), self.examine(row, schema))
+            for chunk in chunks:
+                self._count_chunk(path, chunk, self.examine(chunk, schema))
             return
         # `_forked` is inherited by the processes, not sent to them.
         _forked[:] = [self, schema]
         context = get_context("fork")
         with ProcessPoolExecutor(workers, context) as pool:
             pending: deque = deque()
-            rows = iter(rows)
-            while chunk := list(islice(rows, ROWS_PER_TASK)):
+            for chunk in chunks:
                 pending.append((chunk, pool.submit(_examine_chunk, chunk)))
                 if len(pending) > 2 * workers:
-                    self._count_chunk(path, *pending.popleft())
-            while pending:
-                self._count_chunk(path, *pending.popleft())
+                    chunk, future = pending.popleft()
+                    self._count_chunk(path, chunk, future.result())
+            for chunk, future in pending:
+                self._count_chunk(path, chunk, future.result())
 
-    def _count_chunk(self, path: Path, chunk: list[Row], future: Future) -> None:
-        for row, examined in zip(chunk, future.result(), strict=True):
+    def _count_chunk(self, path: Path, chunk: list[Row], all_examined: list[list[Examined]]) -> None:
+        for row, examined in zip(chunk, all_examined, strict=True):
             self._count((path, row.number), examined)
 
-    def examine(self, row: Row, schema: Schema | None) -> list[Examined]:
-        """Check one row; return what is known about each standard row that it stands for."""
-        return self._examine_chat(row, schema) if schema else [self._examine_text(row)]
+    def examine(self, rows: list[Row], schema: Schema | None) -> list[list[Examined]]:
+        """Check rows; return what is known about each standard row that each of them stands for."""
+        if schema:
+            all_checked = self.checker.check_all(rows, schema)
+            return [self._examine_chat(row, checked) for row, checked in zip(rows, all_checked, strict=True)]
+        examined = [self._examine_text(row) for row in rows]
+        documents = [each for each in examined if each.text]
+        if self.tokenizer and documents:
+            texts = [each.text for each in documents]
+            encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for each, ids in zip(documents, encoded, strict=True):
+                each.sequences = [TokenSequence(ids, [1] * len(ids))]
+        return [[each] for each in examined]
 
-    def _examine_chat(self, row: Row, schema: Schema) -> list[Examined]:
-        checked = self.checker.check(row, schema)
+    def _examine_chat(self, row: Row, checked: CheckedRow) -> list[Examined]:
         if checked.fault:
             return [Examined(fault=checked.fault)]
         keys = FORMS[self.findings.kind]
@@ -269,16 +281,11 @@ class Doctor:
             "documents in a wrong encoding (mojibake)": is_bad(text),
             "documents with control characters": CONTROL.search(text.replace("\r", "")),
         }
-        sequences = []
-        if self.tokenizer:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            sequences = [TokenSequence(ids, [1] * len(ids))]
         return Examined(
             remarks=Counter(name for name, found in remarks.items() if found),
             text=text,
             language=language(text, min_han=MIN_HAN, max_accented=MAX_ACCENTED),
             fingerprint=fingerprint(visible(text)),
-            sequences=sequences,
             benchmark_item=self.checker.find_item(text),
         )
 
@@ -312,7 +319,7 @@ _forked: list = []  # the doctor and the schema of the file, for the processes t
 
 def _examine_chunk(rows: list[Row]) -> list[list[Examined]]:
     doctor, schema = _forked
-    return [doctor.examine(row, schema) for row in rows]
+    return doctor.examine(rows, schema)
 
 
 def visible(text: str) -> str:

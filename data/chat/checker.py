@@ -69,7 +69,7 @@ class RowChecker:
         kind: `sft`, `kto` or `preference`.
         special_tokens: Tokens to escape, or to refuse in rows without a schema, in addition to `SPECIAL_TOKEN`.
         benchmarks: Files, globs or folders of benchmarks whose items to look for in the rows.
-        tokenizer: Also tokenize the rows with it.
+        tokenizer: `check_all` also tokenizes the rows with it; the chat template may refuse some.
 
     Raises:
         UserError: A benchmark is missing or cannot be read.
@@ -105,21 +105,31 @@ class RowChecker:
                 check_marks(row.content, self.kind)
                 standard = [row.content]
                 checked.unread = unread_keys(row.content, STANDARD_KEYS[self.kind])
-            # The chat template may refuse a row, too.
-            for each in standard:
-                checked.sequences.append(self._tokenize(each) if self.tokenizer else [])
         except BadRow as error:
             other = "" if schema else other_kind(row.content, self.kind)
             return CheckedRow(fault=f"{error}{other}")
-        for each in standard:
-            checked.benchmark_items.append(self.find_item(row_text(each, self.kind)) if self.index else "")
         checked.standard = standard
+        checked.sequences = [[] for _ in standard]
+        checked.benchmark_items = [
+            self.find_item(row_text(each, self.kind)) if self.index else "" for each in standard
+        ]
         return checked
 
-    def _tokenize(self, standard: dict[str, Any]) -> list["TokenSequence"]:
-        from buddygpt.data.chat.tokens import tokenize  # imports torch, which conversion does not need
+    def check_all(self, rows: list[Row], schema: Schema | None) -> list[CheckedRow]:
+        """Check rows of one file, and tokenize them together, which is faster."""
+        all_checked = [self.check(row, schema) for row in rows]
+        if self.tokenizer:
+            from buddygpt.data.chat.tokens import tokenize_rows  # imports torch, which conversion does not need
 
-        return tokenize(standard, self.kind, self.tokenizer)
+            standard = [each for checked in all_checked for each in checked.standard]
+            tokenized = iter(tokenize_rows(standard, self.kind, self.tokenizer))
+            for number, checked in enumerate(all_checked):
+                sequences = list(islice(tokenized, len(checked.standard)))
+                if refused := next((each for each in sequences if isinstance(each, BadRow)), None):
+                    all_checked[number] = CheckedRow(fault=str(refused))
+                elif sequences:
+                    checked.sequences = sequences
+        return all_checked
 
     def find_item(self, text: str) -> str:
         """Return the first benchmark item that a text contains, or ""."""

@@ -35,7 +35,7 @@ def carries_loss(turn: dict[str, Any]) -> bool:
             raise BadRow(f"`{key}` gives parts of a turn loss; give all of it or none (`weight` 1 or 0)")
     carries = True
     for key, means_loss in MARKS.items():
-        if turn.get(key) is not None:
+        if key in turn and turn[key] is not None:
             value = VALUES.get(str(turn[key]).lower())
             if value is None:
                 raise BadRow(f"`{key}` is {turn[key]!r:.40}; a turn carries loss or not: 1 or 0")
@@ -49,8 +49,8 @@ def spread_marks(row: dict[str, Any]) -> dict[str, Any]:
     Raises:
         BadRow: A mark excludes the whole row, or does not fit the turns.
     """
-    for key in LISTS:
-        value = row.get(key)
+    for key in (key for key in LISTS if key in row):
+        value = row[key]
         if isinstance(value, list):
             row = _spread(row, key, value)
         elif value is not None and key in MARKS:

@@ -46,42 +46,80 @@ def tokenize(
         BadRow: The template refuses the row, as some refuse system turns, or leaves its tool calls out, as some do.
         UserError: See [`training_template`].
     """
+    (sequences,) = tokenize_rows([row], kind, tokenizer, assistant_only)
+    if isinstance(sequences, BadRow):
+        raise sequences
+    return sequences
+
+
+def tokenize_rows(
+    rows: list[dict[str, Any]], kind: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True
+) -> list[list[TokenSequence] | BadRow]:
+    """Return what `tokenize` returns or raises for each row. Short rows take a third of the time of one by one."""
+
+    def options(row: dict[str, Any]) -> tuple[list | None, bool]:
+        return row.get("tools") or None, kind == "sft" and (assistant_only or not all(_trained_answers(row)))
+
+    done = []
+    for (tools, needs_marks), group in groupby(rows, options):
+        alike = list(group)
+        try:
+            for row in alike:
+                _refuse_lost_calls(row, kind, tokenizer)
+            if kind == "sft":
+                done += _tokenize_instructions(alike, tools, tokenizer, assistant_only, needs_marks)
+            else:
+                done += _tokenize_answers(alike, tools, kind, tokenizer)
+        except (TemplateError, BadRow) as error:
+            if len(alike) > 1:  # find the rows that are refused
+                for row in alike:
+                    done += tokenize_rows([row], kind, tokenizer, assistant_only)
+            else:
+                refused = BadRow(f"the chat template refuses it: {error}")
+                refused.__cause__ = error
+                done.append(error if isinstance(error, BadRow) else refused)
+    return done
+
+
+def _refuse_lost_calls(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [message for key in FORMS[kind] for message in row[key]]
     has_calls = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
     if has_calls and not _shows_calls(tokenizer, tokenizer.chat_template):
         raise BadRow("the chat template leaves tool calls or their results out")
-    try:
-        if kind == "sft":
-            return [_tokenize_instruction(row, tokenizer, assistant_only)]
-        return _tokenize_answers(row, kind, tokenizer)
-    except TemplateError as error:
-        raise BadRow(f"the chat template refuses it: {error}") from error
 
 
-def _tokenize_instruction(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, assistant_only: bool
-) -> TokenSequence:
-    trained = [carries_loss(message) for message in row["messages"] if message["role"] == "assistant"]
-    needs_marks = assistant_only or not all(trained)
+def _trained_answers(row: dict[str, Any]) -> list[bool]:
+    return [carries_loss(message) for message in row["messages"] if message["role"] == "assistant"]
+
+
+def _tokenize_instructions(
+    rows: list[dict[str, Any]],
+    tools: list | None,
+    tokenizer: PreTrainedTokenizerBase,
+    assistant_only: bool,
+    needs_marks: bool,
+) -> list[list[TokenSequence]]:
     encoded = tokenizer.apply_chat_template(
-        row["messages"],
-        tools=row.get("tools"),
+        [row["messages"] for row in rows],
+        tools=tools,
         chat_template=training_template(tokenizer) if needs_marks else None,
         return_assistant_tokens_mask=needs_marks,
         return_dict=True,
     )
-    ids = encoded["input_ids"]
-    length = _end_of_answer(ids, tokenizer)
-    loss = [int(not assistant_only)] * len(ids)
-    if needs_marks:
-        answers = _find_answers(encoded["assistant_masks"])
-        if len(answers) != len(trained) and not all(trained):
-            raise BadRow("the chat template does not show where the answers without loss are")
-        for number, (start, end) in enumerate(answers):
-            has_loss = int(all(trained) or trained[number])
-            end = start + _end_of_answer(ids[start:end], tokenizer)
-            loss[start:end] = [has_loss] * (end - start)
-    return TokenSequence(ids[:length], loss[:length])
+    sequences = []
+    for number, (row, ids) in enumerate(zip(rows, encoded["input_ids"], strict=True)):
+        length = _end_of_answer(ids, tokenizer)
+        loss = [int(not assistant_only)] * len(ids)
+        if needs_marks:
+            answers, trained = _find_answers(encoded["assistant_masks"][number]), _trained_answers(row)
+            if len(answers) != len(trained) and not all(trained):
+                raise BadRow("the chat template does not show where the answers without loss are")
+            for answer, (start, end) in enumerate(answers):
+                has_loss = int(all(trained) or trained[answer])
+                end = start + _end_of_answer(ids[start:end], tokenizer)
+                loss[start:end] = [has_loss] * (end - start)
+        sequences.append([TokenSequence(ids[:length], loss[:length])])
+    return sequences
 
 
 def _find_answers(mask: list[int]) -> list[tuple[int, int]]:
@@ -95,16 +133,23 @@ def _find_answers(mask: list[int]) -> list[tuple[int, int]]:
     return answers
 
 
-def _tokenize_answers(row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
-    options = {"tools": row.get("tools"), "return_dict": True}
+def _tokenize_answers(
+    rows: list[dict[str, Any]], tools: list | None, kind: str, tokenizer: PreTrainedTokenizerBase
+) -> list[list[TokenSequence]]:
+    options = {"tools": tools, "return_dict": True}
     prompt_key, *answer_keys = FORMS[kind]
-    prompt = tokenizer.apply_chat_template(row[prompt_key], add_generation_prompt=True, **options)["input_ids"]
-    conversations = []
+    prompts = [row[prompt_key] for row in rows]
+    prompts = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, **options)["input_ids"]
+    conversations = []  # of each answer, those of all rows
     for key in answer_keys:
-        ids = tokenizer.apply_chat_template(row[prompt_key] + row[key], **options)["input_ids"]
-        conversations.append(ids[: _end_of_answer(ids, tokenizer)])
-    start = min(common_prefix_length(prompt, ids) for ids in conversations)
-    return [TokenSequence(ids, [0] * start + [1] * (len(ids) - start)) for ids in conversations]
+        messages = [row[prompt_key] + row[key] for row in rows]
+        encoded = tokenizer.apply_chat_template(messages, **options)["input_ids"]
+        conversations.append([ids[: _end_of_answer(ids, tokenizer)] for ids in encoded])
+    sequences = []
+    for prompt, *answers in zip(prompts, *conversations, strict=True):
+        start = min(common_prefix_length(prompt, ids) for ids in answers)
+        sequences.append([TokenSequence(ids, [0] * start + [1] * (len(ids) - start)) for ids in answers])
+    return sequences
 
 
 def _end_of_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -113,12 +158,8 @@ def _end_of_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
     Many templates write more after it: a line end (Qwen, Gemma), or also the eos token (Phi-3). Generation stops at
     the mark, so a loss on the rest teaches nothing, and in preference pairs it would be most of the loss.
     """
-
-    def is_blank(position: int) -> bool:
-        return not tokenizer.decode(ids[position : position + 1]).strip()
-
     end = len(ids)
-    while end and is_blank(end - 1):
+    while end and _is_blank(tokenizer, ids[end - 1]):
         end -= 1
     if not end or ids[end - 1] not in _marks(tokenizer):
         return len(ids)
@@ -126,9 +167,14 @@ def _end_of_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
     for position in range(end - 1, -1, -1):
         if ids[position] == mark:
             end = position + 1
-        elif ids[position] != tokenizer.eos_token_id and not is_blank(position):
+        elif ids[position] != tokenizer.eos_token_id and not _is_blank(tokenizer, ids[position]):
             break
     return end
+
+
+@cache
+def _is_blank(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    return not tokenizer.decode([token]).strip()
 
 
 @cache

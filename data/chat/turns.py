@@ -203,8 +203,8 @@ def think(thinking: str, answer: Any, has_calls: bool = False) -> Any:
 
 def read_thinking(row: dict[str, Any]) -> str:
     """Return the thinking that a row or a turn has under a key of its own, or ""."""
-    for key in THINKING_KEYS:
-        value = row.get(key)
+    for key in (key for key in THINKING_KEYS if key in row):
+        value = row[key]
         if isinstance(value, str) and value.strip() and value not in ("on", "off"):  # Nemotron's switch
             return value
         if isinstance(value, list | dict) and value:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.rules import BadRow
-from buddygpt.data.chat.tokens import tokenize
+from buddygpt.data.chat.tokens import tokenize, tokenize_rows
 
 ZH = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是一个小模型。"}]
 PAIR = {"prompt": ZH[:1], "chosen": ZH[1:], "rejected": [{"role": "assistant", "content": "走开。"}]}
@@ -63,3 +63,27 @@ def test_tool_calls_that_a_template_leaves_out_make_a_row_bad(tokenizer):
     )
     with pytest.raises(BadRow, match="the chat template leaves tool calls or their results out"):
         tokenize(row, "sft", loaded)
+
+
+def test_rows_are_tokenized_together_as_one_by_one(tokenizer, monkeypatch):
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded.chat_template = loaded.chat_template.replace(
+        "{%", "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{%", 1
+    )
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    plain, refused = {"messages": ZH}, {"messages": [{"role": "system", "content": "s"}, *ZH]}
+    rows = [plain, {"messages": ZH * 2, "tools": [tool]}, {"messages": ZH * 3}, refused, plain, {"messages": ZH * 4}]
+    together = tokenize_rows(rows, "sft", loaded)
+    assert "the chat template refuses it: no system" in str(together[3])
+    for row, sequences in zip(rows[:3] + rows[4:], together[:3] + together[4:], strict=True):
+        assert sequences == tokenize(row, "sft", loaded) and sum(sequences[0].loss)
+    longer = PAIR | {"prompt": ZH * 2 + ZH[:1]}
+    assert tokenize_rows([PAIR, longer], "preference", loaded) == [
+        tokenize(row, "preference", loaded) for row in (PAIR, longer)
+    ]
+
+    calls = []
+    apply = type(loaded).apply_chat_template
+    monkeypatch.setattr(type(loaded), "apply_chat_template", lambda *a, **k: calls.append(1) or apply(*a, **k))
+    tokenize_rows([plain] * 50, "sft", loaded)
+    assert len(calls) == 1
