@@ -129,8 +129,10 @@ def require_output(path: Path) -> None:
         parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         if not stat.S_ISDIR(os.stat(parent).st_mode):
             raise UserError(f"{path} cannot be written, because {parent} is no folder")
-        if not os.access(parent, os.W_OK):
-            raise UserError(f"{path} cannot be written: no permission to write to {parent}")
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {parent}: {error.strerror}") from error
 
 
 @contextmanager

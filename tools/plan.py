@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import load_tokenizer
-from buddygpt.cli.errors import UserError, reading, run_script
+from buddygpt.cli.errors import UserError, library_errors, reading, run_script
 from buddygpt.cli.tables import markdown_table
 from buddygpt.model.parameters import count_parameters
 from buddygpt.model.presets import load_config
@@ -402,7 +402,8 @@ def _gib(size: float) -> str:
 def main() -> None:
     args, training = parse_arguments(PlanArguments, PlannedTraining, description=__doc__)
     gpu, config, setup = find_gpu(args), read_model(args), read_setup(args, training)
-    plan = Plan(config, setup, gpu, training.per_device_train_batch_size)
+    with library_errors(f"cannot build {args.model_config or args.model_name_or_path}", "Fix its config"):
+        plan = Plan(config, setup, gpu, training.per_device_train_batch_size)
     alternatives = [] if plan.fits else plan.alternatives()
     sections = [
         describe_model(args, plan),

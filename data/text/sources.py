@@ -324,11 +324,12 @@ def _download_from_modelscope(url: str) -> list[str]:
 
     Files that are in the cache are not downloaded again.
     """
+    owner, name, pattern = f"{url.removeprefix('ms://')}//".split("/", 2)
+    if not HUB_NAME.fullmatch(f"{owner}/{name}") or ".." in pattern.split("/"):
+        raise UserError(f"{url}: write ms://OWNER/NAME, or ms://OWNER/NAME/GLOB")
+
     from modelscope import dataset_snapshot_download  # takes seconds to import
 
-    owner, name, pattern = f"{url.removeprefix('ms://')}//".split("/", 2)
-    if not (owner and name):
-        raise UserError(f"{url}: write ms://OWNER/NAME, or ms://OWNER/NAME/GLOB")
     pattern = pattern.rstrip("/")
     if glob.has_magic(pattern):
         # ModelScope matches with fnmatch: `*` also matches `/`, and `**/` needs at least one folder. So also allow
