@@ -181,6 +181,8 @@ class StrictParser(TrlParser):
                 config[key] = value = [value]  # as on the command line
             if type(value) in (int, float) and self.hints.get(key) in (str, str | None):
                 config[key] = value = str(value)  # a name such as 2026, or `batch_size: 16` where `auto` is allowed
+            if value == [] and actions[key].required:
+                raise UserError(f"`{key}` in the config file is an empty list; name at least one")
             _check_choices(key, value, actions[key].choices)
             _check_type(key, value, self.hints.get(key, Any))
         return super().set_defaults_with_config(**config)

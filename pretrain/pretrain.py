@@ -121,6 +121,8 @@ def main() -> None:
     # Model. A base model ends a text with the document separator and a chat model ends a turn with eos, so generation
     # stops at either.
     model = load_model(args, training_args, tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {args.tokenizer} has no eos_token: add it to its tokenizer_config.json")
     model.generation_config.eos_token_id = sorted({tokenizer.eos_token_id, blocks["train"].eos_id})
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 

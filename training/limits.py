@@ -45,7 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
     # optimizer
-    "learning_rate": (0, 10),
+    "learning_rate": (0, 1),
     "weight_decay": (0, 10),
     "adam_beta1": (0, 0.999999),
     "adam_beta2": (0, 0.999999),
@@ -103,7 +103,7 @@ def require_writable_folder(key: str, name: str) -> None:
         key: The option that names the folder, for the message.
         name: Its value.
     """
-    if not name.strip():
+    if name.strip() in ("", "trainer_output"):  # what transformers writes to if no folder is named
         raise UserError(f"`{key}` is empty; name a folder")
     for part in Path(name).parts:
         if len(os.fsencode(part)) > MAX_NAME_BYTES:

@@ -281,6 +281,7 @@ def _train(trainer: Trainer, checkpoint: str | None) -> None:
             raise UserError(str(error)) from error
         if beginning.is_over:
             raise
+        (Path(trainer.args.output_dir) / "run.lock").unlink(missing_ok=True)
         with building("optimizer, the schedule or a tracker"):
             raise error
 
