@@ -3,6 +3,8 @@
 A standard row has one spelling (OpenAI's): `"weight": 0` in a turn of the assistant, which then carries no loss.
 """
 
+import re
+from functools import cache
 from typing import Any
 
 from buddygpt.data.chat.rules import FORMS, BadRow
@@ -18,10 +20,16 @@ MARKS = {
     "train": True,  # axolotl
     "training": True,
     "trainable": True,
+    "is_train": True,
+    "use_loss": True,
+    "has_loss": True,
+    "compute_loss": True,
     "masked": False,  # torchtune
     "mask_loss": False,
     "no_loss": False,
 }
+# Other names that speak of the loss. What `mask: 1` means, nobody can tell.
+UNKNOWN_MARK = re.compile(r"(?:.*_)?(?:loss|train|trained|training|masks?|masked|learn)(?:_.*)?", re.IGNORECASE)
 LISTS = (*MARKS, "weights", "loss_weights", "loss_masks")  # of a row: one value per turn
 PARTIAL = ("train_detail",)  # axolotl: parts of a turn
 VALUES = {"0": False, "0.0": False, "false": False, "no": False, "1": True, "1.0": True, "true": True, "yes": True}
@@ -33,6 +41,8 @@ def carries_loss(turn: dict[str, Any]) -> bool:
     for key in PARTIAL:
         if turn.get(key):
             raise BadRow(f"`{key}` gives parts of a turn loss; give all of it or none (`weight` 1 or 0)")
+    for key in filter(_is_unknown_mark, turn):
+        _refuse_unknown(key, [turn[key]])
     carries = True
     for key, means_loss in MARKS.items():
         if key in turn and turn[key] is not None:
@@ -43,12 +53,24 @@ def carries_loss(turn: dict[str, Any]) -> bool:
     return carries
 
 
+@cache
+def _is_unknown_mark(key: str) -> bool:
+    return key not in (*LISTS, *PARTIAL) and UNKNOWN_MARK.fullmatch(key) is not None
+
+
+def _refuse_unknown(key: str, values: list[Any]) -> None:
+    if values and all(str(value).lower() in VALUES for value in values):
+        raise BadRow(f"`{key}` seems to tell which turns carry loss; say it with `weight`, 1 or 0, or remove `{key}`")
+
+
 def spread_marks(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row whose list of marks, one per turn or per answer, is in its turns as `weight`.
 
     Raises:
         BadRow: A mark excludes the whole row, or does not fit the turns.
     """
+    for key in filter(_is_unknown_mark, row):
+        _refuse_unknown(key, row[key] if isinstance(row[key], list) else [])
     for key in (key for key in LISTS if key in row):
         value = row[key]
         if isinstance(value, list):

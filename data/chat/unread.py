@@ -8,6 +8,7 @@ from buddygpt.data.chat.rules import FORMS, THINKING_KEYS
 
 STANDARD_KEYS = {kind: {*keys, "tools"} for kind, keys in FORMS.items()}
 STANDARD_KEYS["kto"].add("label")
+EMPTY = (None, "", [], {})
 # Keys of a turn that are read, or that only repeat what the order of the turns says.
 TURN_KEYS = {"role", "from", "content", "value", "text", "tool_calls", "function_call", "tools", "functions"}
 TURN_KEYS |= {"tool_call_id", "name", "id", *THINKING_KEYS, *MARKS}
@@ -36,11 +37,13 @@ def unread_keys(row: dict[str, Any], read: Collection[str]) -> list[str]:
     """Return the columns of a row that were not read, and the keys of its turns that nothing reads."""
     unread = []
     for key, value in row.items():
-        if value in (None, "", [], {}) or key in LISTS:
+        if value in EMPTY or key in LISTS:
             continue
         if key not in read and key.lower() not in read:
             unread.append(key)
         elif isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & value[0].keys():
-            keys = {name for turn in value if isinstance(turn, dict) for name, inner in turn.items() if inner}
+            keys = {
+                name for turn in value if isinstance(turn, dict) for name, inner in turn.items() if inner not in EMPTY
+            }
             unread += [f"{name} (of turns)" for name in sorted(keys - TURN_KEYS)]
     return list(dict.fromkeys(unread))

@@ -81,7 +81,13 @@ def test_an_excluded_call_carries_no_loss(tokenizer):
 
 
 def test_marks_that_mean_loss_change_nothing(tokenizer):
-    for row in (two_answers(weight=1), two_answers(loss=True), two_answers(masked=False), two_answers(weight=None)):
+    for row in (
+        two_answers(weight=1),
+        two_answers(loss=True),
+        two_answers(masked=False),
+        two_answers(use_loss=True),
+        two_answers(weight=None),
+    ):
         assert check(row | {"weight": 1, "train": "true"}).standard == [two_answers()]
     assert check(two_answers() | {"loss": 2.31, "train": "split 1"}).standard == [two_answers()]  # no marks
 
@@ -96,6 +102,9 @@ def test_marks_that_mean_loss_change_nothing(tokenizer):
         (two_answers(weight=0.3), "`weight` is 0.3"),
         (two_answers() | {"loss_mask": [1, 0, 1]}, "`loss_mask` has 3 values, the row 4 turns"),
         ({"messages": [USER, answer(RIGHT, weight=0)]}, "every answer is marked as without loss"),
+        (two_answers(calculate_loss=False), "`calculate_loss` seems to tell which turns carry loss"),
+        (two_answers(mask=1), "`mask` seems to tell"),
+        (two_answers() | {"masks": [0, 1]}, "`masks` seems to tell"),
         (two_answers(train_detail=[{"begin_offset": 0, "end_offset": 1}]), "`train_detail` gives parts"),
     ],
 )
@@ -133,7 +142,7 @@ def test_keys_that_nothing_reads_are_counted_and_named(tmp_path, capsys):
     assert "not read     Quality (1 rows), quality (1 rows)\n" in capsys.readouterr().out
     conftest.run("data/convert_chat.py", "--input", file, "--output", tmp_path / "b.jsonl")
     assert "1  not read: quality\n" in capsys.readouterr().out
-    turn = answer(RIGHT, tool_call_id="1", emotion="calm")
-    assert check({"messages": [USER, turn]}).unread == ["emotion (of turns)"]
+    turn = answer(RIGHT, tool_call_id="1", emotion="calm", keep=False)
+    assert check({"messages": [USER, turn]}).unread == ["emotion (of turns)", "keep (of turns)"]
     pair = {"prompt": "q", "chosen": "a", "reject": "b", "margin": 0.2}
     assert check(pair, "prompt_reject").unread == ["margin"]
