@@ -82,7 +82,7 @@ def _alternatives(answer: Answer) -> list[str]:
 
 
 def matches_format(text: str, pattern: str) -> float:
-    """1 if the whole answer, with its thinking, matches the pattern `format_pattern`, where . matches line ends, too."""
+    """1 if the whole answer, with its thinking, matches the pattern `format_pattern`, whose . matches line ends."""
     return float(re.fullmatch(pattern, text.strip(), re.DOTALL) is not None)
 
 

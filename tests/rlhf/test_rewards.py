@@ -4,10 +4,18 @@ import json
 from fractions import Fraction
 
 import pytest
+from tiny_tokenizer import train_tiny_tokenizer
+from transformers import AutoTokenizer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.rlhf import rewards
 from buddygpt.rlhf.reward_arguments import NEEDS, REWARDS, RewardArguments, build_rewards, require_rewards
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(train_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
 
 NUMBERS = {
     "答案是42。": 42,
