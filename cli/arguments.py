@@ -152,6 +152,12 @@ def _require_readable_config() -> None:
         raise UserError(f"--config: {error.strerror}: {error.filename}") from error
 
 
+def require_count(key: str, value: int, largest: int = 10**15) -> None:
+    """Raise ValueError if the value of an argument is not between 1 and `largest`."""
+    if not 1 <= value <= largest:
+        raise ValueError(f"{key} is {value}; use a number from 1 to {largest:,}")
+
+
 class StrictParser(TrlParser):
     """`TrlParser` that raises [`UserError`] on every mistake and accepts no abbreviated options.
 

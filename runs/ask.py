@@ -15,7 +15,7 @@ from pathlib import Path
 
 from openai import OpenAI
 
-from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
 
@@ -27,6 +27,10 @@ class AskArguments:
     output: str = field(metadata={"help": "JSON file for the questions and answers."})
     max_tokens: int = field(default=64, metadata={"help": "Longest answer, in tokens."})
     timeout: int = field(default=180, metadata={"help": "Seconds the server may take to start."})
+
+    def __post_init__(self) -> None:
+        for key in ("max_tokens", "timeout"):
+            require_count(key, getattr(self, key))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.checkpoints import save_tokenizer
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import find_files, write_atomically
@@ -54,6 +54,12 @@ class TokenizerArguments:
     model_max_length: int = field(
         default=32768, metadata={"help": "The tokenizer warns about longer texts but does not truncate them."}
     )
+
+    def __post_init__(self) -> None:
+        for key in ("max_bytes", "min_frequency", "model_max_length"):
+            require_count(key, getattr(self, key))
+        require_count("vocab_size", self.vocab_size, 10_000_000)
+        require_count("max_token_length", self.max_token_length, 10_000)
 
 
 def main() -> None:

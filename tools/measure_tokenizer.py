@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from transformers import PreTrainedTokenizerBase
 
-from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import find_files, write_atomically
@@ -49,6 +49,9 @@ class MeasureArguments:
     max_bytes: int = field(default=2_000_000, metadata={"help": "Read at most this much of each text."})
     seconds: float = field(default=1.0, metadata={"help": "Measure each speed for at least this long."})
     output: str | None = field(default=None, metadata={"help": "Folder for tokenizers.md and tokenizers.png."})
+
+    def __post_init__(self) -> None:
+        require_count("max_bytes", self.max_bytes)
 
 
 @dataclass

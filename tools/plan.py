@@ -138,6 +138,8 @@ def read_setup(args: PlanArguments, training: TrainingArguments) -> Setup:
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"--{name} ({value}) must be more than 0")
+    if args.mfu is not None and args.mfu > 1:
+        raise UserError(f"--mfu {args.mfu}: must be a share of the peak, such as 0.4")
     optimizer = args.optimizer or ("adamw_8bit" if "8bit" in str(training.optim) else "adamw")
     mixed = training.bf16 or training.fp16
     return Setup(
@@ -367,8 +369,6 @@ def _describe_speed(args: PlanArguments, training: TrainingArguments, plan: Plan
 
 def _expected_mfu(given: float | None, measured: tuple[float, str] | None) -> tuple[float, str]:
     if given is not None:
-        if not 0 < given <= 1:
-            raise UserError(f"--mfu {given}: must be a share of the peak, such as 0.4")
         return given, "as given (--mfu)"
     return measured or (ASSUMED_MFU, "assumed: there is no measurement on this GPU (set --mfu)")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.checkpoints import load_tokenizer, save_tokenizer
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
@@ -45,6 +45,10 @@ class PruneArguments:
         default=50_000_000,
         metadata={"help": "Read at most this much text; each file contributes its share of the bytes on disk."},
     )
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "max_bytes"):
+            require_count(key, getattr(self, key))
 
 
 def main() -> None:
