@@ -52,7 +52,7 @@ from buddygpt.data.text.operators import language
 from buddygpt.data.text.rows import Row, progress_bar, read_rows
 
 LARGE_FILE = 2**18  # bytes; starting processes for less takes longer than they save
-ROWS_PER_TASK = 100
+ROWS_PER_TASK, CHARACTERS_PER_TASK = 100, 2**20
 MIN_HAN, MAX_ACCENTED = 0.25, 0.01  # shares of the letters; see `language`
 # Columns that text does not have. A file with one of them is no pretraining text, unless --stage pretrain says so.
 CHAT_COLUMN = re.compile(
@@ -203,8 +203,7 @@ class Doctor:
         """Count the rows of a file. Those of a large file are examined by all processors."""
         workers = os.cpu_count() or 1
         is_large = path.stat().st_size > LARGE_FILE
-        rows = iter(rows)
-        chunks = iter(lambda: list(islice(rows, ROWS_PER_TASK)), [])
+        chunks = split_into_chunks(rows)
         if workers == 1 or not is_large or self.checker.index or "fork" not in get_all_start_methods():
             for chunk in chunks:
                 self._count_chunk(path, chunk, self.examine(chunk, schema))
@@ -315,6 +314,19 @@ class Doctor:
 
 
 _forked: list = []  # the doctor and the schema of the file, for the processes that `Doctor.add_rows` forks
+
+
+def split_into_chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield the rows in lists of `ROWS_PER_TASK` rows, or fewer if they are long."""
+    chunk, characters = [], 0
+    for row in rows:
+        chunk.append(row)
+        characters += len(row.content if isinstance(row.content, str) else str(row.content))
+        if len(chunk) == ROWS_PER_TASK or characters >= CHARACTERS_PER_TASK:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _examine_chunk(rows: list[Row]) -> list[list[Examined]]:
