@@ -5,17 +5,18 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import SwanLabCallback
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from buddygpt.cli.checkpoints import end_of_answer_token, load_tokenizer, require_causal_lm
+from buddygpt.cli.checkpoints import end_of_answer_token, load_tokenizer, require_causal_lm, tokenizer_rules
 from buddygpt.cli.errors import UserError, library_errors, run_script
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.training.adapters import prepare_lora, save_merged, start_lora
@@ -97,6 +98,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     if tokenizer.chat_template is None:
         raise UserError(f"{model_args.model_name_or_path} has no chat template: add a chat_template.jinja to it")
     stop_at_end_of_answer(tokenizer)
+    _require_embeddings(tokenizer, config)
 
     prepare_lora(model_args, config, training_args)
     training_args.model_init_kwargs = {
@@ -123,6 +125,18 @@ def stop_at_end_of_answer(tokenizer: PreTrainedTokenizerBase) -> None:
         print(f"Answers end with {end}: it becomes the eos_token, which was {tokenizer.eos_token}")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer.eos_token = end
+
+
+def _require_embeddings(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raise UserError if the model has no embedding for the token that ends answers or the one that fills batches."""
+    size = config.get_text_config().vocab_size
+    for token in (tokenizer.eos_token, tokenizer.pad_token):
+        number = tokenizer.convert_tokens_to_ids(token) if token else 0
+        if number >= size:
+            raise UserError(
+                f"{tokenizer.name_or_path}: {token} has the id {number}, but the model has only {size} embeddings. "
+                "Call model.resize_token_embeddings(len(tokenizer)) and save the model, or use another token"
+            )
 
 
 def require_positions(key: str, length: int | None, limit: int | None) -> None:
@@ -191,7 +205,7 @@ def run_training(
 
     # Resume only from a run with the same inputs.
     start = start or find_start(args, trainer.model)
-    run_card["origin"]["global_batch"] = trainer.get_total_train_batch_size(args)
+    run_card["origin"] |= _describe_state(trainer)
     _require_no_other_model(Path(args.output_dir), start.checkpoint)
     if start.checkpoint:
         _require_same_origin(start, run_card["origin"])
@@ -294,7 +308,7 @@ def _sample_in_chats(generation_config: GenerationConfig) -> None:
 
 
 def _require_no_other_model(output_dir: Path, checkpoint: str | None) -> None:
-    """Raise UserError if the folder holds a model, tokenizer or checkpoint that is not from the run that is resumed."""
+    """Raise UserError if the folder holds a model, tokenizer or checkpoint that is not of the run being resumed."""
     if checkpoint and Path(checkpoint).parent.resolve() == output_dir.resolve():
         return
     for pattern in ("config.json", "adapter_config.json", "tokenizer.json", "*.safetensors"):
@@ -306,9 +320,20 @@ def _require_no_other_model(output_dir: Path, checkpoint: str | None) -> None:
     for folder in output_dir.glob("checkpoint-*"):
         if not (folder / CHECKSUMS).exists():
             raise UserError(
-                f"{folder} is not a checkpoint of these recipes (it has no {CHECKSUMS}), and this run might delete it. "
-                "Set another output_dir, or delete that one"
+                f"{folder} is not a checkpoint of these recipes (it has no {CHECKSUMS}), and this run might delete "
+                "it. Set another output_dir, or delete that one"
             )
+
+
+def _describe_state(trainer: Trainer) -> dict[str, Any]:
+    """Return what must be the same for the state of a run to fit: the batch, the optimizer and the tokenizer."""
+    tokenizer = trainer.processing_class
+    rules = [tokenizer_rules(tokenizer.backend_tokenizer.to_str()), tokenizer.chat_template]
+    return {
+        "global_batch": trainer.get_total_train_batch_size(trainer.args),
+        "optim": str(trainer.args.optim.value).removesuffix("_fused"),
+        "tokenizer_sha256": sha256(json.dumps(rules).encode()).hexdigest(),
+    }
 
 
 def _require_same_origin(start: Start, origin: dict[str, Any]) -> None:

@@ -285,10 +285,18 @@ def test_another_models_checkpoints_are_not_resumed(workspace, base):
         run("pretrain/pretrain.py", *arguments, "--output_dir", base)
 
 
-def test_a_run_is_not_resumed_from_another_base_or_other_data(workspace, base, chat_model, strange):
+def test_a_run_is_not_resumed_with_other_inputs_or_another_optimizer(workspace, base, chat_model, tmp_path):
     arguments = sft_arguments(workspace, chat_model)  # was trained from `base`
     with pytest.raises(UserError, match="its base_sha256 was .*Set another output_dir"):
         run("sft/sft.py", *arguments, "--output_dir", chat_model)
+    arguments = sft_arguments(workspace, base)
+    with pytest.raises(UserError, match="its optim was adamw_torch, this run's is sgd"):
+        run("sft/sft.py", *arguments, "--optim", "sgd", "--output_dir", chat_model)
+    template = tmp_path / "other.jinja"
+    text = (ROOT / "tokenizer/chat_template.jinja").read_text(encoding="utf-8")
+    template.write_text(text.replace("'assistant\\n'", "'bot\\n'").replace("|>assistant", "|>bot"), encoding="utf-8")
+    with pytest.raises(UserError, match="its tokenizer_sha256 was"):
+        run("sft/sft.py", *arguments, "--chat_template_path", template, "--output_dir", chat_model)
     with pytest.raises(UserError, match="its block_size was 64, this run's is 32"):
         run("pretrain/pretrain.py", *pretrain_arguments(workspace), "--block_size", 32, "--output_dir", base)
 
@@ -307,6 +315,15 @@ def test_a_finished_model_is_never_overwritten(workspace, base, tmp_path):
             *("--resume_from_checkpoint", other),
         )
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_token_that_the_model_does_not_embed_is_named(workspace, base, tmp_path):
+    model = shutil.copytree(base, tmp_path / "model", ignore=shutil.ignore_patterns("checkpoint-*"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "<|new|>"})
+    tokenizer.save_pretrained(model)
+    with pytest.raises(UserError, match=r"<\|new\|> has the id 512, but the model has only 512 embeddings"):
+        run("sft/sft.py", *sft_arguments(workspace, model), "--output_dir", tmp_path / "run")
 
 
 def test_checkpoints_of_another_program_are_not_deleted(workspace, tmp_path):
