@@ -43,13 +43,11 @@ def prepare_lora(model_args: ModelConfig, config: PreTrainedConfig, training_arg
         )
     if model_args.lora_task_type != "CAUSAL_LM":
         raise UserError(f"lora_task_type is {model_args.lora_task_type}; a language model needs CAUSAL_LM")
-    if model_args.lora_alpha <= 0:
-        raise UserError(f"lora_alpha is {model_args.lora_alpha}: LoRA would have no effect; give a positive number")
     for key in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
         setattr(model_args, key, _split_names(getattr(model_args, key)))
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = ALL  # peft has defaults for stock architectures only
-    with _zero3_off(training_args), torch.device("meta"):
+    with zero3_off(training_args), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=training_args.trust_remote_code)
     _try_lora(model_args, model)
 
@@ -124,7 +122,7 @@ def _endings(names: Iterable[str], parts: int) -> list[str]:
 
 
 @contextmanager
-def _zero3_off(args: Args) -> Iterator[None]:
+def zero3_off(args: Args) -> Iterator[None]:
     """Create models whole on this process: under ZeRO-3, transformers divides them among all processes."""
     unset_hf_deepspeed_config()
     try:
@@ -178,7 +176,7 @@ def save_merged(trainer: Trainer, adapter: Path, folder: Path) -> None:
     trained: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
     base, args = trained.get_base_model(), trainer.args
     changes = {key: value for key, value in args.model_init_kwargs.items() if key not in LOADING}
-    with _zero3_off(args):
+    with zero3_off(args):
         merged = type(base).from_pretrained(
             trained.peft_config["default"].base_model_name_or_path,
             dtype="auto",

@@ -19,7 +19,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from buddygpt.cli.checkpoints import end_of_answer_token, load_tokenizer, require_causal_lm, tokenizer_rules
 from buddygpt.cli.errors import UserError, library_errors, run_script
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
-from buddygpt.training.adapters import prepare_lora, save_merged, start_lora
+from buddygpt.training.adapters import prepare_lora, save_merged, start_lora, zero3_off
 from buddygpt.training.callbacks.alarms import AlarmCallback
 from buddygpt.training.callbacks.curve import CurveCallback
 from buddygpt.training.callbacks.experts import ExpertLoadCallback, find_routers
@@ -91,7 +91,8 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     limit = changes.get("max_position_embeddings") or getattr(config, "max_position_embeddings", None)
     require_positions("max_length", training_args.max_length, limit)
     if Path(model_args.model_name_or_path).is_dir():
-        require_all_weights(model_args.model_name_or_path, training_args.trust_remote_code)
+        with zero3_off(training_args):
+            require_all_weights(model_args.model_name_or_path, training_args.trust_remote_code)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if path := getattr(training_args, "chat_template_path", None):
         tokenizer.chat_template = _read_template(Path(path))  # rows are tokenized before TRL sets it
