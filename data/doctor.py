@@ -62,7 +62,9 @@ CHAT_COLUMN = re.compile(
 )
 # The beginning of a text that is a chat in some template.
 CHAT_TEXT = re.compile(
-    r"\s*(?:<s>)?\s*(?:<\|im_start\|>|\[INST\]|<\|start_header_id\|>|### (?:Human|Instruction):|\n\nHuman:)"
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|\[gMASK\]<sop>)?\s*(?:<\|(?:im_start|start_header_id|system|user|Human)\|>|"
+    r"<start_of_turn>|<｜User｜>|\[INST\]|\[Human\]:|### (?:Human|Instruction|User):|"
+    r"(?:Human|USER): .*\n\s*(?:Assistant|ASSISTANT):|Below is an instruction that describes a task)"
 )
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 KINDS = {"sft": "sft", "dpo": "preference", "kto": "kto", "pretrain": "text"}  # stage -> kind of row
@@ -164,6 +166,12 @@ def find_schema_or_text(path: Path, args: argparse.Namespace) -> Schema | None:
                     f"{path}: has text and `{chat}`, but fits no schema; its columns: {', '.join(rows[0])}. "
                     "Give --stage pretrain if it is text; else say which columns hold what with data/convert_chat.py "
                     "--map prompt=question,completion=answer"
+                )
+            texts = [row[key] for row in rows for key in args.text_key if isinstance(row.get(key), str)]
+            if texts and all(map(CHAT_TEXT.match, texts)):
+                raise UserError(
+                    f"{path}: its texts are chats in a template, beginning {texts[0][:40]!r}. Give --stage pretrain "
+                    "if that is meant; fine-tuning needs a list of messages in each row, without the template's marks"
                 )
             return None
     return find_schema(path, KINDS.get(args.stage))

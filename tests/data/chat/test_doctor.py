@@ -152,7 +152,17 @@ def test_blank_lines_and_null_cells_are_no_bad_rows(tmp_path, doctor):
 
 
 def test_chats_are_not_taken_for_text(tmp_path, doctor):
-    file = write(tmp_path / "a.jsonl", [{"text": "### Human: q### Assistant: a"}])
+    chats = [
+        "### Human: q### Assistant: a",
+        "<|im_start|>user\nq<|im_end|>",
+        "<s>[INST] q [/INST] a</s>",
+        "<|user|>\nq",
+    ]
+    file = write(tmp_path / "a.jsonl", [{"text": chat} for chat in [*chats, "USER: q\nASSISTANT: a"]])
+    assert "5 documents that are chats in a template" in doctor(file, "--stage", "pretrain")[1]
+    with pytest.raises(UserError, match="its texts are chats in a template, beginning '### Human"):
+        doctor(file)
+    file = write(tmp_path / "b.jsonl", [{"text": chats[0]}, {"text": "Human: a novel"}])
     assert "1 documents that are chats in a template" in doctor(file)[1]
     write(file, [{"title": "t", "content": "a", "Question": "q"}])
     with pytest.raises(UserError, match=r"`Question`, but fits no schema; .*--stage pretrain .*--map prompt=question"):
