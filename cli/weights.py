@@ -1,6 +1,7 @@
 """Check that a checkpoint has every weight of its model, and that each is a number."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 from buddygpt.cli.checkpoints import require_causal_lm
@@ -35,6 +36,10 @@ def require_all_weights(name_or_path: str, trust_remote_code: bool = False) -> N
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    except UnpicklingError as error:  # its text advises to load the file with `weights_only=False`
+        raise UserError(
+            f"{name_or_path}: a weight file holds other objects than tensors, and may run code. Use safetensors"
+        ) from error
     except Exception as error:  # transformers and safetensors raise many kinds for damaged files
         raise UserError(f"cannot read the weights of {name_or_path}: {error}") from error
     finally:

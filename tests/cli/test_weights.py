@@ -65,3 +65,15 @@ def test_a_single_weight_that_is_no_number_is_refused(value):
         model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(UserError, match="model has NaN or infinite weights in model.layers.1.mlp.up_proj.weight"):
         require_finite_weights(model, "model")
+
+
+def test_a_pickle_that_would_run_code_is_told_in_one_line(checkpoint):
+    class Call:
+        def __reduce__(self):
+            return os.mkdir, (str(checkpoint / "ran"),)
+
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"weight": Call()}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(UserError, match="may run code. Use safetensors$") as raised:
+        require_all_weights(str(checkpoint))
+    assert "\n" not in str(raised.value) and not (checkpoint / "ran").exists()
