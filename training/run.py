@@ -292,11 +292,12 @@ def _train(trainer: Trainer, checkpoint: str | None) -> None:
         with reporting_damage(checkpoint):
             raise error
     except Exception as error:
-        if "metric_for_best_model" in str(error):  # known only after the first evaluation
-            raise UserError(str(error)) from error
-        if beginning.is_over:
+        is_unknown_metric = "metric_for_best_model" in str(error)  # known only after the first evaluation
+        if beginning.is_over and not is_unknown_metric:
             raise
         (Path(trainer.args.output_dir) / "run.lock").unlink(missing_ok=True)
+        if is_unknown_metric:
+            raise UserError(str(error)) from error
         with building("optimizer, the schedule or a tracker"):
             raise error
 
