@@ -36,6 +36,8 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         _warn_if_class_overrides_file(tokenizer)
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}")
     except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
         raise UserError(f"cannot read a tokenizer from {name_or_path}: {_first_line(error)}") from error
     require_quick_template(tokenizer)
@@ -43,7 +45,7 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
 
 
 def require_quick_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raise UserError if the chat template takes longer than any should: a nested loop may never end."""
+    """Raise UserError if the chat template fails, or takes longer than any should: a nested loop may never end."""
     if not tokenizer.chat_template or threading.current_thread() is not threading.main_thread():
         return
 
@@ -58,7 +60,9 @@ def require_quick_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
     except UserError:
         raise
-    except Exception:  # those who use the template report it
+    except (ArithmeticError, TypeError, RecursionError, MemoryError) as error:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} fails on a question: {error}") from error
+    except Exception:  # it refuses the question, which those who use it report
         pass
     finally:
         signal.alarm(0)

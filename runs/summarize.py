@@ -31,6 +31,8 @@ def main() -> None:
         summary = summarize(run)
         chat = read_json(run / "chat.json")
         with reading(run / "chat.json"):
+            if not isinstance(chat, list):
+                raise TypeError(f"no list of questions, but {type(chat).__name__}")
             report = to_markdown(run.name, summary, chat)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing: {run} is not a finished run") from error
