@@ -19,6 +19,7 @@ def average_over_tokens(trainer: Trainer) -> None:
     """Make a trainer's evaluations weigh each batch by its tokens or pairs, and read each row once."""
     accelerator = trainer.accelerator
     get_loader, run_loop, run_step = trainer.get_eval_dataloader, trainer.evaluation_loop, trainer.prediction_step
+    answers = getattr(trainer, "num_generations_eval", 1)  # that a trainer generates to each row
     steps: list[torch.Tensor] = []  # (loss, weights) of each step of this process, on the device
     names: list[str] = []  # of the weights
 
@@ -26,9 +27,9 @@ def average_over_tokens(trainer: Trainer) -> None:
         drop_last, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
         loader = get_loader(*args, **kwargs)
         trainer.args.dataloader_drop_last = drop_last
-        if accelerator.num_processes > 1:
+        if accelerator.num_processes > 1 and trainer.args.eval_batch_size % answers == 0:
             # The loader shards its batches among the processes; give it those of this process instead.
-            batches = EvenBatches(len(loader.dataset), trainer.args.eval_batch_size, accelerator)
+            batches = EvenBatches(len(loader.dataset), trainer.args.eval_batch_size, accelerator, answers)
             loader.batch_sampler.batch_sampler = batches
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
             loader.batch_sampler.even_batches = False
@@ -48,7 +49,7 @@ def average_over_tokens(trainer: Trainer) -> None:
         if not steps:
             return output
         values = accelerator.gather(torch.stack(steps)[None]).cpu().double()  # (processes, steps, 1 + weights)
-        shared_steps = len(loader.dataset) // (trainer.args.eval_batch_size * accelerator.num_processes)
+        shared_steps = len(loader.dataset) * answers // (trainer.args.eval_batch_size * accelerator.num_processes)
         values[1:, shared_steps:, 1:] = 0  # all processes have read the same rows
         losses, weights = values[..., 0], dict(zip(names, values[..., 1:].unbind(-1), strict=True))
         output.metrics[f"{metric_key_prefix}_loss"] = weighted_mean(losses, weights["loss"])
@@ -65,11 +66,13 @@ def average_over_tokens(trainer: Trainer) -> None:
     trainer.evaluation_loop = evaluation_loop
 
 
-def count_weights(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+def count_weights(trainer: Trainer, inputs: dict[str, Any] | list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Return what a batch weighs in the mean of each value; "loss" also stands for the values that are not named.
 
-    Empty for a trainer whose batches are neither labeled tokens nor pairs.
+    Empty for a trainer whose batches are neither labeled tokens nor pairs nor rows of text.
     """
+    if isinstance(inputs, list):  # rows to answer
+        return {"loss": torch.tensor(len(inputs))}
     if isinstance(trainer, DPOTrainer):  # the first half of the rows is chosen, the second rejected
         chosen, rejected = inputs["completion_mask"][:, 1:].sum(1).chunk(2)
         return {
@@ -93,20 +96,30 @@ class EvenBatches(Sampler[list[int]]):
     """The batches of one process, as many as those of every other.
 
     The rows that are too few to give each process a batch are read by all. accelerate would repeat other rows.
+
+    Args:
+        rows: Number of all rows.
+        batch_size: Of one process, counting repeats.
+        accelerator: Knows the processes.
+        repeats: How often a row stands in its batch, once for each answer to generate.
     """
 
-    def __init__(self, rows: int, batch_size: int, accelerator) -> None:
+    def __init__(self, rows: int, batch_size: int, accelerator, repeats: int = 1) -> None:
         self.rows = rows
-        self.batch_size = batch_size
+        self.batch_size = batch_size // repeats
         self.accelerator = accelerator
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[list[int]]:
         size, processes = self.batch_size, self.accelerator.num_processes
         shared = self.rows - self.rows % (size * processes)
         for start in range(self.accelerator.process_index * size, shared, size * processes):
-            yield [*range(start, start + size)]
+            yield self._repeated(range(start, start + size))
         for start in range(shared, self.rows, size):
-            yield [*range(start, min(start + size, self.rows))]
+            yield self._repeated(range(start, min(start + size, self.rows)))
+
+    def _repeated(self, rows: range) -> list[int]:
+        return [row for row in rows for _ in range(self.repeats)]
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -345,7 +345,8 @@ class ResumedStateCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if hasattr(self.trainer, "_total_train_tokens"):
-            state.num_input_tokens_seen = self.trainer._total_train_tokens
+            # Trainers that generate count in the state itself.
+            state.num_input_tokens_seen = max(state.num_input_tokens_seen, self.trainer._total_train_tokens)
 
 
 def expect_tied_weights_once(trainer: Trainer) -> None:

@@ -89,7 +89,8 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     config = require_causal_lm(model_args.model_name_or_path, training_args.trust_remote_code)
     changes = training_args.model_init_kwargs or {}
     limit = changes.get("max_position_embeddings") or getattr(config, "max_position_embeddings", None)
-    require_positions("max_length", training_args.max_length, limit)
+    if hasattr(training_args, "max_length"):  # rlhf/grpo.py limits prompts and answers
+        require_positions("max_length", training_args.max_length, limit)
     if Path(model_args.model_name_or_path).is_dir():
         with zero3_off(training_args):
             require_all_weights(model_args.model_name_or_path, training_args.trust_remote_code)

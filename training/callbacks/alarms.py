@@ -1,4 +1,4 @@
-"""Warn about NaN, steps that learn nothing, loss spikes, dead experts and data stalls.
+"""Warn about NaN, steps that learn nothing, loss spikes, dead experts, data stalls, and rewards that teach nothing.
 
 Each warning is one line on stderr and an entry of `warnings` in run.json. It names the step and the data it read.
 """
@@ -6,7 +6,7 @@ Each warning is one line on stderr and an entry of `warnings` in run.json. It na
 import math
 import statistics
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +26,18 @@ SPIKE_WINDOW, SPIKE_MIN_STEPS, SPIKE_SIGMAS, SPIKE_FACTOR, SPIKE_RISE = 64, 32, 
 DEAD_EXPERT_TOKENS = 100
 # The loader is stalled if this share of the time was spent waiting for it, in this many logs in a row.
 STALLED_SHARE, STALLED_LOGS = 0.3, 3
+# A reward is flat if all answers of this many logs in a row got 0.
+FLAT_LOGS = 3
+# Answers are short or long if their mean length is below or above these shares of that at the start, and cut if this
+# share of them ends at `max_completion_length`.
+SHORT_ANSWERS, LONG_ANSWERS, CUT_ANSWERS = 0.25, 4, 0.5
 
 
 class AlarmCallback(TrainerCallback):
     """Warns if a loss or gradient norm is not finite or both are 0, and about spikes, dead experts and stalls.
+
+    In reinforcement learning, also about rewards that no answer gets, groups whose answers all get the same, and
+    answers that become much shorter or longer.
 
     A state that lasts is reported once. `Trainer` logs the mean loss of many steps and the gradient norm of the last
     one only. To name the step that went wrong, this callback records both for every step on the device, and reads them
@@ -61,6 +69,8 @@ class AlarmCallback(TrainerCallback):
         self.recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.active_states: set[str] = set()
         self.dead_experts: set[tuple[int, int]] = set()
+        self.flat_logs: Counter[str] = Counter()  # logs in a row in which no answer got the reward
+        self.first_length: float | None = None  # mean of the answers in the first log
         self.stalled_logs = -1  # the first log does not count: it includes the start of the data loader's workers
         self._record_results(trainer)
 
@@ -111,6 +121,9 @@ class AlarmCallback(TrainerCallback):
         self._check_data_wait(last, logs.get("data_wait", 0.0))
         if self.expert_load is not None:
             self._check_experts(first, last, self.expert_load.last_logged)
+        if "reward" in logs:
+            self._check_rewards(last, logs)
+            self._check_lengths(last, logs["completions/mean_length"], logs["completions/clipped_ratio"])
 
     def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -151,6 +164,31 @@ class AlarmCallback(TrainerCallback):
             names = ", ".join(f"expert {expert} of MoE layer {layer}" for layer, expert in new)
             self._warn(last, f"no token reached {names} in steps {first} to {last}")
         self.dead_experts = dead
+
+    def _check_rewards(self, step: int, logs: dict[str, float]) -> None:
+        for key in logs:
+            name = key.removeprefix("rewards/").removesuffix("/mean")
+            if key == name or not key.endswith("/mean"):
+                continue
+            nothing = logs[key] == 0 and not logs[f"rewards/{name}/std"]
+            self.flat_logs[name] = self.flat_logs[name] + 1 if nothing else 0
+            if self._begins(f"flat {name}", self.flat_logs[name] >= FLAT_LOGS):
+                text = f"the reward {name} was 0 for every answer of {FLAT_LOGS} logs, so it teaches nothing"
+                self._warn(step, f"{text}: use easier questions or a better start, or check what it expects")
+        if self._begins("equal groups", logs["frac_reward_zero_std"] == 1):
+            text = "all answers to each question got the same reward, so nothing was learned since the last log"
+            self._warn(step, f"{text}: use harder or easier questions, more num_generations or a higher temperature")
+
+    def _check_lengths(self, step: int, length: float, cut: float) -> None:
+        self.first_length = self.first_length or length
+        change = f"answers have {length:.1f} tokens, at the start {self.first_length:.1f}"
+        if self._begins("short answers", length < SHORT_ANSWERS * self.first_length):
+            self._warn(step, f"{change}: look whether a reward favors short ones (`log_completions: true`)")
+        if self._begins("long answers", length > LONG_ANSWERS * self.first_length):
+            self._warn(step, f"{change}: look whether a reward favors long ones (`log_completions: true`)")
+        if self._begins("cut answers", cut > CUT_ANSWERS):
+            text = f"{cut:.0%} of the answers do not end within max_completion_length"
+            self._warn(step, f"{text}: raise it, or reward short answers (`length`)")
 
     def _begins(self, state: str, holds: bool) -> bool:
         """Return True if a state holds that did not hold at the last call."""

@@ -15,11 +15,19 @@ PANELS = {
     "loss": {"loss": "training", "eval_loss": "held-out"},
     "bits per byte": {"bits_per_byte": "training", "eval_bits_per_byte": "held-out"},
     "preference accuracy": {"rewards/accuracies": "training", "eval_rewards/accuracies": "held-out"},
+    "reward": {"reward": "training", "eval_reward": "held-out"},
+    "KL divergence from the start": {"kl": "training", "eval_kl": "held-out"},
+    "entropy of the answers": {"entropy": "training", "eval_entropy": "held-out"},
+    "answer length (tokens)": {"completions/mean_length": "training", "eval_completions/mean_length": "held-out"},
+    "groups of equal rewards": {"frac_reward_zero_std": "share of the groups"},
     "expert load (1 = even)": {"router/load_max": "busiest expert", "router/load_min": "idlest expert"},
     "learning rate": {"learning_rate": "learning rate"},
 }
 SOURCE = re.compile("eval_(.+)_bits_per_byte")  # bits per byte of the held-out text of one source
 SOURCES_PANEL = "held-out bits per byte by source"
+REWARD = re.compile("rewards/(.+)/mean")
+REWARDS_PANEL = "rewards"
+ONLY_WITH_REWARD = "entropy of the answers"  # supervised trainers log an entropy, too
 LOG_SCALE = ("loss", "bits per byte", SOURCES_PANEL)  # if the first steps would flatten the rest of the curve
 
 
@@ -59,8 +67,8 @@ def plot_history(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def _draw_line(axis: plt.Axes, history: list[dict[str, Any]], key: str, label: str) -> None:
-    steps = [row["step"] for row in history if key in row]
-    values = [row[key] for row in history if key in row]
+    steps = [row["step"] for row in history if row.get(key) is not None]
+    values = [row[key] for row in history if row.get(key) is not None]
     style = "o-" if key.startswith("eval_") else "-"
     axis.plot(steps, values, style, markersize=3, label=label)
 
@@ -76,7 +84,10 @@ def _find_panels(history: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     panels = {}
     for title, labels in PANELS.items():
         panels[title] = {key: label for key, label in labels.items() if key in logged}
-    keys = sorted(key for key in logged if SOURCE.fullmatch(key))
-    names = [SOURCE.fullmatch(key)[1] for key in keys]
-    panels[SOURCES_PANEL] = dict(zip(keys, plot_labels(names), strict=True))
+    if "reward" not in logged:
+        panels.pop(ONLY_WITH_REWARD)
+    for title, pattern in ((REWARDS_PANEL, REWARD), (SOURCES_PANEL, SOURCE)):
+        keys = sorted(key for key in logged if pattern.fullmatch(key))
+        names = [pattern.fullmatch(key)[1] for key in keys]
+        panels[title] = dict(zip(keys, plot_labels(names), strict=True))
     return {title: labels for title, labels in panels.items() if labels}

@@ -1,5 +1,6 @@
 """Print each log as one short line; transformers prints a dictionary."""
 
+import re
 from datetime import timedelta
 
 from transformers import ProgressCallback, Trainer
@@ -20,6 +21,9 @@ COLUMNS = {
     "mean_token_accuracy": lambda value: f"token accuracy {value:.1%}",
     "rewards/accuracies": lambda value: f"preferred {value:.1%}",
     "rewards/margins": lambda value: f"margin {value:.3f}",
+    "kl": lambda value: f"KL {value:.4f}",
+    "completions/mean_length": lambda value: f"length {value:.1f}",
+    "frac_reward_zero_std": lambda value: f"equal groups {value:.0%}",
     "grad_norm": lambda value: f"grad {value:.2f}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "router/load_max": lambda value: f"busiest expert {value:.2f}x",
@@ -28,6 +32,9 @@ COLUMNS = {
     "data_wait": lambda value: f"data wait {value:.1%}",
     "eta_seconds": lambda value: f"ETA {timedelta(seconds=round(value))}",
 }
+
+
+REWARD = re.compile("rewards/(.+)/mean")  # of one reward of several
 
 
 def describe_log(logs: dict[str, float], step: int, max_steps: int) -> str | None:
@@ -47,9 +54,22 @@ def describe_log(logs: dict[str, float], step: int, max_steps: int) -> str | Non
     if prefix:
         parts.append(prefix.rstrip("_").replace("_", " "))
     for key, show in COLUMNS.items():
-        if prefix + key in logs:
+        if logs.get(prefix + key) is not None:
             parts.append(show(logs[prefix + key]))
+        if key == "loss":
+            parts += _describe_rewards(logs, prefix)
     return "  ".join(parts)
+
+
+def _describe_rewards(logs: dict[str, float], prefix: str) -> list[str]:
+    """Return the values of reinforcement learning that have names of their own, or that other trainers log, too."""
+    if logs.get(prefix + "reward") is None:
+        return []
+    parts = [f"reward {logs[prefix + 'reward']:.3f}"]
+    for key, value in logs.items():
+        if (reward := REWARD.fullmatch(key.removeprefix(prefix))) and value is not None:
+            parts.append(f"{reward[1]} {value:.3f}")
+    return [*parts, f"entropy {logs[prefix + 'entropy']:.3f}"] if prefix + "entropy" in logs else parts
 
 
 class ProgressLineCallback(ProgressCallback):

@@ -18,9 +18,10 @@ class ThroughputCallback(TrainerCallback):
     """Adds the speed since the last log to each log of the loss; reads from the device only when something is logged.
 
     - `tokens_per_second`: over all processes. Counts real tokens if the batch has an `attention_mask`, else all tokens
-      of its rows. Time spent in evaluations, samples and checkpoints is not counted.
+      of its rows; of batches of prompts, the tokens of prompts and generated answers. Time spent in evaluations,
+      samples and checkpoints is not counted.
     - `mfu`: see [`flops_per_token`]. Left out if the peak of the device is unknown (a CPU, float32), and if training
-      does other work than the formula counts: adapters on frozen weights, a reference model.
+      does other work than the formula counts: adapters on frozen weights, a reference model or teacher, generation.
     - `data_wait`: share of the same time that this process spent fetching batches, from workers or by reading them
       itself. On CUDA, copies to the device are included unless memory is pinned and copies are `non_blocking`.
     - `eta_seconds`: seconds to the last step at the average pace since the start or resume, with evaluations.
@@ -35,6 +36,7 @@ class ThroughputCallback(TrainerCallback):
         self.run_card = run_card
         self.flops = find_flops(trainer)
         self.peak = find_peak(trainer) if self.flops else None
+        self.generates = False  # whether batches are prompts, and the trainer generates the rest of the tokens
         trainer.get_batch_samples = self._measured(trainer.get_batch_samples)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -51,6 +53,7 @@ class ThroughputCallback(TrainerCallback):
         self.tokens: torch.Tensor | int = 0  # a tensor if counted from attention masks, which are on the device
         self.rows = 0
         self.row_tokens = 0
+        self.tokens_generated_before = self.trainer.state.num_input_tokens_seen
 
     # Counting: the trainer fetches the batches of a step through these.
 
@@ -73,8 +76,15 @@ class ThroughputCallback(TrainerCallback):
             self._count(batch)
             yield batch
 
-    def _count(self, batch: dict[str, torch.Tensor]) -> None:
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
+    def _count(self, batch: dict[str, torch.Tensor] | list[dict[str, Any]]) -> None:
+        if isinstance(batch, list):  # rows of text: TRL counts their tokens once it has generated
+            self.generates = True
+            return
+        for kind in ("", "chosen_", "rejected_"):  # trl.experimental pads the two answers of a pair apart
+            if f"{kind}input_ids" in batch:
+                self._count_rows(batch[f"{kind}input_ids"], batch.get(f"{kind}attention_mask"))
+
+    def _count_rows(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         width = ids.shape[-1]
         self.tokens = self.tokens + (ids.numel() if mask is None else mask.sum())
         # Padding-free batches join several rows into one: count the rows of `max_length` that it stands for.
@@ -100,8 +110,7 @@ class ThroughputCallback(TrainerCallback):
             return
         now = self.last_step_end = time.perf_counter()
         seconds = now - self.window_start - self.pause_seconds
-        tokens = torch.as_tensor(self.tokens, device=args.device).reshape(1)
-        speed = self.trainer.accelerator.reduce(tokens, "sum").item() / seconds
+        speed = self._tokens_of_all_processes() / seconds
         values = {"tokens_per_second": speed}
         if self.peak:
             values["mfu"] = speed * self.flops(self.row_length) / (self.peak * args.world_size)
@@ -112,6 +121,12 @@ class ThroughputCallback(TrainerCallback):
         state.log_history[-1].update(values)  # the trainer copied the logs before it called the callbacks
         self.run_card["throughput"] = self._summary(state.log_history)
         self._start_window()
+
+    def _tokens_of_all_processes(self) -> float:
+        if self.generates:
+            return self.trainer.state.num_input_tokens_seen - self.tokens_generated_before
+        tokens = torch.as_tensor(self.tokens, device=self.trainer.args.device).reshape(1)
+        return self.trainer.accelerator.reduce(tokens, "sum").item()
 
     @property
     def row_length(self) -> int:
@@ -131,7 +146,7 @@ class ThroughputCallback(TrainerCallback):
 
 def find_flops(trainer: Trainer) -> Callable[[int], float] | None:
     """Return a function from row length to [`flops_per_token`], or None if training does other work than it counts."""
-    if isinstance(trainer.model, PeftModel) or hasattr(trainer, "ref_model"):
+    if isinstance(trainer.model, PeftModel) or hasattr(trainer, "ref_model") or hasattr(trainer, "teacher_model"):
         return None
     # The formula is linear in the length, and rows of chat differ in length from log to log.
     fixed = flops_per_token(trainer.model.config, 0)
