@@ -172,7 +172,11 @@ def _tokenize_rows(
         features=Features({**rows.features, **columns}),
         num_proc=num_proc,
         new_fingerprint=_cache_key(
-            rows._fingerprint, assistant_only, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template
+            rows._fingerprint,
+            assistant_only,
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,  # templates write them
         ),
         desc="Tokenizing",
     )

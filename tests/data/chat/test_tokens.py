@@ -87,3 +87,16 @@ def test_rows_are_tokenized_together_as_one_by_one(tokenizer, monkeypatch):
     monkeypatch.setattr(type(loaded), "apply_chat_template", lambda *a, **k: calls.append(1) or apply(*a, **k))
     tokenize_rows([plain] * 50, "sft", loaded)
     assert len(calls) == 1
+
+
+def test_cached_tokens_are_not_those_of_another_eos_token(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": ZH}) + "\n", encoding="utf-8")
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded.chat_template = (
+        "{% for m in messages %}{{ eos_token }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    for eos in ("<|im_end|>", "<|endoftext|>"):
+        loaded.eos_token = eos
+        [row] = load_rows([str(tmp_path / "a.jsonl")], "sft", tokenizer=loaded)
+        assert loaded.decode(row["input_ids"]).startswith(eos)
