@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.model.losses_buddygpt import load_balancing_loss
@@ -27,7 +27,9 @@ def add_model_losses(trainer: Trainer) -> None:
         raise UserError(
             f"aux_loss_alpha ({aux_loss_alpha}) of the model has no gradient under use_reentrant: true; remove that"
         )
-    if not isinstance(trainer, SFTTrainer | DPOTrainer) or not (aux_loss_alpha or z_loss_coef):
+    if not isinstance(trainer, SFTTrainer | DPOTrainer | GRPOTrainer | RLOOTrainer) or not (
+        aux_loss_alpha or z_loss_coef
+    ):
         return
     if z_loss_coef and (is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled):
         raise UserError(
@@ -48,11 +50,13 @@ def add_model_losses(trainer: Trainer) -> None:
         if aux_loss_alpha:
             extra = extra + aux_loss_alpha * balance_loss(call, config, num_items_in_batch)
         if z_loss_coef:
-            extra = extra + z_loss_coef * z_loss(call, num_items_in_batch)
+            extra = extra + z_loss_coef * z_loss(call, num_items_in_batch, getattr(trainer, "temperature", 1.0))
         # TRL's loss has the same factor: `num_items_in_batch` counts the tokens of all processes, whose gradients are
         # averaged.
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
             extra = extra * trainer.accelerator.num_processes
+        if num_items_in_batch is None and getattr(trainer, "loss_is_scaled_for_ga", None):  # so it is in GRPO
+            extra = extra / trainer.current_gradient_accumulation_steps
         extra = extra - extra.detach()
         return (result[0] + extra, *result[1:]) if return_outputs else result + extra
 
@@ -106,8 +110,10 @@ def balance_loss(call: dict[str, Any], config, num_items_in_batch: torch.Tensor 
     )
 
 
-def z_loss(call: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
-    """Return the mean of logsumexp(logits)^2 over the tokens that count.
+def z_loss(
+    call: dict[str, Any], num_items_in_batch: torch.Tensor | int | None, temperature: float = 1.0
+) -> torch.Tensor:
+    """Return the mean of logsumexp(logits / temperature)^2 over the tokens that count.
 
     TRL's outputs have no logsumexp, but the log-probability of a label is its logit - logsumexp.
     """
@@ -117,6 +123,6 @@ def z_loss(call: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) 
     counted = outputs.label_mask
     label_weights = call["output_head"].weight[labels[counted]]  # (N, C)
     label_logits = (hidden_states[counted].float() * label_weights.float()).sum(-1)
-    logsumexp = label_logits - outputs.log_probs[counted]
+    logsumexp = label_logits / temperature - outputs.log_probs[counted]
     items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return logsumexp.square().sum() / items

@@ -1,10 +1,20 @@
-"""SFT and DPO train with the balance loss and the z-loss of the model's config."""
+"""SFT, DPO, GRPO and RLOO train with the balance loss and the z-loss of the model's config."""
 
 import pytest
 import torch
+from datasets import Dataset
 from test_evaluation import OPTIONS, labeled_rows, pairs, tiny_tokenizer
 from tiny_models import GQA, MOE, make_model
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from buddygpt.cli.errors import UserError
 from buddygpt.training.model_losses import add_model_losses
@@ -73,6 +83,40 @@ def test_dpo_balances_the_experts_and_keeps_logits_small(tmp_path):
         return expected
 
     assert all(gradient.abs().max() > 0 for gradient in difference(**LOSSES[2]).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [(GRPOConfig, GRPOTrainer), (RLOOConfig, RLOOTrainer)], ids=["grpo", "rloo"])
+def test_reinforcement_learning_balances_the_experts_and_keeps_logits_small(tmp_path, classes):
+    """Answers of advantage 0 have no other gradient."""
+    options = dict(per_device_train_batch_size=4, num_generations=2, gradient_accumulation_steps=2, beta=0.0)
+    args = classes[0](**OPTIONS, **options, output_dir=str(tmp_path))
+    rows = Dataset.from_list([{"prompt": "w3 w4 w5"}] * 8)
+    trainer = classes[1](
+        make_model(**GQA | MOE | LOSSES[2]), lambda completions, **_: [0.0] * len(completions), args,
+        train_dataset=rows, processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    add_model_losses(trainer)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    prompts, answers = torch.randint(2, 97, (4, 3)), torch.randint(2, 97, (4, 5))
+    mask = torch.ones_like(answers)
+    mask[0, 2:] = 0
+    zeros = torch.zeros(4)
+    batch = {"prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "advantages": zeros, "old_logps": zeros}
+    batch |= {"completion_ids": answers, "completion_mask": mask, "num_items_in_batch": mask.sum()}
+    loss = trainer.compute_loss(trainer.model, batch)
+    (loss if classes[1] is GRPOTrainer else loss / 2).backward()  # `Trainer` divides that of RLOO
+
+    ids, attention_mask = torch.cat([prompts, answers], 1), torch.cat([torch.ones_like(prompts), mask], 1)
+    labels = torch.cat([torch.full_like(prompts, -100), answers.masked_fill(mask == 0, -100)], 1)
+    model, plain = make_model(**GQA | MOE | LOSSES[2]).train(), make_model(**GQA | MOE).train()
+    for each in (model, plain):
+        (each(ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss / 2).backward()
+    for name, gradient in gradients(trainer.model).items():
+        expected = gradients(model)[name] - gradients(plain)[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+        assert expected.abs().max() > 0
 
 
 def test_what_cannot_be_applied_is_refused(tmp_path):
