@@ -17,6 +17,7 @@ training/resume.py                Trainer._get_output_dir               replace 
 training/resume.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
 training/resume.py                Trainer._issue_warnings_after_load    replace   tied weights are not missing
 training/resume.py                SFTTrainer._total_train_tokens        set       TRL counts from 0 again
+training/evaluation.py            GRPOTrainer.num_generations_eval      read      answers to a row stay together
 training/pickles.py               Trainer._load_from_checkpoint         replace   errors become one line
 training/pickles.py               Trainer._load_optimizer_and_scheduler replace   errors become one line
 training/pickles.py               Trainer._load_scaler                  replace   errors become one line
@@ -37,11 +38,17 @@ pretrain/stream_trainer.py        Trainer._get_train_sampler            override
 pretrain/stream_trainer.py        Trainer._load_rng_state               override  postponed: the loader draws a number
 pretrain/stream_trainer.py        Trainer.get_batch_samples             override  restores it after the first fetch
 rlhf/dpo.py                       DPOTrainer._prepare_dataset           override  the rows are tokenized already
+rlhf/grpo.py                      Trainer._get_train_sampler            override  later epochs resume in their order
+rlhf/grpo.py                      GRPOTrainer._tokenize_prompts         override  each row has its own tools
+rlhf/grpo.py                      RLOOTrainer._tokenize_prompts         override  each row has its own tools
+rlhf/grpo.py                      GRPOTrainer._generate_and_score_completions override knows the rows of the prompts
+rlhf/grpo.py                      RLOOTrainer._generate_and_score_completions override knows the rows of the prompts
 pretrain/replay.py                Trainer._load_from_checkpoint         call      loads weights without training
 pretrain/replay.py                Trainer._prepare_inputs               call      moves a row to the device
 pretrain/replay.py                Trainer.compute_loss_context_manager  call      uses the precision of the run
 """
-OWNERS = {"Trainer": transformers.Trainer, "SFTTrainer": trl.SFTTrainer, "DPOTrainer": trl.DPOTrainer}
+TRL_TRAINERS = (trl.SFTTrainer, trl.DPOTrainer, trl.GRPOTrainer, trl.RLOOTrainer)
+OWNERS = {"Trainer": transformers.Trainer} | {owner.__name__: owner for owner in TRL_TRAINERS}
 
 
 @dataclass(frozen=True)

@@ -350,7 +350,7 @@ def test_exit_status_and_one_line(tmp_path):
 
 
 SCRIPTS = [
-    *("pretrain/pretrain.py", "sft/sft.py", "rlhf/dpo.py", "tokenizer/train_tokenizer.py"),
+    *("pretrain/pretrain.py", "sft/sft.py", "rlhf/dpo.py", "rlhf/grpo.py", "tokenizer/train_tokenizer.py"),
     *("tools/measure_tokenizer.py", "tools/prune_vocabulary.py", "data/prepare_pretrain.py", "data/convert_chat.py"),
     *("data/sample/make_sample.py", "eval/run_eval.py", "eval/report.py", "eval/local_exams.py"),
     *("export/to_native.py", "export/from_native.py", "tools/to_gguf.py", "runs/ask.py", "runs/summarize.py"),
@@ -379,4 +379,11 @@ def test_every_config_has_only_known_keys(config, monkeypatch):
 
     monkeypatch.setattr("buddygpt.cli.arguments.parse_arguments", parse_only)
     with pytest.raises(Parsed):
-        run(SCRIPT_OF[config.split("/")[0]], "--config", config, *CPU.get(config.split("/")[0], []))
+        run(script_of(config), "--config", config, *CPU.get(config.split("/")[0], []))
+
+
+def script_of(config: str) -> str:
+    """Return the recipe of a config: of `quickstart-grpo.yaml`, `grpo.py` if there is one; or that of its folder."""
+    folder = config.split("/")[0]
+    named = f"{folder}/{Path(config).stem.rpartition('-')[2]}.py"
+    return named if (ROOT / named).exists() else SCRIPT_OF[folder]
