@@ -39,6 +39,7 @@ from buddygpt.training.liger import register_liger
 from buddygpt.training.limits import require_limits, require_memory
 from buddygpt.training.model_card import describe_base
 from buddygpt.training.optimizers import choose_optimizer
+from buddygpt.training.positions import extend_positions, parse_model_kwargs
 from buddygpt.training.resume import Start, find_start
 from buddygpt.training.run import building, recipe_defaults, require_positions, run_recipe, run_training
 
@@ -56,6 +57,13 @@ class PretrainArguments:
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to continue from, instead of a new model."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of the checkpoint's config to replace, such as {max_position_embeddings: 4096, "
+            "rope_parameters: {rope_type: yarn}} to train longer rows."
+        },
     )
     # rows
     block_size: int = field(default=1024, metadata={"help": "Tokens in a row."})
@@ -97,12 +105,13 @@ def main() -> None:
     args, training_args = parse_arguments(
         PretrainArguments, TrainingArguments, description=__doc__, defaults=recipe_defaults()
     )
+    args.model_init_kwargs = parse_model_kwargs(args.model_init_kwargs)
 
     # Stop on impossible requests before anything is loaded.
     require_limits(args, training_args)
     require_hardware(training_args, args.attn_implementation)
     register_liger(training_args)
-    optimizer = choose_optimizer(args.optimizer, training_args)
+    choose_optimizer(args.optimizer, training_args)  # run_training uses it
     if args.dtype == "bfloat16" and training_args.fp16:
         raise UserError("dtype: bfloat16 and fp16: true contradict each other; remove one of them")
     set_seed(training_args.seed)
@@ -144,7 +153,6 @@ def main() -> None:
             eval_dataset=eval_by_source or blocks.get("eval"),
             processing_class=tokenizer,
             tokens_per_byte=tokens_per_byte,
-            optimizer_cls_and_kwargs=optimizer,
         )
     if args.replay_step is not None:
         replay_step(trainer, args.replay_step)
@@ -158,6 +166,7 @@ def main() -> None:
         "optimizer": args.optimizer,
         "eval_manifest_sha256": file_sha256(blocks["eval"].folder / MANIFEST) if args.eval_data else None,
         "base_sha256": checkpoint_sha256(args.model_name_or_path) if args.model_name_or_path else None,
+        "model_init_kwargs": args.model_init_kwargs or None,
     }
     run_card = {"recipe": "pretrain", "arguments": vars(args), "origin": origin, "data_history": data_history}
     run_card |= {"data": describe_data(blocks["train"].folder), **describe_base(args.model_name_or_path)}
@@ -231,7 +240,7 @@ def load_model(
 
 
 def load_checkpoint(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the checkpoint, whose embedding must have a row for every token."""
+    """Return the checkpoint with `model_init_kwargs`; its embedding must have a row for every token."""
     if args.vocab_size is not None:
         raise UserError("vocab_size belongs to a new model (model_config); a checkpoint keeps its embedding")
     config = require_causal_lm(args.model_name_or_path)
@@ -241,15 +250,17 @@ def load_checkpoint(args: PretrainArguments, tokenizer: PreTrainedTokenizerBase)
             f"only {config.vocab_size}; use the checkpoint's own tokenizer"
         )
     require_all_weights(args.model_name_or_path)
-    return AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path, dtype=args.dtype, attn_implementation=args.attn_implementation
-    )
+    loading = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
+    changes = extend_positions(config, args.model_init_kwargs)
+    return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **loading | changes)
 
 
 def make_model(
     args: PretrainArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """Return a new model with random weights and the special tokens of the tokenizer."""
+    if args.model_init_kwargs:
+        raise UserError("model_init_kwargs changes a checkpoint (model_name_or_path); edit the JSON of model_config")
     vocab_size = len(tokenizer) if args.vocab_size is None else args.vocab_size
     if vocab_size < len(tokenizer):
         raise UserError(f"vocab_size ({vocab_size}) is less than the {len(tokenizer)} entries of {args.tokenizer}")

@@ -5,15 +5,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.optim import AdamW, Muon
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 
 from buddygpt.cli.errors import UserError
 
 # Names in transformers' `OptimizerNames` that bitsandbytes implements.
 BITSANDBYTES = re.compile("bnb|paged|lion|ademamix|(?<!torch_)8bit")
+
+
+def use_optimizer(trainer: Trainer, name: str | None) -> None:
+    """Let a trainer that has no optimizer yet build the one of [`choose_optimizer`]; not all of TRL's take one."""
+    trainer.optimizer_cls_and_kwargs = choose_optimizer(name, trainer.args)
 
 
 def choose_optimizer(name: str | None, args: TrainingArguments) -> tuple[Callable, dict[str, Any]] | None:
@@ -50,6 +56,8 @@ def choose_optimizer(name: str | None, args: TrainingArguments) -> tuple[Callabl
 def muon_adamw(model: nn.Module, weight_decay: float, **kwargs: Any) -> "MuonAdamW":
     """Return a [`MuonAdamW`] over the trainable parameters of `model`."""
     matrices, others, vectors = split_parameters(model)
+    if not matrices:
+        raise UserError("optimizer: muon has no matrix to train: only embeddings, heads or experts are. Remove it")
     groups = [{"params": others, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return MuonAdamW(matrices, groups, weight_decay=weight_decay, **kwargs)
@@ -58,17 +66,21 @@ def muon_adamw(model: nn.Module, weight_decay: float, **kwargs: Any) -> "MuonAda
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Return the trainable parameters as (matrices for Muon, others with weight decay, vectors without weight decay).
 
-    AdamW keeps the embedding, the output head and routers, which are not maps between hidden states, and the experts
-    of a layer, which are one three-dimensional tensor: torch's Muon takes two dimensions.
+    Muon gets the matrices of the layers, and LoRA's two for each. AdamW keeps embeddings, heads and routers, which are
+    not maps between hidden states, and the experts of a layer: these are one three-dimensional tensor and LoRA's
+    matrices of them are stacked, while torch's Muon takes one matrix.
     """
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    end_weights = {id(end.weight) for end in ends if end is not None}
+    stacked = set()
+    for module in model.modules():
+        if isinstance(module, ParamWrapper) and module.num_experts > 1:
+            stacked |= {id(parameter) for pair in (module.lora_A, module.lora_B) for parameter in pair.parameters()}
     matrices, others, vectors = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_router = ".gate." in name
-        if parameter.ndim == 2 and id(parameter) not in end_weights and not is_router:
+        is_in_layer = re.search(r"\.\d+\.", name)
+        is_router = re.search(r"[._]gate\.", name)
+        if parameter.ndim == 2 and is_in_layer and not is_router and id(parameter) not in stacked:
             matrices.append(parameter)
         elif parameter.ndim > 1:
             others.append(parameter)
@@ -86,7 +98,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         matrices: Two-dimensional parameters, for Muon.
-        others: Groups for AdamW: parameters and their weight decay.
+        others: Groups for AdamW: parameters and their weight decay. LoRA may have none.
         lr: Learning rate of both.
         weight_decay: Weight decay of the matrices.
         adamw: Further arguments of AdamW.
@@ -101,7 +113,7 @@ class MuonAdamW(torch.optim.Optimizer):
         **adamw: Any,
     ) -> None:
         self.muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = AdamW(others, lr=lr, **adamw)
+        self.adamw = AdamW(others or [{"params": []}], lr=lr, **adamw)
         super().__init__(self.muon.param_groups + self.adamw.param_groups, defaults={})
         self._share_groups_and_state()
 

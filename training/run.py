@@ -32,7 +32,9 @@ from buddygpt.training.hardware import HardwareCallback, require_hardware, requi
 from buddygpt.training.liger import register_liger
 from buddygpt.training.limits import require_limits
 from buddygpt.training.model_losses import add_model_losses
+from buddygpt.training.optimizers import use_optimizer
 from buddygpt.training.pickles import load_without_code, reporting_damage
+from buddygpt.training.positions import extend_positions, parse_model_kwargs
 from buddygpt.training.resume import (
     CHECKSUMS,
     ResumedStateCallback,
@@ -87,7 +89,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
 
     # Mistakes in the checkpoint should stop the run before the data is read.
     config = require_causal_lm(model_args.model_name_or_path, training_args.trust_remote_code)
-    changes = training_args.model_init_kwargs or {}
+    changes = extend_positions(config, parse_model_kwargs(training_args.model_init_kwargs))
     limit = changes.get("max_position_embeddings") or getattr(config, "max_position_embeddings", None)
     if hasattr(training_args, "max_length"):  # rlhf/grpo.py limits prompts and answers
         require_positions("max_length", training_args.max_length, limit)
@@ -156,8 +158,8 @@ def require_positions(key: str, length: int | None, limit: int | None) -> None:
     elif length > limit:
         raise UserError(
             f"{key} is {length}, but the model has only {limit} positions (max_position_embeddings). Use at most "
-            f"{limit}, or raise max_position_embeddings: in the model's config.json, for SFT and DPO also in "
-            "model_init_kwargs; a trained model needs rope_parameters as well"
+            f"{limit}; or extend a checkpoint with model_init_kwargs: {{max_position_embeddings: {length}, "
+            "rope_parameters: {rope_type: yarn}}, and a new model in the JSON of its config"
         )
 
 
@@ -184,8 +186,8 @@ def run_training(
     Args:
         trainer: The trainer, not yet started.
         prompts: Sampled from at each evaluation: strings, or lists of chat messages.
-        run_card: Entries that the recipe adds to `run.json`: its own arguments, and as `origin` the hashes of its
-            inputs. A run with another origin is not resumed.
+        run_card: Entries that the recipe adds to `run.json`: its own `arguments`, whose `optimizer` is used (see
+            [`use_optimizer`]), and as `origin` the hashes of its inputs. A run with another origin is not resumed.
         bias_update_speed: See [`ExpertLoadCallback`].
         describe_step: Returns a description of the data that a step reads, for warnings.
         start: Where to start, if the recipe has already called [`find_start`].
@@ -197,6 +199,7 @@ def run_training(
     args = trainer.args
     require_strategy(trainer)
     require_finite_weights(trainer.model, trainer.model.config._name_or_path)
+    use_optimizer(trainer, run_card["arguments"].get("optimizer"))
     if isinstance(trainer.model, PeftModel):
         start_lora(trainer)
     _add_callbacks(trainer, prompts, run_card, bias_update_speed, describe_step)

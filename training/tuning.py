@@ -1,15 +1,17 @@
-"""The arguments that the TRL recipes (sft/sft.py, rlhf/dpo.py) share, and what follows from them."""
+"""The arguments that the TRL recipes (sft/, rlhf/) share, and what follows from them."""
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from buddygpt.cli.checkpoints import checkpoint_sha256
 from buddygpt.cli.files import ROW_TYPES, file_sha256, find_files
+from buddygpt.data.chat.load import key_rows, load_rows
 from buddygpt.training.model_card import describe_base
 
 
@@ -23,6 +25,10 @@ class TuningArguments:
     exams: list[str] = field(
         default_factory=list, metadata={"help": "Folders of benchmarks. A row that contains an item of one is bad."}
     )
+    optimizer: str | None = field(
+        default=None,
+        metadata={"choices": ["muon"], "help": "muon: Muon for matrices, AdamW for the rest. Default: see `optim`."},
+    )
     train_on_unfit_data: bool = field(
         default=False,
         metadata={"help": "Leave bad rows out, and train even if data/doctor.py calls the rows not fit."},
@@ -32,6 +38,42 @@ class TuningArguments:
 def chat_prompts(questions: list[str]) -> list[list[dict[str, str]]]:
     """Return each question as a chat of one user turn."""
     return [[{"role": "user", "content": question}] for question in questions]
+
+
+def load_rows_of_run(
+    kind: str,
+    args: TuningArguments,
+    training_args: SFTConfig | DPOConfig,
+    model_args: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Dataset, Dataset | None]:
+    """Return the tokenized rows for training and for evaluation. Call it before the model is loaded.
+
+    Raises:
+        UserError: As [`load_rows`].
+    """
+    sets = []
+    with training_args.main_process_first(desc="reading the rows"):  # the others read its cache
+        for files in (args.train_files, args.eval_files):
+            is_evaluation = files is args.eval_files
+            if is_evaluation and not files:
+                return sets[0], None
+            rows = load_rows(files, kind, **row_options(args, training_args, tokenizer, is_evaluation))
+            if getattr(training_args, "precompute_ref_log_probs", False):
+                rows = key_rows(rows, *reference_key(training_args, model_args))
+            sets.append(rows)
+    return sets[0], sets[1]
+
+
+def reference_key(training_args: DPOConfig, model_args: ModelConfig) -> list[Any]:
+    """Return what determines the log-probabilities that a reference model gives to tokenized rows.
+
+    TRL keeps them on disk by the rows and the weights alone: a run with another `max_length` would read wrong ones.
+    """
+    loading = sorted((training_args.model_init_kwargs or {}).items())
+    precision = [training_args.bf16, training_args.fp16]
+    length = [training_args.max_length, getattr(training_args, "truncation_mode", None)]
+    return [checkpoint_sha256(model_args.model_name_or_path), str(loading), *precision, *length]
 
 
 def row_options(
@@ -46,7 +88,7 @@ def row_options(
     return {
         "tokenizer": tokenizer,
         "max_length": None if continues else training_args.max_length,
-        "keep_end": not packing and training_args.truncation_mode == "keep_end",
+        "keep_end": not packing and getattr(training_args, "truncation_mode", "keep_start") == "keep_end",
         "assistant_only": getattr(training_args, "assistant_only_loss", True),
         "benchmarks": args.exams,
         "force": args.train_on_unfit_data,
@@ -63,7 +105,7 @@ def name_commands(
     benchmarks: Sequence[str],
 ) -> str:
     """Return what to do about rows that are not fit: the commands that show, fix or leave out the bad ones."""
-    stage = {"sft": "sft", "preference": "dpo"}[kind]
+    stage = {"preference": "dpo"}.get(kind, kind)
     names = shlex.join(files)
     options = f" --tokenizer {shlex.quote(tokenizer.name_or_path)}" if tokenizer else ""
     if benchmarks:
@@ -80,6 +122,7 @@ def describe_run(recipe: str, args: TuningArguments, model_args: ModelConfig) ->
     """Return what the recipe adds to `run.json`: its arguments, and the hashes of what it starts from."""
     origin = {
         "base_sha256": checkpoint_sha256(model_args.model_name_or_path),
+        "optimizer": args.optimizer,
         "data_sha256": [file_sha256(path) for path in find_files(args.train_files, ROW_TYPES)],
     }
     if model_args.use_peft:

@@ -1,9 +1,13 @@
 """Muon with AdamW learns, resumes bit for bit and follows its scheduler; optimizers that cannot run are refused."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import yaml
-from conftest import ROOT, history, pretrain_arguments, run
+from conftest import ROOT, dpo_arguments, history, pretrain_arguments, run, sft_arguments
+from peft import LoraConfig, get_peft_model
 from tiny_models import VARIANTS, make_model
 from torch.optim import AdamW, Muon
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -164,3 +168,63 @@ def test_schedules_come_from_the_recipe(workspace, tmp_path, kind, kwargs):
         assert rates[2:7] == pytest.approx([1] * 5) and rates[9] < rates[8] < rates[7] < 1
     else:
         assert all(a > b for a, b in zip(rates[2:], rates[3:], strict=False)) and rates[-1] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("variant", "lora", "matrices", "others"),
+    [
+        ("gqa", {}, {"lora_A", "lora_B"}, set()),
+        ("gqa", {"use_dora": True}, {"lora_A", "lora_B"}, set()),
+        ("gqa", {"modules_to_save": ["embed_tokens"]}, {"lora_A", "lora_B"}, {"modules_to_save"}),
+        ("gqa", {"trainable_token_indices": [5, 6]}, {"lora_A", "lora_B"}, {"token_adapter"}),
+        ("mla-moe", {}, {"lora_A", "lora_B"}, set()),
+        ("mla-moe", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, {"lora_A", "lora_B"},
+         {"experts"}),
+        ("soft-moe", {"target_modules": ["q_proj", "gate"]}, {"lora_A", "lora_B"}, {"gate"}),
+    ],
+)  # fmt: skip
+def test_which_parameters_of_lora_muon_gets(variant, lora, matrices, others):
+    settings = LoraConfig(task_type="CAUSAL_LM", **{"target_modules": "all-linear"} | lora)
+    model = get_peft_model(make_model(**VARIANTS[variant]), settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = [[names[id(each)] for each in group] for group in split_parameters(model)]
+    assert sorted(sum(groups, [])) == sorted(names.values())
+    assert all(".layers." in name and matrices & set(name.split(".")) for name in groups[0])
+    assert not [name for name in groups[0] if ".experts." in name or ".gate." in name]
+    assert all(others & set(name.split(".")) for name in groups[1]) and bool(groups[1]) == bool(others)
+    assert bool(groups[2]) == ("use_dora" in lora)
+    muon_adamw(model, lr=0.01, weight_decay=0.1).step()
+
+
+def test_muon_without_any_matrix_is_refused():
+    model = make_model(**VARIANTS["mla-moe"]).requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    with pytest.raises(UserError, match="muon has no matrix to train"):
+        muon_adamw(model, lr=0.01, weight_decay=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+@pytest.mark.parametrize("lora", [[], ["--use_peft", "true", "--lora_r", 4]], ids=["all", "lora"])
+def test_tuning_with_muon_resumes_bit_for_bit(recipe, lora, workspace, base, chat_model, tmp_path, capsys):
+    script, arguments = {
+        "sft": ("sft/sft.py", sft_arguments(workspace, base)),
+        "dpo": ("rlhf/dpo.py", dpo_arguments(workspace, chat_model)),
+    }[recipe]
+    words = [*arguments, "--optimizer", "muon", *lora, "--output_dir", tmp_path / "run"]
+    run(script, *words)
+    state = torch.load(tmp_path / "run/checkpoint-6/optimizer.pt")["state"]
+    kinds = [set(each) for each in state.values()]
+    assert {"momentum_buffer"} in kinds and ({"exp_avg", "exp_avg_sq", "step"} in kinds) == (not lora)
+    assert json.loads((tmp_path / "run/run.json").read_text())["origin"]["optimizer"] == "muon"
+
+    whole = (tmp_path / "run/model.safetensors").read_bytes()
+    shutil.copytree(tmp_path / "run/checkpoint-3", tmp_path / "again/checkpoint-3")
+    shutil.copy(tmp_path / "run/run.json", tmp_path / "again")
+    run(script, *words, "--output_dir", tmp_path / "again")
+    assert "Resuming from" in capsys.readouterr().out
+    assert (tmp_path / "again/model.safetensors").read_bytes() == whole
+
+    adamw = words[: words.index("--optimizer")] + words[words.index("--optimizer") + 2 :]
+    with pytest.raises(UserError, match="its optimizer was muon, this run's is None"):
+        run(script, *adamw)
