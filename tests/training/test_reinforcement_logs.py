@@ -29,8 +29,8 @@ LOG = {
 
 def test_the_progress_line_shows_rewards():
     line = "reward 0.750  exact_match 0.700  entropy 1.500"
-    rest = "KL 0.0123  length 12.3  equal groups 25%"
-    assert describe_log(LOG, 5, 80) == f"step 5/80  loss 0.0100  {line}  {rest}  lr 1.00e-04"
+    rest = "KL 0.0123  length 12.3"
+    assert describe_log(LOG, 5, 80) == f"step 5/80  loss 0.0100  {line}  equal groups 25%  {rest}  lr 1.00e-04"
     held_out = {f"eval_{key}": value for key, value in LOG.items()}
     assert describe_log(held_out, 5, 80).startswith(f"step 5/80  eval  loss 0.0100  {line}  {rest}")
     assert "entropy" not in describe_log({"loss": 1.0, "entropy": 1.5}, 5, 80)  # of SFT
@@ -63,10 +63,10 @@ def test_a_reward_that_no_answer_gets_is_told_once(alarms):
 
 
 def test_groups_of_equal_rewards_are_told(alarms):
-    for step, share in enumerate([0.9, 1.0, 1.0, 0.5, 1.0]):
+    for step, share in enumerate([1.0, 1.0, 0.9, 1.0, 1.0, 1.0, 1.0]):
         alarms._check_rewards(step, LOG | {"frac_reward_zero_std": share})
-    assert [step for step, _ in alarms.texts] == [1, 4]
-    assert "all answers to each question got the same reward" in alarms.texts[0][1]
+    assert [step for step, _ in alarms.texts] == [5]
+    assert "all answers to a question got the same reward" in alarms.texts[0][1]
 
 
 def test_collapsing_exploding_and_cut_answers_are_told(alarms):
@@ -75,6 +75,18 @@ def test_collapsing_exploding_and_cut_answers_are_told(alarms):
     assert [step for step, _ in alarms.texts] == [2, 4, 5]
     assert "answers have 4.0 tokens, at the start 20.0" in alarms.texts[0][1]
     assert "60% of the answers do not end" in alarms.texts[2][1]
+
+
+def test_the_loss_of_reinforcement_learning_has_no_spikes(alarms):
+    """It is near 0 on average, whatever the model learns."""
+    alarms.trainer.accelerator = SimpleNamespace(reduce=lambda tensor, _: tensor)
+    alarms.trainer._tr_loss = torch.zeros(())
+    state = SimpleNamespace(is_world_process_zero=True, global_step=33)
+    for extra, spikes in (({"reward": 0.5}, 0), ({}, 1)):
+        alarms.recent_losses.extend([0.01] * 32)
+        alarms.steps = [torch.tensor([0.9, 1.0])]
+        alarms.on_log(None, state, None, {"loss": 0.9} | (LOG | extra if extra else extra))
+        assert sum("loss spike" in text for _, text in alarms.texts) == spikes
 
 
 def test_tokens_of_prompts_and_of_pairs_are_counted():

@@ -26,7 +26,7 @@ SPIKE_WINDOW, SPIKE_MIN_STEPS, SPIKE_SIGMAS, SPIKE_FACTOR, SPIKE_RISE = 64, 32, 
 DEAD_EXPERT_TOKENS = 100
 # The loader is stalled if this share of the time was spent waiting for it, in this many logs in a row.
 STALLED_SHARE, STALLED_LOGS = 0.3, 3
-# A reward is flat if all answers of this many logs in a row got 0.
+# A reward is flat if in this many logs in a row all answers got 0, or all answers to each question got the same.
 FLAT_LOGS = 3
 # Answers are short or long if their mean length is below or above these shares of that at the start, and cut if this
 # share of them ends at `max_completion_length`.
@@ -69,7 +69,7 @@ class AlarmCallback(TrainerCallback):
         self.recent_losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.active_states: set[str] = set()
         self.dead_experts: set[tuple[int, int]] = set()
-        self.flat_logs: Counter[str] = Counter()  # logs in a row in which no answer got the reward
+        self.flat_logs: Counter[str] = Counter()  # logs in a row in which a reward taught nothing
         self.first_length: float | None = None  # mean of the answers in the first log
         self.stalled_logs = -1  # the first log does not count: it includes the start of the data loader's workers
         self._record_results(trainer)
@@ -117,7 +117,8 @@ class AlarmCallback(TrainerCallback):
         for step, (loss, grad_norm) in enumerate(values, first):
             self._check_finite(step, loss, grad_norm)
             self._check_zero(step, loss, grad_norm)
-            self._check_spike(step, loss)
+            if "reward" not in logs:  # the loss of reinforcement learning has no level
+                self._check_spike(step, loss)
         self._check_data_wait(last, logs.get("data_wait", 0.0))
         if self.expert_load is not None:
             self._check_experts(first, last, self.expert_load.last_logged)
@@ -170,13 +171,11 @@ class AlarmCallback(TrainerCallback):
             name = key.removeprefix("rewards/").removesuffix("/mean")
             if key == name or not key.endswith("/mean"):
                 continue
-            nothing = logs[key] == 0 and not logs[f"rewards/{name}/std"]
-            self.flat_logs[name] = self.flat_logs[name] + 1 if nothing else 0
-            if self._begins(f"flat {name}", self.flat_logs[name] >= FLAT_LOGS):
+            if self._lasts(f"flat {name}", logs[key] == 0 and not logs[f"rewards/{name}/std"]):
                 text = f"the reward {name} was 0 for every answer of {FLAT_LOGS} logs, so it teaches nothing"
                 self._warn(step, f"{text}: use easier questions or a better start, or check what it expects")
-        if self._begins("equal groups", logs["frac_reward_zero_std"] == 1):
-            text = "all answers to each question got the same reward, so nothing was learned since the last log"
+        if self._lasts("equal groups", logs["frac_reward_zero_std"] == 1):
+            text = f"all answers to a question got the same reward in {FLAT_LOGS} logs, so the rewards teach nothing"
             self._warn(step, f"{text}: use harder or easier questions, more num_generations or a higher temperature")
 
     def _check_lengths(self, step: int, length: float, cut: float) -> None:
@@ -189,6 +188,11 @@ class AlarmCallback(TrainerCallback):
         if self._begins("cut answers", cut > CUT_ANSWERS):
             text = f"{cut:.0%} of the answers do not end within max_completion_length"
             self._warn(step, f"{text}: raise it, or reward short answers (`length`)")
+
+    def _lasts(self, state: str, holds: bool) -> bool:
+        """Return True if a state has held in `FLAT_LOGS` logs in a row, once."""
+        self.flat_logs[state] = self.flat_logs[state] + 1 if holds else 0
+        return self._begins(state, self.flat_logs[state] >= FLAT_LOGS)
 
     def _begins(self, state: str, holds: bool) -> bool:
         """Return True if a state holds that did not hold at the last call."""

@@ -90,4 +90,6 @@ def _find_panels(history: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
         keys = sorted(key for key in logged if pattern.fullmatch(key))
         names = [pattern.fullmatch(key)[1] for key in keys]
         panels[title] = dict(zip(keys, plot_labels(names), strict=True))
+    if len(panels[REWARDS_PANEL]) == 1:  # it is the total
+        panels.pop(REWARDS_PANEL)
     return {title: labels for title, labels in panels.items() if labels}

@@ -23,7 +23,6 @@ COLUMNS = {
     "rewards/margins": lambda value: f"margin {value:.3f}",
     "kl": lambda value: f"KL {value:.4f}",
     "completions/mean_length": lambda value: f"length {value:.1f}",
-    "frac_reward_zero_std": lambda value: f"equal groups {value:.0%}",
     "grad_norm": lambda value: f"grad {value:.2f}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "router/load_max": lambda value: f"busiest expert {value:.2f}x",
@@ -69,7 +68,11 @@ def _describe_rewards(logs: dict[str, float], prefix: str) -> list[str]:
     for key, value in logs.items():
         if (reward := REWARD.fullmatch(key.removeprefix(prefix))) and value is not None:
             parts.append(f"{reward[1]} {value:.3f}")
-    return [*parts, f"entropy {logs[prefix + 'entropy']:.3f}"] if prefix + "entropy" in logs else parts
+    if logs.get(prefix + "entropy") is not None:
+        parts.append(f"entropy {logs[prefix + 'entropy']:.3f}")
+    if not prefix:  # one answer to each question, as in most evaluations, has no other to differ from
+        parts.append(f"equal groups {logs['frac_reward_zero_std']:.0%}")
+    return parts
 
 
 class ProgressLineCallback(ProgressCallback):
