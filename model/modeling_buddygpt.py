@@ -35,7 +35,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -807,3 +807,10 @@ class BuddyGPTForCausalLM(BuddyGPTPreTrainedModel, GenerationMixin):
             z_loss = self.config.z_loss_coef * (logits.logsumexp(-1).square() * is_counted).sum()
             total = total + (z_loss - z_loss.detach())  # a gradient, but no value
         return total
+
+
+class BuddyGPTForSequenceClassification(GenericForSequenceClassification, BuddyGPTPreTrainedModel):
+    """The decoder with a score of the last token that is no padding: token ids (B, T) -> (B, `num_labels`).
+
+    With `num_labels` 1, it is a reward model.
+    """

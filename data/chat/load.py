@@ -27,7 +27,11 @@ from buddygpt.data.text.rows import read_rows
 IGNORED = -100  # label of a token without loss
 NOTES = ["place", "fault", "unread"]  # columns for messages
 # Kind of row -> the columns that its trainer reads.
-TOKEN_COLUMNS = {"sft": ("input_ids", "labels"), "preference": ("prompt_ids", "chosen_ids", "rejected_ids")}
+TOKEN_COLUMNS = {
+    "sft": ("input_ids", "labels"),
+    "kto": ("prompt_ids", "completion_ids"),
+    "preference": ("prompt_ids", "chosen_ids", "rejected_ids"),
+}
 
 
 class UnfitRows(UserError):
@@ -52,14 +56,13 @@ def load_rows(
 ) -> Dataset:
     """Load rows of one kind, and refuse what data/doctor.py would call not fit.
 
-    The columns are those of the kind (`messages`; or `prompt`, `chosen`, `rejected`) and `tools`, None if a row has
-    none. All other keys are dropped. With a tokenizer there are also the columns of `TOKEN_COLUMNS`, and rows without
-    an answer in what the trainer keeps are left out. Rows are read and checked once, then mapped from the cache of
-    `datasets`.
+    The columns are those of the kind (see rules.py) and `tools`, None if a row has none. All other keys are dropped.
+    With a tokenizer there are also the columns of `TOKEN_COLUMNS`, and rows without an answer in what the trainer
+    keeps are left out. Rows are read and checked once, then mapped from the cache of `datasets`.
 
     Args:
         files: Names or globs of jsonl or parquet files.
-        kind: `sft` or `preference`.
+        kind: `sft`, `kto` or `preference`.
         tokenizer: The tokenizer of the model to train, with its chat template. Without it the rules are checked, but
             not the loss.
         max_length: Tokens that the trainer keeps of a row; None for all.
@@ -87,6 +90,11 @@ def load_rows(
     return rows.remove_columns(NOTES)
 
 
+def key_rows(rows: Dataset, *parts: Any) -> Dataset:
+    """Return the same rows, whose cached results other `parts` than these do not share."""
+    return rows.select(range(len(rows)), new_fingerprint=_cache_key(rows._fingerprint, *parts))
+
+
 # --- Read and check ---
 
 
@@ -94,8 +102,7 @@ def _load_file(path: Path, kind: str, tokens: tuple[str, ...], benchmarks: tuple
     contents = [file_sha256(file) for file in (path, *find_files(list(benchmarks), BENCHMARK_TYPES))]
     # The path is part of the key because it is part of the rows.
     key = _cache_key(str(path.absolute()), kind, tokens, benchmarks, contents)
-    # A message is stored as one JSON text: an Arrow struct would give every message the keys of all others.
-    columns = {key: List(Json()) for key in (*FORMS[kind], "tools")}
+    columns = _features_of(kind)
     try:
         rows = Dataset.from_generator(
             _generate_rows,
@@ -109,6 +116,12 @@ def _load_file(path: Path, kind: str, tokens: tuple[str, ...], benchmarks: tuple
     if unread:
         _print(f"{path}: not read: {format_unread(unread)}")
     return _drop_bad_rows(rows, [str(path)], force)
+
+
+def _features_of(kind: str) -> dict[str, Any]:
+    # A message is stored as one JSON text: an Arrow struct would give every message the keys of all others.
+    columns = {key: List(Json()) for key in (*FORMS[kind], "tools")}
+    return columns | ({"label": Value("bool")} if kind == "kto" else {})
 
 
 def _cache_key(*parts: Any) -> str:
@@ -136,7 +149,7 @@ def _generate_rows(
         if fault and not force:
             raise UnfitRows(f"{place}: {fault}", [str(path)])
         content = {} if fault else row.content
-        columns = {key: content.get(key) for key in (*FORMS[kind], "tools")}
+        columns = {key: content.get(key) for key in _features_of(kind)}
         yield columns | {"place": place, "fault": fault or None, "unread": ", ".join(checked.unread)}
     if row is None:
         raise UserError(f"{path} is empty")
@@ -192,9 +205,9 @@ def _tokenize_row(
     if kind == "sft":
         ids, loss = sequences[0]
         return {"input_ids": ids, "labels": [id_ if each else IGNORED for id_, each in zip(ids, loss, strict=True)]}
-    (chosen, loss), (rejected, _) = sequences
-    start = loss.count(0)
-    return {"prompt_ids": chosen[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
+    start = sequences[0].loss.count(0)
+    tokens = [sequences[0].ids[:start], *(ids[start:] for ids, _ in sequences)]
+    return dict(zip(TOKEN_COLUMNS[kind], tokens, strict=True))
 
 
 def _drop_untrained_rows(rows: Dataset, kind: str, files: list[str], truncation: Truncation, force: bool) -> Dataset:

@@ -27,8 +27,8 @@ FORMS = {"sft": ("messages",), "kto": ("prompt", "completion"), "preference": ("
 # Kind of row -> how to train on it.
 RECIPES = {
     "sft": "train on them with sft/sft.py",
-    "preference": "train on them with rlhf/dpo.py",
-    "kto": "train on them with TRL's own `trl kto`; rlhf/dpo.py needs pairs of answers",
+    "preference": "train on them with rlhf/dpo.py (or orpo.py, simpo.py, reward.py)",
+    "kto": "train on them with rlhf/kto.py; the other recipes of preferences need pairs of answers",
 }
 
 # Turns that may follow a turn. "call" is an assistant turn with tool calls.

@@ -6,13 +6,13 @@ import sys
 import pytest
 
 IS_REGISTERED = """
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 config = AutoConfig.for_model("buddygpt")
-causal, base = AutoModelForCausalLM._model_mapping[type(config)], AutoModel._model_mapping[type(config)]
-from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel
-assert (type(config), causal, base) == (BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel)
-found = [each._auto_class for each in (BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTModel)]
-assert found == ["AutoConfig", "AutoModelForCausalLM", "AutoModel"], found
+autos = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
+registered = [type(config), *(auto._model_mapping[type(config)] for auto in autos)]
+from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM, BuddyGPTForSequenceClassification, BuddyGPTModel
+assert registered == [BuddyGPTConfig, BuddyGPTModel, BuddyGPTForCausalLM, BuddyGPTForSequenceClassification]
+assert [each._auto_class for each in registered] == ["AutoConfig", *(auto.__name__ for auto in autos)]
 """
 
 

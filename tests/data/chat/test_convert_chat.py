@@ -363,6 +363,5 @@ def test_real_files_are_recognized_converted_and_load(tmp_path, run, cache, name
     assert len(written) == fit
     for row in written:
         check_row(row, kind)
-    if kind != "kto":  # no recipe reads kto rows
-        loaded = list(load_rows([str(tmp_path / "out.jsonl")], kind))
-        assert [{key: value for key, value in row.items() if value is not None} for row in loaded] == written
+    loaded = list(load_rows([str(tmp_path / "out.jsonl")], kind))
+    assert [{key: value for key, value in row.items() if value is not None} for row in loaded] == written

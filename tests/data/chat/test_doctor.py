@@ -190,9 +190,9 @@ def test_a_large_file_is_examined_by_several_processes_with_the_same_findings(tm
 def test_rows_for_another_recipe_are_pointed_to_it(tmp_path, cache):
     labeled = write(tmp_path / "a.jsonl", [{"prompt": ZH[:1], "completion": ZH[1:], "label": True}])
     pairs = write(tmp_path / "b.jsonl", [PAIR])
-    with pytest.raises(UserError, match=r"no schema of kind preference.* kind kto \(schema kto\).*`trl kto`"):
+    with pytest.raises(UserError, match=r"no schema of kind preference.* kind kto \(schema kto\).*rlhf/kto.py"):
         conftest.run("data/doctor.py", labeled, "--stage", "dpo")
-    with pytest.raises(UserError, match=r"kind kto \(schema kto\).*`trl kto`"):
+    with pytest.raises(UserError, match=r"kind kto \(schema kto\).*rlhf/kto.py"):
         load_rows([str(labeled)], "preference", advise=name_commands)
     with pytest.raises(UserError, match=r"kind preference .*rlhf/dpo.py"):
         load_messages([str(pairs)])
