@@ -167,10 +167,11 @@ def find_damage(folder: Path, shard: dict[str, Any], dtype: np.dtype, compare_ha
 
 
 def verify_shards(folder: str | Path) -> dict[str, Any]:
-    """Hash every file of every shard and return the manifest.
+    """Hash every file of every shard, compare `eos_id` and `share` with what they describe, and return the manifest.
 
     Raises:
-        UserError: Files are damaged (the message names all of them), or as [`read_manifest`].
+        UserError: Files are damaged or these fields are wrong (the message names all of them), or as
+            [`read_manifest`].
     """
     manifest = read_manifest(folder)
     dtype = np.dtype(manifest["dtype"])
@@ -178,12 +179,41 @@ def verify_shards(folder: str | Path) -> dict[str, Any]:
     messages: list[str] = []
     for shard in tqdm(manifest["shards"], desc=f"hashing {folder}", unit="shard", leave=False):
         damage = find_damage(Path(folder), shard, dtype, compare_hashes=True)
+        if not damage:
+            damage = _find_wrong_separator(Path(folder), shard, dtype, manifest["eos_id"])
         damaged_shards += bool(damage)
         messages.extend(damage)
     if messages:
         found = "; ".join(messages)
         raise UserError(f"{damaged_shards} of {len(manifest['shards'])} shards are damaged: {found}. {REMEDY}")
+    _check_shares(Path(folder) / MANIFEST, manifest["sources"])
     return manifest
+
+
+def _find_wrong_separator(folder: Path, shard: dict[str, Any], dtype: np.dtype, eos_id: int) -> list[str]:
+    """Return a message if the tokens that end the documents of a shard are not the separator of the manifest."""
+    if not shard["documents"]:
+        return []
+    ends = np.fromfile(folder / f"{shard['file']}.index", "<u8")
+    if ends[-1] != shard["tokens"]:
+        return [f"{folder / shard['file']}: its last document ends at token {ends[-1]} of {shard['tokens']}"]
+    found = np.unique(np.memmap(folder / shard["file"], dtype.newbyteorder("<"), "r")[ends - 1])
+    if found.tolist() == [eos_id]:
+        return []
+    return [
+        f"{folder / shard['file']}: its documents end with token {found[0]}, but {MANIFEST} says `eos_id` {eos_id}"
+    ]
+
+
+def _check_shares(path: Path, sources: list[dict[str, Any]]) -> None:
+    tokens_read = [source["epochs"] * source["tokens"] for source in sources]
+    for source, tokens in zip(sources, tokens_read, strict=True):
+        share = tokens / (sum(tokens_read) or 1)
+        if not math.isclose(source["share"], share, abs_tol=1e-6):
+            raise UserError(
+                f"{path}: source {source['name']} has share {source['share']:.6g}, but its epochs and tokens give "
+                f"{share:.6g}; correct it"
+            )
 
 
 class TokenShards:

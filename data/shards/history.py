@@ -34,6 +34,7 @@ def update_history(
         - `step`: Steps taken when it was found.
         - `epoch`: The first mixture epoch that reads it.
         - `sources`: The [`Quota`] of each source, as a dictionary.
+        - `spread_repeats`: The order of the run, see [`BlockOrder`]. Runs from before December 2026 lack it.
         - `manifest_sha256`
         - `shards`: `file`, `source`, `tokens` and `sha256` of each new shard.
 
@@ -57,6 +58,7 @@ def update_history(
         "step": step,
         "epoch": next_epoch,
         "sources": sources,
+        "spread_repeats": _spreads_repeats(history),
         "manifest_sha256": file_sha256(blocks.folder / MANIFEST),
         "shards": found[len(known) :],
     }
@@ -103,7 +105,12 @@ def make_order(history: list[dict[str, Any]], blocks: BlockDataset, seed: int) -
     for entry in history:
         quotas = {name: Quota(**quota) for name, quota in entry["sources"].items()}
         mixtures.append((entry["epoch"], quotas))
-    return BlockOrder(blocks.blocks_of, mixtures, seed)
+    return BlockOrder(blocks.blocks_of, mixtures, seed, _spreads_repeats(history))
+
+
+def _spreads_repeats(history: list[dict[str, Any]]) -> bool:
+    """Return the order of a run with this history; it never changes, so that a resumed run reads what it promised."""
+    return history[0].get("spread_repeats", False) if history else True
 
 
 def describe_mixture(history: list[dict[str, Any]], blocks: BlockDataset) -> str:

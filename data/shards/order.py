@@ -3,6 +3,9 @@
 A source epoch visits every block of one source once. A mixture epoch takes a fixed number of blocks from each source:
 its `slots`. A source with half as many slots as blocks shows its other half in the next mixture epoch.
 
+Two readings of a block are far apart: a mixture epoch consists of parts, at least four for each time that a source is
+repeated, and at least one whole part lies between them. (Only where blocks are appended may they come closer.)
+
 Every epoch is a permutation that is computed, never stored. Finding the block at a position takes the same time for
 the first position and for the hundred billionth, so a run resumes at any step without reading what came before it.
 """
@@ -16,6 +19,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 ROUNDS = 6
+PARTS = 4  # of a mixture epoch, for each time that its most repeated source is shown
 
 
 def permute(index: int, size: int, key: bytes) -> int:
@@ -43,8 +47,8 @@ def permute(index: int, size: int, key: bytes) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _key(seed: int | str, epoch: int) -> bytes:
-    return blake2b(f"{seed} {epoch}".encode()).digest()
+def _key(seed: int | str, name: int | str) -> bytes:
+    return blake2b(f"{seed} {name}".encode()).digest()
 
 
 class Stage(NamedTuple):
@@ -87,6 +91,24 @@ class Stages:
         """Return the stage of a position in the stream."""
         return self._stages[bisect_right(self._stages, position, key=lambda stage: stage.start) - 1]
 
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """Return the epoch of a position, how far it is from the start of that epoch, and the epoch's size."""
+        if position < 0:
+            raise IndexError(f"position {position}")
+        stage = self.at_position(position)
+        epochs, offset = divmod(position - stage.start, stage.size)
+        return stage.epoch + epochs, offset, stage.size
+
+    def epoch(self, position: float) -> float:
+        """Return the number of epochs before a position: 1.5 in the middle of the second."""
+        stage = self.at_position(position)
+        return stage.epoch + (position - stage.start) / stage.size
+
+    def position(self, epochs: float) -> int:
+        """Return the first position with at least so many epochs before it."""
+        stage = self.at_epoch(epochs)
+        return stage.start + math.ceil((epochs - stage.epoch) * stage.size)
+
 
 class EpochOrder:
     """An endless stream of numbers: epoch after epoch, each a different permutation of `range(size)`.
@@ -95,12 +117,16 @@ class EpochOrder:
         size: Numbers in an epoch.
         seed: Each seed gives another order.
         growth: Changes of the size, as pairs (first epoch, size from then on).
+        halves: All epochs begin with the same half of the numbers, chosen by the seed. So at least `size // 2` numbers
+            lie between two occurrences of a number, where the size stays the same.
     """
 
-    def __init__(self, size: int, seed: int | str, growth: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self, size: int, seed: int | str, growth: Sequence[tuple[int, int]] = (), halves: bool = False
+    ) -> None:
         if size < 1:
             raise ValueError(f"an order needs at least one block, not {size}")
-        self.seed = seed
+        self.seed, self.halves = seed, halves
         self._stages = Stages()
         self._stages.append(0, size)
         for epoch, next_size in growth:
@@ -112,12 +138,15 @@ class EpochOrder:
 
     def locate(self, position: int) -> tuple[int, int]:
         """Return the epoch of a position in the stream, counted from 0, and the number at that position."""
-        if position < 0:
-            raise IndexError(f"position {position}")
-        stage = self._stages.at_position(position)
-        epochs, offset = divmod(position - stage.start, stage.size)
-        epoch = stage.epoch + epochs
-        return epoch, permute(offset, stage.size, _key(self.seed, epoch))
+        epoch, offset, size = self._stages.locate(position)
+        if not self.halves:
+            return epoch, permute(offset, size, _key(self.seed, epoch))
+        half = -(-size // 2)
+        if offset < half:
+            place = permute(offset, half, _key(self.seed, f"{epoch} first"))
+        else:
+            place = half + permute(offset - half, size - half, _key(self.seed, f"{epoch} second"))
+        return epoch, permute(place, size, _key(self.seed, "halves"))
 
     def index(self, position: int) -> int:
         """Return the number at a position."""
@@ -125,13 +154,7 @@ class EpochOrder:
 
     def epoch(self, position: float) -> float:
         """Return the number of epochs before a position: 1.5 in the middle of the second."""
-        stage = self._stages.at_position(position)
-        return stage.epoch + (position - stage.start) / stage.size
-
-    def position(self, epochs: float) -> int:
-        """Return the first position with at least so many epochs before it."""
-        stage = self._stages.at_epoch(epochs)
-        return stage.start + math.ceil((epochs - stage.epoch) * stage.size)
+        return self._stages.epoch(position)
 
 
 class Quota(NamedTuple):
@@ -145,6 +168,11 @@ class Quota(NamedTuple):
     blocks: int
     slots: int
 
+    @property
+    def repeats(self) -> int:
+        """Times that the mixture epoch shows a block at most; 0 without blocks."""
+        return -(-self.slots // self.blocks) if self.blocks else 0
+
 
 class SourceOrder:
     """The endless stream of one source's blocks, and how far the mixture has read it.
@@ -154,9 +182,10 @@ class SourceOrder:
         seed: Each seed gives another order.
         history: Pairs of a mixture epoch and the source's quota from then on. New blocks join after the current source
             epoch.
+        halves: As in [`EpochOrder`].
     """
 
-    def __init__(self, ranges: Sequence[range], seed: str, history: Sequence[tuple[int, Quota]]) -> None:
+    def __init__(self, ranges: Sequence[range], seed: str, history: Sequence[tuple[int, Quota]], halves: bool) -> None:
         self._ranges = ranges
         self._range_ends = list(accumulate(len(each) for each in ranges))
         self._mixture = Stages()  # in epochs of the mixture, positions in the source's stream
@@ -166,7 +195,7 @@ class SourceOrder:
             if not quota.blocks:
                 continue
             if self._order is None:
-                self._order = EpochOrder(quota.blocks, seed)
+                self._order = EpochOrder(quota.blocks, seed, halves=halves)
             else:
                 next_epoch = math.ceil(self._order.epoch(stage.start))
                 self._order.grow(next_epoch, quota.blocks)
@@ -188,6 +217,26 @@ class SourceOrder:
         return self._ranges[place][-distance_to_end]
 
 
+class Mixture(NamedTuple):
+    """The slots of a mixture epoch: part after part, and in each part source by source.
+
+    Attributes:
+        slots: Slots of each source.
+        parts: Number of parts. Each part has nearly the same share of the slots of every source.
+    """
+
+    slots: Mapping[str, int]
+    parts: int
+
+    def firsts(self, part: int) -> list[int]:
+        """Return for each source the number of its slots before a part."""
+        return [part * slots // self.parts for slots in self.slots.values()]
+
+    def part_at(self, offset: int) -> int:
+        """Return the part of a slot, given the number of slots before it."""
+        return bisect_right(range(self.parts), offset, key=lambda part: sum(self.firsts(part))) - 1
+
+
 class BlockOrder:
     """The endless stream of the blocks that a run reads: one mixture epoch after the other.
 
@@ -195,47 +244,59 @@ class BlockOrder:
         blocks: Blocks of each source; see [`BlockDataset.blocks_of`].
         history: Pairs of a mixture epoch and the quotas of all sources from then on. The first epoch is 0.
         seed: Each seed gives another order.
+        spread_repeats: Keep two readings of a block apart. False is the order of runs from before December 2026, in
+            which a mixture epoch is one part.
     """
 
     def __init__(
-        self, blocks: Mapping[str, Sequence[range]], history: Sequence[tuple[int, Mapping[str, Quota]]], seed: int
+        self,
+        blocks: Mapping[str, Sequence[range]],
+        history: Sequence[tuple[int, Mapping[str, Quota]]],
+        seed: int,
+        spread_repeats: bool = True,
     ) -> None:
-        self.seed = seed
+        self.seed, self.spread_repeats = seed, spread_repeats
         self._sources: dict[str, SourceOrder] = {}
         for name, ranges in blocks.items():
             own_history = [(epoch, quotas.get(name, Quota(0, 0))) for epoch, quotas in history]
-            self._sources[name] = SourceOrder(ranges, f"{seed} {name}", own_history)
+            self._sources[name] = SourceOrder(ranges, f"{seed} {name}", own_history, halves=spread_repeats)
 
-        # Slots are numbered source by source, then permuted. Per entry of the history: its first epoch, the names of
-        # its sources, and the number of the slot that follows the last one of each source.
+        # Per entry of the history: its first epoch and its slots.
         self._epochs: list[int] = []
-        self._names: list[list[str]] = []
-        self._ends: list[list[int]] = []
+        self._mixtures: list[Mixture] = []
+        self._stages = Stages()
         for epoch, quotas in history:
+            parts = PARTS * max(quota.repeats for quota in quotas.values()) if spread_repeats else 1
+            slots = {name: quota.slots for name, quota in quotas.items()}
             self._epochs.append(epoch)
-            self._names.append(list(quotas))
-            self._ends.append(list(accumulate(quota.slots for quota in quotas.values())))
-        sizes = [ends[-1] for ends in self._ends]
-        growth = list(zip(self._epochs[1:], sizes[1:], strict=True))
-        self._slots = EpochOrder(sizes[0], seed, growth)
+            self._mixtures.append(Mixture(slots, parts))
+            self._stages.append(epoch, sum(slots.values()))
 
     def index(self, position: int) -> int:
         """Return the block at a position of the stream, counted from 0."""
-        epoch, slot = self._slots.locate(position)
-        entry = bisect_right(self._epochs, epoch) - 1
-        ends = self._ends[entry]
+        epoch, offset, _ = self._stages.locate(position)
+        mixture = self._mixtures[bisect_right(self._epochs, epoch) - 1]
+        part = mixture.part_at(offset)
+
+        # Permute the slots of the part, which are numbered source by source.
+        firsts = mixture.firsts(part)
+        sizes = [stop - first for first, stop in zip(firsts, mixture.firsts(part + 1), strict=True)]
+        ends = list(accumulate(sizes))
+        key = _key(self.seed, f"{epoch} {part}" if self.spread_repeats else epoch)
+        slot = permute(offset - sum(firsts), ends[-1], key)
+
         source = bisect_right(ends, slot)
-        first_slot = ends[source - 1] if source else 0
-        name = self._names[entry][source]
-        return self._sources[name].block(epoch, slot - first_slot)
+        name = list(mixture.slots)[source]
+        number = firsts[source] + slot - (ends[source] - sizes[source])
+        return self._sources[name].block(epoch, number)
 
     def epoch(self, position: int) -> float:
         """Return the number of mixture epochs before a position: 1.5 in the middle of the second."""
-        return self._slots.epoch(position)
+        return self._stages.epoch(position)
 
     def position(self, epochs: float) -> int:
         """Return the first position with at least so many mixture epochs before it."""
-        return self._slots.position(epochs)
+        return self._stages.position(epochs)
 
     def progress_by_source(self, position: int) -> dict[str, tuple[float, float]]:
         """Return for each source its source epochs before a position, and its share of all blocks read.

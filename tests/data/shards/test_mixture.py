@@ -1,6 +1,7 @@
 """Every source is read as often as requested, block by block, also after appends and when a run resumes."""
 
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -17,7 +18,7 @@ from buddygpt.data.shards.blocks import BlockDataset
 from buddygpt.data.shards.format import TokenShards, verify_shards
 from buddygpt.data.shards.history import count_slots, make_order, update_history
 from buddygpt.data.shards.mixture import resolve_mixture
-from buddygpt.data.shards.order import BlockOrder, EpochOrder, Quota, permute
+from buddygpt.data.shards.order import PARTS, BlockOrder, EpochOrder, Quota, Stages, permute
 
 # --- from requests to epochs ---
 
@@ -87,9 +88,10 @@ def test_impossible_requests_are_refused(sources, languages, message):
 # --- permutations ---
 
 
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("size", [*range(1, 40), 97, 100, 256, 1000, 4097])
-def test_every_epoch_reads_everything_once(size):
-    order = EpochOrder(size, seed=7)
+def test_every_epoch_reads_everything_once(size, halves):
+    order = EpochOrder(size, seed=7, halves=halves)
     epochs = [[order.index(position) for position in range(e * size, (e + 1) * size)] for e in range(3)]
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
     assert size < 9 or len(set(map(tuple, epochs))) == 3
@@ -102,7 +104,7 @@ def test_the_order_looks_random():
     orders = Counter(tuple(map(EpochOrder(4, seed).index, range(4))) for seed in range(4800))
     assert len(orders) == 24 and set(orders.values()) <= set(range(120, 280))
     mixed = BlockOrder({"a": [range(9000)], "b": [range(9000, 20_000)]}, [(0, stage(a=9000, b=11_000))], 3)
-    for order in (EpochOrder(20_000, 3), mixed):
+    for order in (EpochOrder(20_000, 3), EpochOrder(20_000, 3, halves=True), mixed):
         places = np.array([order.index(position) for position in range(20_000)])
         assert sorted(places) == list(range(20_000))
         assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.03
@@ -116,7 +118,10 @@ def test_a_size_changes_after_the_epochs_before():
     for epoch, size in ((third, 18), (fourth, 18), (fifth, 30)):
         assert sorted(map(order.index, epoch)) == list(range(size))
     assert [order.epoch(p) for p in (0, 5, 20, 29, 56, 71)] == [0, 0.5, 2, 2.5, 4, 4.5]
-    assert [order.position(e) for e in (0, 0.5, 2, 2.5, 4, 4.5)] == [0, 5, 20, 29, 56, 71]
+    stages = Stages()
+    for epoch, size in ((0, 10), (2, 15), (2, 18), (4, 30)):
+        stages.append(epoch, size)
+    assert [stages.position(e) for e in (0, 0.5, 2, 2.5, 4, 4.5)] == [0, 5, 20, 29, 56, 71]
 
 
 # --- mixture epochs ---
@@ -130,18 +135,33 @@ def stage(**sources: int | tuple[int, int]) -> dict[str, Quota]:
 class SlowOrder:
     """The definition of a mixture, without shortcuts: lists, and an iterator for each source."""
 
-    def __init__(self, blocks: dict[str, list[range]], history: list[tuple[int, dict[str, Quota]]], seed: int) -> None:
+    def __init__(
+        self,
+        blocks: dict[str, list[range]],
+        history: list[tuple[int, dict[str, Quota]]],
+        seed: int,
+        spread_repeats: bool = True,
+    ) -> None:
         self.blocks = {name: [block for each in ranges for block in each] for name, ranges in blocks.items()}
-        self.history, self.seed, self.now = history, seed, {}
+        self.history, self.seed, self.spread_repeats, self.now = history, seed, spread_repeats, {}
         self.own = {name: self.read_source(name) for name in blocks}
 
     def shuffled(self, size: int, key: str) -> list[int]:
         return [permute(place, size, blake2b(key.encode()).digest()) for place in range(size)]
 
+    def shuffled_source(self, size: int, name: str, epoch: int) -> list[int]:
+        key = f"{self.seed} {name}"
+        if not self.spread_repeats:
+            return self.shuffled(size, f"{key} {epoch}")
+        numbers, half = self.shuffled(size, f"{key} halves"), (size + 1) // 2
+        first, second = numbers[:half], numbers[half:]
+        first = [first[place] for place in self.shuffled(len(first), f"{key} {epoch} first")]
+        return first + [second[place] for place in self.shuffled(len(second), f"{key} {epoch} second")]
+
     def read_source(self, name: str) -> Iterator[int]:
         epoch = 0
         while True:  # blocks that are appended during an epoch are read from the next one on
-            order = self.shuffled(self.now[name].blocks, f"{self.seed} {name} {epoch}")
+            order = self.shuffled_source(self.now[name].blocks, name, epoch)
             yield from [self.blocks[name][number] for number in order]
             epoch += 1
 
@@ -149,8 +169,16 @@ class SlowOrder:
         epoch = 0
         while True:
             self.now = [shares for first, shares in self.history if first <= epoch][-1]
-            slots = [block for name, share in self.now.items() for block in islice(self.own[name], share.slots)]
-            yield from [slots[n] for n in self.shuffled(len(slots), f"{self.seed} {epoch}")]
+            parts = 1
+            if self.spread_repeats:
+                parts = PARTS * max(math.ceil(each.slots / each.blocks) for each in self.now.values() if each.blocks)
+            for part in range(parts):
+                slots = []
+                for name, share in self.now.items():
+                    count = (part + 1) * share.slots // parts - part * share.slots // parts
+                    slots += islice(self.own[name], count)
+                key = f"{self.seed} {epoch} {part}" if self.spread_repeats else f"{self.seed} {epoch}"
+                yield from [slots[n] for n in self.shuffled(len(slots), key)]
             epoch += 1
 
 
@@ -171,17 +199,57 @@ def random_history(rng: random.Random) -> tuple[dict[str, list[range]], list[tup
 
 
 @pytest.mark.slow
-def test_any_mixture_is_read_as_defined():
+@pytest.mark.parametrize("spread_repeats", [False, True])
+def test_any_mixture_is_read_as_defined(spread_repeats):
     for seed in range(300):
         blocks, history = random_history(random.Random(seed))
-        order = BlockOrder(blocks, history, seed)
-        expected = [*islice(SlowOrder(blocks, history, seed), 200)]
+        order = BlockOrder(blocks, history, seed, spread_repeats)
+        expected = [*islice(SlowOrder(blocks, history, seed, spread_repeats), 200)]
         assert [order.index(position) for position in range(200)] == expected, seed
         for number in range(1, len(history)):  # a change does not affect the epochs before it
             epoch = history[number][0]
-            before = BlockOrder(blocks, history[:number], seed)
+            before = BlockOrder(blocks, history[:number], seed, spread_repeats)
             unaffected = min(int(before.position(epoch)), 200)
             assert [before.index(position) for position in range(unaffected)] == expected[:unaffected]
+
+
+def test_two_readings_of_a_block_are_far_apart():
+    """At least one part of the mixture epoch lies between them, also across its end; it had been nothing."""
+    rng = random.Random(0)
+    for seed in range(60):
+        quotas, blocks, total = {}, {}, 0
+        for name in "abc"[: rng.randint(1, 3)]:
+            size = rng.randint(1, 120)
+            blocks[name] = [range(total, total + size)]
+            quotas[name] = Quota(size, rng.randint(1, 3 * size))
+            total += size
+        order = BlockOrder(blocks, [(0, quotas)], seed)
+        parts = PARTS * max(quota.repeats for quota in quotas.values())
+        smallest_part = sum(quota.slots // parts for quota in quotas.values())
+        last: dict[int, int] = {}
+        for position in range(order.position(3)):
+            block = order.index(position)
+            assert position - last.get(block, -1_000_000) > smallest_part, (seed, position)
+            last[block] = position
+
+
+def test_a_run_that_began_with_the_old_order_keeps_it(tmp_path):
+    shards = [Shard("0.ds", "zh", [160])]
+    blocks = BlockDataset(write_shards(tmp_path, shards, zh=2), 16)
+    history = update_history([], blocks, 0, 4)
+    new = make_order(history, blocks, seed=3)
+    del history[0]["spread_repeats"]  # as in run cards from before
+    assert update_history(history, blocks, 3, 4) is history
+    old = make_order(history, blocks, seed=3)
+    expected = [*islice(SlowOrder(blocks.blocks_of, [(0, {"zh": Quota(10, 20)})], 3, spread_repeats=False), 40)]
+    assert [old.index(position) for position in range(40)] == expected
+    assert [new.index(position) for position in range(40)] != expected
+
+    shards.append(Shard("1.ds", "zh", [160]))
+    blocks = BlockDataset(write_shards(tmp_path, shards, zh=2), 16)
+    history = update_history(history, blocks, 7, 4)
+    assert len(history) == 2 and history[1]["spread_repeats"] is False
+    assert [make_order(history, blocks, seed=3).index(position) for position in range(40)] == expected
 
 
 def test_every_block_of_a_source_is_read_equally_often():
@@ -310,6 +378,22 @@ def test_a_manifest_with_a_changed_sum_is_refused(key, tmp_path):
                 UserError, match=f"manifest.json was changed: {name} has {part[key] + 1} {key}, its shards"
             ):
                 read(folder)
+
+
+def test_verifying_finds_a_changed_separator_and_share(tmp_path):
+    folder = write_shards(tmp_path, [Shard("0.ds", "zh", [40]), Shard("1.ds", "en", [40, 40])])
+    verify_shards(folder)
+    text = (folder / "manifest.json").read_text()
+    for key, old, new, message in (
+        ("eos_id", 0, 5, "2 of 2 shards are damaged: .*0.ds: its documents end with token 0, .* says `eos_id` 5; "),
+        ("share", 1 / 3, 0.5, "source zh has share 0.5, but its epochs and tokens give 0.333333; correct it"),
+        ("dtype", '"uint16"', '"uint32"', "0.ds holds 80 bytes, but manifest.json says 160"),
+    ):
+        changed = text.replace(f'"{key}": {old}', f'"{key}": {new}', 1)
+        assert changed != text
+        (folder / "manifest.json").write_text(changed)
+        with pytest.raises(UserError, match=message):
+            verify_shards(folder)
 
 
 def test_a_source_without_a_description_is_refused(tmp_path):
