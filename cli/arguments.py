@@ -152,6 +152,23 @@ def _require_readable_config() -> None:
         raise UserError(f"--config: {error.strerror}: {error.filename}") from error
 
 
+def read_option(key: str) -> Any:
+    """Return one option before the others are parsed, because it decides which others there are; None without it.
+
+    What is wrong with it, or with the config file, [`parse_arguments`] says.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument(f"--{key}")
+    words, _ = parser.parse_known_args()
+    if getattr(words, key) is not None or not words.config:
+        return getattr(words, key)
+    try:
+        return yaml.safe_load(Path(words.config).read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+        return None
+
+
 def require_count(key: str, value: int, largest: int = 10**15) -> None:
     """Raise ValueError if the value of an argument is not between 1 and `largest`."""
     if not 1 <= value <= largest:

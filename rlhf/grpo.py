@@ -8,16 +8,9 @@ whose last answer is the right one (see data/chat/prompts.py). `--algorithm grpo
 `GRPOConfig`, such as `--loss_type dapo`, and `--algorithm rloo` those of `RLOOConfig`. An interrupted run resumes.
 """
 
-import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import yaml
-from torch.utils.data import Sampler
-from transformers import AutoConfig
 from trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -29,18 +22,13 @@ from trl import (
 )
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
-from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.arguments import parse_arguments, read_option
 from buddygpt.cli.errors import UserError
-from buddygpt.data.chat.prompts import load_prompts, render_prompt
+from buddygpt.data.chat.prompt_batches import PromptsWithTools
+from buddygpt.data.chat.prompts import load_prompts
 from buddygpt.rlhf.reward_arguments import RewardArguments, build_rewards, find_needs, require_rewards
-from buddygpt.training.run import (
-    building,
-    prepare_for_trl,
-    recipe_defaults,
-    require_positions,
-    run_recipe,
-    run_training,
-)
+from buddygpt.training.generation import room_for_prompts
+from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run
 
 
@@ -49,39 +37,6 @@ class AlgorithmArguments:
     algorithm: Literal["grpo", "rloo"] = field(
         default="grpo", metadata={"help": "grpo, with `loss_type` grpo, dapo, dr_grpo, ...; or rloo."}
     )
-
-
-class OrderOfEpoch(Sampler):
-    """The order of a `RepeatSampler`, shuffled by the number of the epoch, so that a resumed run continues it."""
-
-    def __init__(self, sampler, trainer):
-        self.sampler = sampler
-        self.trainer = trainer
-
-    def __iter__(self) -> Iterator[int]:
-        if self.sampler.shuffle:
-            self.sampler.generator.manual_seed(self.sampler.seed + int(self.trainer.state.epoch or 0))
-        return iter(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
-class PromptsWithTools:
-    """Gives the tools of each row to the chat template; TRL only knows tools that it runs itself."""
-
-    def _get_train_sampler(self, dataset=None) -> Sampler:
-        return OrderOfEpoch(super()._get_train_sampler(dataset), self)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        self.tools_of_rows = [row["tools"] for row in inputs]
-        return super()._generate_and_score_completions(inputs)
-
-    def _tokenize_prompts(self, prompts: list[list[dict[str, Any]]]) -> tuple[list[list[int]], None, dict]:
-        ids = []
-        for prompt, tools in zip(prompts, self.tools_of_rows, strict=True):
-            ids.append(render_prompt(prompt, tools, self.processing_class, **self.chat_template_kwargs))
-        return ids, None, {}
 
 
 class GRPO(PromptsWithTools, GRPOTrainer):
@@ -103,7 +58,7 @@ ALGORITHMS = {"grpo": (GRPOConfig, GRPO), "rloo": (RLOOConfig, RLOO)}
 
 
 def main() -> None:
-    config_class, trainer_class = ALGORITHMS[read_algorithm()]
+    config_class, trainer_class = ALGORITHMS.get(str(read_option("algorithm")), ALGORITHMS["grpo"])
     args, reward_args, algorithm_args, training_args, model_args = parse_arguments(
         *(TuningArguments, RewardArguments, AlgorithmArguments, config_class, ModelConfig),
         description=__doc__,
@@ -142,44 +97,6 @@ def main() -> None:
     run_card = describe_run(algorithm_args.algorithm, args, model_args)
     run_card["arguments"] = vars(args) | vars(reward_args)
     run_training(trainer, chat_prompts(args.sample_prompts), run_card)
-
-
-def read_algorithm() -> str:
-    """Return `--algorithm`, or `algorithm` of the config file: it decides which other options there are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--algorithm")
-    words, _ = parser.parse_known_args()
-    algorithm = words.algorithm
-    if algorithm is None and words.config:
-        try:
-            with open(words.config, encoding="utf-8") as file:
-                algorithm = yaml.safe_load(file).get("algorithm")
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):  # the parser of all arguments says what is wrong
-            pass
-    return algorithm if algorithm in ALGORITHMS else "grpo"
-
-
-def room_for_prompts(model_args: ModelConfig, training_args: GRPOConfig | RLOOConfig) -> int | None:
-    """Return the tokens that an answer leaves of the model's positions; None if the model has no limit.
-
-    Raises:
-        UserError: An answer may have any length, or has no room; or vLLM cannot generate it.
-    """
-    length = training_args.max_completion_length
-    if length is None:
-        raise UserError("give max_completion_length: the most tokens of an answer")
-    name = model_args.model_name_or_path
-    config = AutoConfig.from_pretrained(name, trust_remote_code=training_args.trust_remote_code)
-    if getattr(training_args, "use_vllm", False):
-        if config.model_type == "buddygpt":
-            raise UserError("use_vllm: vLLM does not know BuddyGPT; train the native form (export/to_native.py)")
-        if not find_spec("vllm"):
-            raise UserError("use_vllm: true needs vLLM: pip install vllm, or set use_vllm: false")
-    changes = training_args.model_init_kwargs or {}
-    limit = changes.get("max_position_embeddings") or getattr(config, "max_position_embeddings", None)
-    require_positions("max_completion_length", length, limit)
-    return None if limit is None else limit - length
 
 
 if __name__ == "__main__":

@@ -38,16 +38,18 @@ pretrain/stream_trainer.py        Trainer._get_train_sampler            override
 pretrain/stream_trainer.py        Trainer._load_rng_state               override  postponed: the loader draws a number
 pretrain/stream_trainer.py        Trainer.get_batch_samples             override  restores it after the first fetch
 rlhf/dpo.py                       DPOTrainer._prepare_dataset           override  the rows are tokenized already
-rlhf/grpo.py                      Trainer._get_train_sampler            override  later epochs resume in their order
-rlhf/grpo.py                      GRPOTrainer._tokenize_prompts         override  each row has its own tools
-rlhf/grpo.py                      RLOOTrainer._tokenize_prompts         override  each row has its own tools
-rlhf/grpo.py                      GRPOTrainer._generate_and_score_completions override knows the rows of the prompts
-rlhf/grpo.py                      RLOOTrainer._generate_and_score_completions override knows the rows of the prompts
+data/chat/prompt_batches.py       Trainer._get_train_sampler            override  later epochs resume in their order
+data/chat/prompt_batches.py       GRPOTrainer._tokenize_prompts         override  each row has its own tools
+data/chat/prompt_batches.py       RLOOTrainer._tokenize_prompts         override  each row has its own tools
+data/chat/prompt_batches.py       GRPOTrainer._generate_and_score_completions override knows the rows of the prompts
+data/chat/prompt_batches.py       DistillationTrainer._tokenize_prompts override each row has its own tools
+data/chat/prompt_batches.py       DistillationTrainer._generate_and_score_completions override knows the rows
+data/chat/prompt_batches.py       RLOOTrainer._generate_and_score_completions override knows the rows of the prompts
 pretrain/replay.py                Trainer._load_from_checkpoint         call      loads weights without training
 pretrain/replay.py                Trainer._prepare_inputs               call      moves a row to the device
 pretrain/replay.py                Trainer.compute_loss_context_manager  call      uses the precision of the run
 """
-TRL_TRAINERS = (trl.SFTTrainer, trl.DPOTrainer, trl.GRPOTrainer, trl.RLOOTrainer)
+TRL_TRAINERS = (trl.SFTTrainer, trl.DPOTrainer, trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
 OWNERS = {"Trainer": transformers.Trainer} | {owner.__name__: owner for owner in TRL_TRAINERS}
 
 
