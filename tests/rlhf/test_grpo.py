@@ -10,7 +10,13 @@ import torch
 from conftest import history, run
 from safetensors.torch import load_file
 from tiny_models import MLA, MOE, SIGMOID, SIZES
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
+)
 from trl import GRPOTrainer
 
 from buddygpt.cli.errors import UserError
@@ -97,6 +103,53 @@ def test_rloo_and_lora(workspace, chat_model, tmp_path):
     assert (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").exists()
     with pytest.raises(UserError, match="normalize_advantages"):  # no option of the other algorithm
         grpo(workspace, chat_model, tmp_path / "mixed", "--normalize_advantages", "true")
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {}}}}}
+
+
+@pytest.mark.slow
+def test_a_reward_model_a_users_function_and_tools(workspace, chat_model, tmp_path, monkeypatch):
+    """The judge is a stock sequence classifier. Every row reaches the template and the function with its columns."""
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    judge = Qwen3ForSequenceClassification(
+        Qwen3Config(**SIZES | {"vocab_size": len(tokenizer)}, num_key_value_heads=2, head_dim=12, num_labels=1)
+    )
+    judge.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    rows = [{"prompt": f"{n} + 1 = ?", "answer": n + 1, "level": n} for n in range(4)]
+    rows[1]["tools"] = rows[2]["tools"] = [TOOL]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(
+        "def level(completions, answer, level, **columns):\n"
+        "    assert [int(each) for each in answer] == [each + 1 for each in level]\n"
+        "    return [float(len(each[0]['content'])) for each in completions]\n"
+    )
+    prompts, tokenize = [], GRPOTrainer._generate_single_turn
+
+    def recorded(trainer, prompt_ids, *args):
+        prompts.extend(trainer.processing_class.decode(ids) for ids in prompt_ids)
+        return tokenize(trainer, prompt_ids, *args)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", recorded)
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = ["valid_tool_call", "my_rewards:level", tmp_path / "judge"]
+    rows = tmp_path / "rows.jsonl"
+    options = ["--train_files", rows, "--eval_files", rows, "--max_steps", 2, "--eval_strategy", "no", "--beta", 0]
+    options += ["--rewards", *rewards, "--reward_weights", 1, 1, 0.5, "--max_completion_length", 4]
+    grpo(workspace, enlarged(chat_model, tmp_path / "large"), tmp_path / "grpo", *options)
+    names = {key for row in history(tmp_path / "grpo") for key in row if key.startswith("rewards/")}
+    assert {f"rewards/{name}/mean" for name in ("valid_tool_call", "level", "judge")} <= names
+    for prompt in prompts:
+        assert ("weather" in prompt) == ("1 + 1" in prompt or "2 + 1" in prompt), prompt
+
+
+def enlarged(model: Path, folder: Path) -> Path:
+    """Copy a model, and let it read 512 tokens: a description of tools is long."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    return folder
 
 
 @pytest.mark.slow
