@@ -244,6 +244,8 @@ def find_schema(path: Path, kind: str | None = None) -> Schema:
 def other_kind(row: dict[str, Any], kind: str) -> str:
     """Return how to train on a row that only fits schemas of other kinds, to be added to an error; else ""."""
     matches = recognize(row)
+    if not matches and row.get("prompt"):
+        return f". The rows are prompts without answers to train on: {RECIPES['prompt']}"
     if not matches or matches[0].kind == kind or recognize(row, kind):
         return ""
     other = matches[0]

@@ -29,6 +29,7 @@ RECIPES = {
     "sft": "train on them with sft/sft.py",
     "preference": "train on them with rlhf/dpo.py (or orpo.py, simpo.py, reward.py)",
     "kto": "train on them with rlhf/kto.py; the other recipes of preferences need pairs of answers",
+    "prompt": "rlhf/grpo.py learns from rewards of the answers to them",  # no kind of its own: see prompts.py
 }
 
 # Turns that may follow a turn. "call" is an assistant turn with tool calls.

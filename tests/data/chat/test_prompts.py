@@ -8,6 +8,7 @@ from tiny_tokenizer import train_tiny_tokenizer
 from transformers import AutoTokenizer
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.prompts import load_prompts, read_prompt, render_prompt
 from buddygpt.data.text.rows import Row
 
@@ -76,6 +77,14 @@ def test_rows_that_a_reward_cannot_judge_are_refused(tokenizer, tmp_path):
     files = write(tmp_path / "bare.jsonl", {"prompt": "q"})
     with pytest.raises(UserError, match="bare.jsonl: no row has an `answer`, which the reward exact_match needs"):
         load_prompts(files, tokenizer, needs=needs | {"json": lambda row: ""})
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "kto"])
+@pytest.mark.parametrize("row", [{"prompt": [USER], "answer": "8"}, {"prompt": "q"}], ids=["answer", "question"])
+def test_prompts_for_another_recipe_are_told_of_this_one(kind, row, tmp_path):
+    files = write(tmp_path / "rows.jsonl", row)
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .*The rows are prompts .*: rlhf/grpo.py learns from rewards"):
+        load_rows(files, kind)
 
 
 def test_tools_are_in_the_prompt(tokenizer):
