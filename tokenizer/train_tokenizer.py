@@ -13,6 +13,7 @@ Encoding and decoding returns any Unicode text unchanged. The same input gives t
 The default needs about 1.1 GB. More text takes longer and hardly improves compression: see README.md.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from buddygpt.data.text.rows import progress_bar, read_rows
 from buddygpt.tokenizer.byte_level_bpe import FIXED_ENTRIES, train_byte_level_bpe
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
+# How `parse_response`, `transformers serve` and TRL find thoughts and calls in an answer; TRL's for Qwen3.
+RESPONSE_TEMPLATE = Path(__file__).parent / "response_template.json"
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "old_ids.json"}
 PIECE_LENGTH = 100_000  # characters; longer documents reach the trainer in pieces of this length
 
@@ -83,6 +86,7 @@ def main() -> None:
         extra_special_tokens={"document_separator_token": "<|endoftext|>"},
         model_max_length=args.model_max_length,
         chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
+        response_template=json.loads(RESPONSE_TEMPLATE.read_text(encoding="utf-8")),
     )
     with write_atomically(output) as partial:
         save_tokenizer(tokenizer, partial)
