@@ -29,14 +29,16 @@ FINAL_PUNCTUATION = " 。．.！!？?，,；;"
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 CODE_FENCE = re.compile(r"```\w*\s*\n(.*?)\n?\s*```", re.DOTALL)
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 SOLUTION = re.compile(r"####\s*(.+)")  # GSM8K
 # A minus after a digit or a bracket is a subtraction. Commas separate thousands.
 NUMBER = re.compile(r"(?:(?<![\d)\]])-\s?)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+(?![\d.]))?")
 
 
 def final_text(text: str) -> str:
-    """Return what an answer says after its thinking, without `<answer>` tags."""
+    """Return what an answer says after its thinking, without `<answer>` tags; "" if it has not stopped thinking."""
     text = text.rpartition("</think>")[2]
+    text = text.partition("<think>")[0]
     tagged = ANSWER_TAG.findall(text)
     return (tagged[-1] if tagged else text).strip()
 
@@ -44,7 +46,8 @@ def final_text(text: str) -> str:
 def arithmetic(text: str, answer: Answer) -> float | None:
     """1 if the number that an answer ends with equals the right one, as 1,200 and 1200.0, 0.5 and 1/2, ３ and 3 do.
 
-    The number is the last one after `####`, in `\\boxed{}`, or in the text. Percent signs and units are ignored.
+    The number is the last one after `####`, in `\\boxed{}`, or in the text. Only digits are read, no numerals such as 三
+    or three. Percent signs and units are ignored.
     """
     right = {number for number in map(find_number, _alternatives(answer)) if number is not None}
     return float(find_number(final_text(text)) in right) if right else None
@@ -52,7 +55,8 @@ def arithmetic(text: str, answer: Answer) -> float | None:
 
 def find_number(text: str) -> Fraction | None:
     """Return the number that a text gives as its result, or None if there is none."""
-    text = unicodedata.normalize("NFKC", text).replace("−", "-")
+    text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("\u2044", "/")  # NFKC of ½ has this slash
+    text = LATEX_FRACTION.sub(r"\1/\2", text)
     for pattern in (SOLUTION, BOXED):
         if (found := pattern.findall(text)) and NUMBER.search(found[-1]):
             text = found[-1]

@@ -29,6 +29,9 @@ NUMBERS = {
     "it is −2.5": Fraction("-2.5"),
     "一半是1/2": Fraction(1, 2),
     "50%": 50,
+    "½": Fraction(1, 2),
+    "\\boxed{\\frac{3}{4}}": Fraction(3, 4),
+    "即 -\\dfrac{1}{2}，不是 \\frac{-1}{3}": Fraction(-1, 3),
     "4 apples and 5 pears\n#### 9": 9,
     "#### 9 apples, 3 left": 3,
     "\\boxed{42}, so 7 is wrong": 42,
@@ -58,6 +61,7 @@ def test_exact_match():
     assert rewards.exact_match("８", "8") == rewards.exact_match("New  York", "new york") == 1
     assert rewards.exact_match("川", ["蜀", "川"]) == 1
     assert rewards.exact_match("<think>北京？</think><answer>巴黎</answer>", "巴黎") == 1
+    assert rewards.exact_match("<think>巴黎", "巴黎") == rewards.arithmetic("<think>1 + 1 = 2", "2") == 0
     assert rewards.exact_match("巴黎是法国的首都", "巴黎") == rewards.exact_match("", "巴黎") == 0
     assert rewards.exact_match("巴黎", None) is None
 
