@@ -335,7 +335,9 @@ def _describe_state(trainer: Trainer) -> dict[str, Any]:
     """Return what must be the same for the state of a run to fit: the batch, the optimizer and the tokenizer."""
     tokenizer = trainer.processing_class
     rules = [tokenizer_rules(tokenizer.backend_tokenizer.to_str()), tokenizer.chat_template]
+    changes = getattr(trainer.args, "model_init_kwargs", None) or {}
     return {
+        "rope_parameters": changes.get("rope_parameters"),
         "global_batch": trainer.get_total_train_batch_size(trainer.args),
         "optim": str(trainer.args.optim.value).removesuffix("_fused"),
         "tokenizer_sha256": sha256(json.dumps(rules).encode()).hexdigest(),
