@@ -46,8 +46,8 @@ def final_text(text: str) -> str:
 def arithmetic(text: str, answer: Answer) -> float | None:
     """1 if the number that an answer ends with equals the right one, as 1,200 and 1200.0, 0.5 and 1/2, ３ and 3 do.
 
-    The number is the last one after `####`, in `\\boxed{}`, or in the text. Only digits are read, no numerals such as 三
-    or three. Percent signs and units are ignored.
+    The number is the last one after `####`, in `\\boxed{}`, or in the text. Only digits are read, no numerals such as
+    三 or three. Percent signs and units are ignored.
     """
     right = {number for number in map(find_number, _alternatives(answer)) if number is not None}
     return float(find_number(final_text(text)) in right) if right else None
