@@ -392,9 +392,11 @@ def _without_none(value: Any) -> Any:
 
 
 def _read_csv(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str]) -> Iterator[Row]:
-    rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline=""), strict=True)
+    lines = _CsvLines(stream)
+    rows = csv.DictReader(lines, strict=True)
     columns = _find_columns(rows.fieldnames or [], text_key, keep)
     for row in rows:
+        lines.length = 0
         # DictReader fills missing cells with None, and stores surplus cells under the key None.
         missing = [column for column in columns if row[column] is None]
         if missing:
@@ -412,6 +414,33 @@ def _read_csv(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[s
             yield Row(line, None, not_utf8(text.encode(errors="surrogateescape")))
         else:
             yield Row(number, row)
+
+
+class _CsvLines:
+    """The lines of a CSV file, with any line ends. A row that is too long is never in memory.
+
+    Attributes:
+        length: Bytes of the lines since this was last set to 0.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.text = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="")
+        self.length = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        pieces: list[str] = []
+        piece = ""
+        while not pieces or (len(piece) == CHUNK and not piece.endswith(("\n", "\r"))):
+            piece = self.text.readline(CHUNK)
+            self.length += len(piece if piece.isascii() else piece.encode(errors="surrogateescape"))
+            _check_length(self.length)
+            pieces.append(piece)
+        if not pieces[0]:
+            raise StopIteration
+        return "".join(pieces)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:

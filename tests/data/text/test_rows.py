@@ -15,6 +15,7 @@ import pytest
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import find_files
+from buddygpt.data.text import rows as row_reader
 from buddygpt.data.text.rows import progress_bar, read_rows
 
 GB = "春天到了，院子里的桃花开了。"
@@ -246,6 +247,37 @@ def test_memory_for_a_json_array_does_not_grow_with_it(tmp_path):
     small, large = json_file(tmp_path / "small.json", rows), json_file(tmp_path / "large.json", rows * 4)
     assert large.stat().st_size > 20e6
     assert peak_of(large) < 1.2 * peak_of(small) < 2e6
+
+
+@pytest.mark.parametrize(
+    "name, begin, piece",
+    [
+        ("line.csv", b"text\n", b"a" * 1000),
+        ("Chinese.csv", b"text\n", "长".encode() * 1000),
+        ("quoted.csv", b'text\n"', b"aaaaaaaaa\n" * 100),
+        ("cells.csv", b"text\n", b"a," * 500),
+        ("header.csv", b"", b"a," * 500),
+        ("a.jsonl", b'{"text": "', b"a" * 1000),
+        ("a.json", b'[{"text": "', b"a" * 1000),
+        ("pretty.json", b'{\n"text": "', b"a" * 1000),
+        ("a.txt", b"", b"a" * 1000),
+    ],
+)
+def test_a_row_above_the_bound_is_refused_before_it_is_in_memory(name, begin, piece, tmp_path, monkeypatch):
+    """30 MB in one row, where 1 MB is the bound; a CSV row used to be read whole."""
+    monkeypatch.setattr(row_reader, "LONGEST_ROW", 2**20)
+    path = tmp_path / f"{name}.gz"
+    path.write_bytes(gzip.compress(begin + piece * 30_000, compresslevel=1))
+
+    def read() -> None:
+        with pytest.raises(UserError, match="a row is longer than 1,048,576 bytes; split it"):
+            list(read_rows(path, ["text"]))
+
+    tracemalloc.start()
+    read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * 2**20
 
 
 READ_PARQUET = """
