@@ -9,6 +9,7 @@
 The schema of a file is recognized by the keys of its rows. Every row is checked: roles alternate, no turn is empty,
 the last turn is the assistant's, chosen differs from rejected. Text that looks like a special token gets spaces
 (`<| im_end |>`), so that no row can open a turn. The hash of the first question decides which rows are held out.
+`--kind kto` makes a good and a bad answer of each pair.
 """
 
 import hashlib
@@ -67,7 +68,8 @@ class ConvertArguments:
     eval_output: str | None = field(default=None, metadata={"help": "The .jsonl file for the held-out rows."})
 
     def __post_init__(self):
-        known = [name for name, entry in SCHEMAS.items() if self.kind in (None, entry.kind)]
+        kinds = {self.kind, "preference"} if self.kind == "kto" else {self.kind}  # a pair is two labeled answers
+        known = [name for name, entry in SCHEMAS.items() if self.kind is None or entry.kind in kinds]
         if self.schema is not None and self.schema not in known:
             of_kind = f" for kind {self.kind}" if self.kind else ""
             raise ValueError(f"schema `{self.schema}` is unknown{of_kind}; there are: {', '.join(known)}")
@@ -120,7 +122,7 @@ def find_schemas(paths: list[Path], args: ConvertArguments) -> dict[Path, Schema
             raise UserError(f"{path}: no column `{missing[0]}`; there are: {', '.join(row.content)}. Fix --map")
     if args.schema:
         return dict.fromkeys(paths, SCHEMAS[args.schema])
-    schemas = {path: find_schema(path, args.kind) for path in paths}
+    schemas = {path: find_schema(path, kind_to_read(path, args.kind)) for path in paths}
     first_path, first = next(iter(schemas.items()))
     for path, schema in schemas.items():
         if schema.kind != first.kind:
@@ -129,6 +131,21 @@ def find_schemas(paths: list[Path], args: ConvertArguments) -> dict[Path, Schema
                 f"({first.name}). Convert them separately, or give --kind"
             )
     return schemas
+
+
+def kind_to_read(path: Path, kind: str | None) -> str | None:
+    """Return the kind of a file that becomes rows of `kind`: a pair can become a good and a bad answer."""
+    row = next((row for row in read_rows(path) if not row.error and row.content), None)
+    if kind == "kto" and row and not recognize(row.content, "kto") and recognize(row.content, "preference"):
+        return "preference"
+    return kind
+
+
+def unpair(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the two labeled answers of a pair."""
+    shared = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
+    labels = (("chosen", True), ("rejected", False))
+    return [shared | {"completion": row[answer], "label": label} for answer, label in labels]
 
 
 def convert_files(schemas: dict[Path, Schema], outputs: list[Path], args: ConvertArguments) -> Counter:
@@ -187,7 +204,7 @@ def standard_rows(
         for row in join_replies(read_rows(path, bar=bar), schema):
             counts["read"] += 1
             if not args.schema:
-                require_schema(path, row, schema, args.kind)
+                require_schema(path, row, schema, schema.kind if args.kind else None)
             if columns and not row.error:
                 content = {known: row.content[column] for known, column in columns.items() if column in row.content}
                 row = row._replace(content=content)
@@ -206,7 +223,9 @@ def standard_rows(
             counts.update(f"not read: {key}" for key in checked.unread)
             chosen = [select_turns(standard, args.turns) for standard in checked.standard]
             counts["left out: more than one exchange"] += chosen.count(None)
-            yield from [standard for standard in chosen if standard is not None]
+            for standard in chosen:
+                if standard is not None:
+                    yield from unpair(standard) if schema.kind == "preference" and args.kind == "kto" else [standard]
 
 
 def is_held_out(row: dict[str, Any], fraction: float) -> bool:

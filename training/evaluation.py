@@ -12,7 +12,7 @@ from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
-from trl import DPOTrainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer
 
 
 def average_over_tokens(trainer: Trainer) -> None:
@@ -53,11 +53,13 @@ def average_over_tokens(trainer: Trainer) -> None:
         values[1:, shared_steps:, 1:] = 0  # all processes have read the same rows
         losses, weights = values[..., 0], dict(zip(names, values[..., 1:].unbind(-1), strict=True))
         output.metrics[f"{metric_key_prefix}_loss"] = weighted_mean(losses, weights["loss"])
-        # TRL keeps a list of other values, one per step, each over all processes.
-        metrics = trainer._metrics["eval"] if hasattr(trainer, "_metrics") else {}
-        for name, values_of_steps in metrics.items():
-            if len(values_of_steps) == len(steps) and name != "num_tokens":
-                weight = weights.get(name, weights["loss"]).sum(0)
+        # TRL keeps a list of other values, one per step, each over all processes. KTO adds none without weight.
+        metrics = getattr(trainer, "_metrics", None) or getattr(trainer, "_stored_metrics", {"eval": {}})
+        for name, values_of_steps in metrics["eval"].items():
+            weight = weights.get(name.removeprefix("eval_"), weights["loss"]).sum(0)
+            if len(values_of_steps) < len(steps):
+                weight = weight[weight > 0]
+            if len(values_of_steps) == len(weight) and name != "num_tokens":
                 values_of_steps[:] = [weighted_mean(torch.tensor(values_of_steps).double(), weight)]
         return output
 
@@ -82,6 +84,20 @@ def count_weights(trainer: Trainer, inputs: dict[str, Any] | list[dict[str, Any]
             "logits/chosen": chosen.sum(),
             "logits/rejected": rejected.sum(),
         }
+    if isinstance(trainer, KTOTrainer):
+        good, tokens = inputs["label"], inputs["completion_mask"][:, 1:].sum(1)
+        weights = {"loss": torch.tensor(len(good)), "entropy": tokens.sum()}
+        for answers, rows in (("chosen", good), ("rejected", ~good)):
+            weights |= {f"logits/{answers}": tokens[rows].sum(), f"logps/{answers}": rows.sum()}
+            weights[f"rewards/{answers}"] = rows.sum()
+        return weights | {"rewards/margins": good.any() & ~good.all()}
+    if isinstance(trainer, RewardTrainer):
+        weights = {"loss": torch.tensor(len(inputs["input_ids"]) // 2)}
+        for number, name in enumerate(getattr(trainer, "sources", ())):  # of rlhf/reward.py
+            weights[f"accuracy/{name}"] = (inputs["source"] == number).sum()
+        return weights
+    if "chosen_input_ids" in inputs:  # trl.experimental
+        return {"loss": torch.tensor(len(inputs["chosen_input_ids"]))}
     if inputs.get("labels") is None:
         return {}
     return {"loss": (inputs["labels"][:, 1:] != -100).sum()}

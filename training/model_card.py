@@ -16,8 +16,15 @@ from buddygpt.cli.files import write_atomically
 
 TEMPLATE = "model_card.md.jinja"
 MARK = re.compile(r"<!-- written from run\.json, (\w+) -->\n$")
-STAGES = {"pretrain": ("pretraining", "预训练"), "sft": ("SFT", "SFT"), "dpo": ("DPO", "DPO")}
-GENERIC_NAMES = ("adapter", "dpo", "native", "pretrain", "rlhf", "sft")  # of folders; the one above says more
+NAMES = {"dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO", "grpo": "GRPO", "rloo": "RLOO", "sft": "SFT"}
+STAGES = {"pretrain": ("pretraining", "预训练"), "reward": ("reward model", "奖励模型")}
+STAGES |= {recipe: (name, name) for recipe, name in NAMES.items()}
+KINDS = {
+    "pretrain": ("base model", "基座模型"),
+    "reward": ("reward model", "奖励模型"),
+    "sft": ("chat model", "对话模型"),
+}
+GENERIC_NAMES = ("adapter", "native", "rlhf", *STAGES)  # of folders; the one above says more
 RESTRICTED = re.compile(r"\bNC\b|non-?commercial|research|GPL|see card|none on", re.IGNORECASE)
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -110,7 +117,9 @@ def render(folder: Path, card: dict[str, Any]) -> str:
         "scores": _scores(card.get("evaluation", {})),
         "base": base,
         "hub_base": loaded if loaded and HUB_NAME.fullmatch(loaded) and not Path(loaded).exists() else None,
+        "kind": KINDS.get(card["recipe"], KINDS["sft"]),
         "chat": card["recipe"] != "pretrain",
+        "reward": card["recipe"] == "reward",
         "adapter": adapter,
         "native": config["model_type"] != "buddygpt",
     }
@@ -130,7 +139,7 @@ def _metadata(facts: dict[str, Any]) -> ModelCardData:
         license_name="see-data-and-base-model" if restricted else None,
         language=sorted(languages) or ["zh", "en"],
         library_name="peft" if facts["adapter"] else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if facts["reward"] else "text-generation",
         tags=["buddygpt", *[stage["recipe"] for stage in facts["stages"]], *(["lora"] if facts["adapter"] else [])],
         base_model=facts["hub_base"],
         datasets=sorted({source["hub"] for source in facts["sources"] if source["hub"]}) or None,

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import DPOTrainer, GRPOTrainer, RLOOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.model.losses_buddygpt import load_balancing_loss
 from buddygpt.training.callbacks.experts import find_routers
+
+TRAINERS = (SFTTrainer, DPOTrainer, KTOTrainer, GRPOTrainer, RLOOTrainer)  # they replace the model's forward pass
 
 
 def add_model_losses(trainer: Trainer) -> None:
@@ -27,9 +29,10 @@ def add_model_losses(trainer: Trainer) -> None:
         raise UserError(
             f"aux_loss_alpha ({aux_loss_alpha}) of the model has no gradient under use_reentrant: true; remove that"
         )
-    if not isinstance(trainer, SFTTrainer | DPOTrainer | GRPOTrainer | RLOOTrainer) or not (
-        aux_loss_alpha or z_loss_coef
-    ):
+    reads_logits = "chosen_input_ids" in getattr(trainer.train_dataset, "column_names", ())  # trl.experimental
+    if isinstance(trainer, RewardTrainer):
+        reads_logits, z_loss_coef = True, 0  # it has no output head
+    if not (isinstance(trainer, TRAINERS) or reads_logits) or not (aux_loss_alpha or z_loss_coef):
         return
     if z_loss_coef and (is_deepspeed_zero3_enabled() or trainer.is_fsdp_enabled):
         raise UserError(
@@ -38,7 +41,7 @@ def add_model_losses(trainer: Trainer) -> None:
         )
 
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-    call = record_calls(model)
+    call = record_calls(model, reads_logits)
     compute_trl_loss = trainer.compute_loss
 
     def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
@@ -63,10 +66,14 @@ def add_model_losses(trainer: Trainer) -> None:
     trainer.compute_loss = compute_loss
 
 
-def record_calls(model: nn.Module) -> dict[str, Any]:
+def record_calls(model: nn.Module, reads_logits: bool = False) -> dict[str, Any]:
     """Return a dictionary that receives the arguments, router outputs, hidden states and outputs of a training call.
 
     Calls without gradients, such as those of a reference model, are not recorded.
+
+    Args:
+        reads_logits: The trainer calls the model without labels and computes its loss from the logits. Then every
+            token that is no padding counts.
     """
     call: dict[str, Any] = {}
 
@@ -76,6 +83,9 @@ def record_calls(model: nn.Module) -> dict[str, Any]:
     def open_call(model, args, kwargs) -> None:
         if torch.is_grad_enabled() and kwargs.get("fused_lm_head"):
             call.update(kwargs, output_head=model.get_output_embeddings(), routed=[])
+        elif torch.is_grad_enabled() and reads_logits:
+            ids, mask = args[0] if args else kwargs["input_ids"], kwargs["attention_mask"]
+            call.update(attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), routed=[])
 
     def record_router(router, args, output) -> None:
         if is_open():
@@ -118,6 +128,9 @@ def z_loss(
     TRL's outputs have no logsumexp, but the log-probability of a label is its logit - logsumexp.
     """
     outputs, hidden_states, labels = call["outputs"], call["hidden_states"], call.get("shift_labels")
+    if "output_head" not in call:  # the logits are there
+        logits = outputs.logits[:, :-1][call["labels"][:, 1:] != -100].float()
+        return logits.logsumexp(-1).square().mean()
     if labels is None:
         hidden_states, labels = hidden_states[:, :-1], call["labels"][:, 1:]
     counted = outputs.label_mask

@@ -205,7 +205,7 @@ def run_training(
     _add_callbacks(trainer, prompts, run_card, bias_update_speed, describe_step)
     average_over_tokens(trainer)
     if run_card["recipe"] != "pretrain":
-        _sample_in_chats(trainer.model.generation_config)
+        _sample_in_chats(getattr(trainer.model, "generation_config", None))  # a reward model has none
     add_model_losses(trainer)
 
     # Resume only from a run with the same inputs.
@@ -306,9 +306,9 @@ def _train(trainer: Trainer, checkpoint: str | None) -> None:
             raise error
 
 
-def _sample_in_chats(generation_config: GenerationConfig) -> None:
+def _sample_in_chats(generation_config: GenerationConfig | None) -> None:
     """Let servers sample: without `do_sample` they ignore the temperature that a client asks for."""
-    if generation_config.do_sample is None:
+    if generation_config is not None and generation_config.do_sample is None:
         generation_config.do_sample = True
         generation_config.temperature = generation_config.temperature or 0.7
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import transformers
 import trl
+from trl.experimental.cpo import CPOTrainer
 
 # File, member, use, and why the public interface is not enough. `override` is in a subclass, `replace` on an instance.
 TABLE = """
@@ -28,6 +29,7 @@ training/evaluation.py            Trainer.get_eval_dataloader           replace 
 training/evaluation.py            Trainer.evaluation_loop               replace   averages over tokens, not batches
 training/evaluation.py            Trainer.prediction_step               replace   counts the tokens of each batch
 training/evaluation.py            SFTTrainer._metrics                   read      corrects the means of other values
+training/evaluation.py            CPOTrainer._stored_metrics            read      the same in trl.experimental
 training/model_losses.py          Trainer.compute_loss                  replace   adds the losses that TRL leaves out
 training/callbacks/throughput.py  Trainer.get_batch_samples             replace   measures the time of each fetch
 training/callbacks/throughput.py  DPOTrainer.ref_model                  read      MFU does not count a reference model
@@ -38,6 +40,10 @@ pretrain/stream_trainer.py        Trainer._get_train_sampler            override
 pretrain/stream_trainer.py        Trainer._load_rng_state               override  postponed: the loader draws a number
 pretrain/stream_trainer.py        Trainer.get_batch_samples             override  restores it after the first fetch
 rlhf/dpo.py                       DPOTrainer._prepare_dataset           override  the rows are tokenized already
+rlhf/kto.py                       KTOTrainer._prepare_dataset           override  the rows are tokenized already
+rlhf/reward.py                    RewardTrainer._set_signature_columns_if_needed override keeps the column `source`
+rlhf/reward.py                    RewardTrainer._signature_columns      set       keeps the column `source`
+rlhf/reward.py                    RewardTrainer._metrics                read      adds the accuracy of each source
 data/chat/prompt_batches.py       Trainer._get_train_sampler            override  later epochs resume in their order
 data/chat/prompt_batches.py       GRPOTrainer._tokenize_prompts         override  each row has its own tools
 data/chat/prompt_batches.py       RLOOTrainer._tokenize_prompts         override  each row has its own tools
@@ -49,7 +55,10 @@ pretrain/replay.py                Trainer._load_from_checkpoint         call    
 pretrain/replay.py                Trainer._prepare_inputs               call      moves a row to the device
 pretrain/replay.py                Trainer.compute_loss_context_manager  call      uses the precision of the run
 """
-TRL_TRAINERS = (trl.SFTTrainer, trl.DPOTrainer, trl.GRPOTrainer, trl.RLOOTrainer, trl.DistillationTrainer)
+TRL_TRAINERS = (
+    *(trl.SFTTrainer, trl.DPOTrainer, trl.KTOTrainer, trl.RewardTrainer, trl.GRPOTrainer, trl.RLOOTrainer),
+    *(trl.DistillationTrainer, CPOTrainer),
+)
 OWNERS = {"Trainer": transformers.Trainer} | {owner.__name__: owner for owner in TRL_TRAINERS}
 
 

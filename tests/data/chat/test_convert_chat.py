@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from standard_rows import ANSWER, ASSISTANT, FOLLOW_UP, LABELED, PAIR, SYSTEM, TOOL, TOOL_ROW, USER
+from standard_rows import ANSWER, ASSISTANT, FOLLOW_UP, LABELED, PAIR, REJECTED, SYSTEM, TOOL, TOOL_ROW, USER
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data import convert_chat
@@ -78,6 +78,16 @@ def test_skipped_rows_are_counted_by_reason(tmp_path, run):
     assert counts["skipped: turn 2 (assistant) is empty"] == 2
     assert counts["skipped: no key output, unlike the schema alpaca"] == 1
     assert f"turn 2 (assistant) is empty (first at {tmp_path / 'a.jsonl'}:4)" in text
+
+
+def test_pairs_become_labeled_answers(tmp_path, run):
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR | {"tools": [TOOL]}]
+    text, written = run("--input", write(tmp_path / "a.jsonl", rows[:1]), "--kind", "kto")
+    assert written == [LABELED | {"label": True}, LABELED | {"completion": [REJECTED]}]
+    assert "1  read" in text and "2  written" in text
+    _, written = run("--input", write(tmp_path / "b.jsonl", rows[1:]), "--kind", "kto", "--schema", "preference")
+    assert [(row["label"], row["tools"]) for row in written] == [(True, [TOOL]), (False, [TOOL])]
+    assert run("--input", write(tmp_path / "c.jsonl", [LABELED]), "--kind", "kto")[1] == [LABELED]
 
 
 def test_malformed_rows_are_skipped_on_request(tmp_path, run):

@@ -1,0 +1,359 @@
+"""DPO, KTO, ORPO, SimPO and reward models: what carries loss, which models train, resume, and what is refused."""
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import history, run
+from safetensors.torch import load_file
+from tiny_models import GQA, MLA, MOE, SIGMOID, make_model
+from tiny_tokenizer import TEXTS, train_tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+)
+from trl import DPOTrainer, KTOTrainer
+
+from buddygpt.cli.errors import UserError
+from buddygpt.rlhf.dpo import LOSSES as DPO_LOSSES
+from buddygpt.rlhf.pairs import TokenizedORPOTrainer
+
+MIXTURE = MLA | MOE | SIGMOID | dict(scoring_func="sigmoid", aux_loss_alpha=0.05, z_loss_coef=0.01)
+RECIPES = {"dpo": "pairs", "kto": "labels", "orpo": "pairs", "simpo": "pairs", "reward": "pairs"}
+LOSSES = {
+    "kto": ["kto", "apo_zero_unpaired"],
+    "simpo": ["simpo", "sigmoid", "hinge", "ipo", "alphapo"],
+}
+COMMON = dict(
+    max_length=64,
+    per_device_train_batch_size=4,
+    per_device_eval_batch_size=4,
+    max_steps=4,
+    learning_rate=1e-3,
+    logging_steps=1,
+    save_steps=2,
+    use_cpu=True,
+    bf16=False,
+    activation_checkpointing=False,
+    report_to="none",
+)
+
+
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tokenizer, models of three kinds with random weights, pairs and labeled answers."""
+    folder = tmp_path_factory.mktemp("preferences")
+    tokenizer = AutoTokenizer.from_pretrained(train_tiny_tokenizer(folder))
+    sizes = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    models = {"dense": make_model(**GQA, **sizes), "mixture": make_model(**MIXTURE, **sizes)}
+    stock = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, head_dim=12)
+    models["qwen3"] = Qwen3ForCausalLM(
+        Qwen3Config(**sizes, **stock, num_key_value_heads=2, max_position_embeddings=64)
+    )
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    words = random.Random(0)
+    pairs = []
+    for number in range(14):
+        question, answer = (words.choice([TEXTS[0], TEXTS[1], TEXTS[3]]) for _ in range(2))
+        answer = answer[number : number + 9].strip()
+        pairs.append((question[:12].strip(), answer, f"{answer[::-1]}!"))
+    write(folder / "pairs.jsonl", map(pair, pairs[:10]))
+    write(folder / "more_pairs.jsonl", map(pair, pairs[10:]))
+    write(folder / "labels.jsonl", (labeled(each, label) for each in pairs for label in (True, False)))
+    write(folder / "good.jsonl", (labeled(each, True) for each in pairs))
+    return folder
+
+
+def pair(texts: tuple[str, str, str]) -> dict[str, Any]:
+    question, good, bad = texts
+    return {
+        "prompt": [turn("user", question)],
+        "chosen": [turn("assistant", good)],
+        "rejected": [turn("assistant", bad)],
+    }
+
+
+def labeled(texts: tuple[str, str, str], label: bool) -> dict[str, Any]:
+    answer = texts[1] if label else texts[2]
+    return {"prompt": [turn("user", texts[0])], "completion": [turn("assistant", answer)], "label": label}
+
+
+def write(file: Path, rows: Iterator[dict]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def train(recipe: str, folder: Path, output: Path, model: str = "dense", **options: Any) -> dict[str, Any]:
+    """Run a recipe on a YAML file, and return its last metrics."""
+    file = folder / f"{RECIPES[recipe]}.jsonl"
+    config = COMMON | {"train_files": [str(file)], "model_name_or_path": str(folder / model)}
+    config |= {"output_dir": str(output)} | options
+    path = output.parent / f"{output.name}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    run(f"rlhf/{recipe}.py", "--config", path)
+    return json.loads((output / "run.json").read_text())["metrics"]
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+# --- what carries loss ---
+
+
+def marked_rows(batch: dict[str, torch.Tensor]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the tokens of each sequence of a batch, and those of them that carry loss."""
+    if "chosen_labels" in batch:
+        for key in ("chosen", "rejected"):
+            names = ("input_ids", "labels", "attention_mask")
+            for ids, labels, mask in zip(*(batch[f"{key}_{name}"] for name in names), strict=True):
+                yield ids[mask.bool()].tolist(), labels[labels != -100].tolist()
+        return
+    for prefix in ("", "KL_"):
+        if f"{prefix}input_ids" in batch:
+            names = ("input_ids", "completion_mask", "attention_mask")
+            for ids, answer, mask in zip(*(batch[prefix + name] for name in names), strict=True):
+                yield ids[mask.bool()].tolist(), ids[answer.bool()].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dpo", "kto", "orpo", "simpo"])
+def test_the_answer_and_its_end_mark_carry_loss(recipe, folder, tmp_path, monkeypatch):
+    batches, training_step = [], Trainer.training_step
+
+    def record(trainer, model, inputs, *args, **kwargs):
+        batches.append(inputs)
+        return training_step(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", record)
+    train(recipe, folder, tmp_path / "run", max_steps=3)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").open(encoding="utf-8")]
+    rows += [json.loads(line) for line in (folder / "more_pairs.jsonl").open(encoding="utf-8")]
+    answers = {row[key][0]["content"] for row in rows for key in ("chosen", "rejected")}
+    seen = 0
+    for batch in batches:
+        for ids, marked in marked_rows(batch):
+            text, loss = tokenizer.decode(ids), tokenizer.decode(marked)
+            assert loss.endswith("<|im_end|>") and text.endswith(loss)
+            assert loss.removesuffix("<|im_end|>") in answers
+            assert text.removesuffix(loss).endswith("<|im_start|>assistant\n")
+            seen += 1
+    assert seen == (24 if recipe == "kto" else 20)  # 12 answers, 12 to other questions; or all 10 pairs
+
+
+@pytest.mark.slow
+def test_the_likelihood_of_orpo_is_that_of_the_chosen_answers(folder, tmp_path, monkeypatch):
+    seen, forward = [], TokenizedORPOTrainer.concatenated_forward
+
+    def record(trainer, model, batch):
+        seen.append((batch, forward(trainer, model, batch)[4].item()))
+        return forward(trainer, model, batch)
+
+    monkeypatch.setattr(TokenizedORPOTrainer, "concatenated_forward", record)
+    train("orpo", folder, tmp_path / "run", max_steps=1)
+    model, means = AutoModelForCausalLM.from_pretrained(folder / "dense"), []
+    (batch, likelihood), *_ = seen
+    for ids, labels in zip(batch["chosen_input_ids"], batch["chosen_labels"], strict=True):
+        logs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        answer = labels[1:] != -100
+        means.append(-logs[answer, labels[1:][answer]].mean().item())
+    assert likelihood == pytest.approx(sum(means) / len(means), rel=1e-4)
+
+
+# --- models and losses ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_model_trains_and_resumes_bit_for_bit(recipe, folder, tmp_path):
+    for model in ("dense", "qwen3", "mixture"):
+        metrics = train(recipe, folder, tmp_path / model, model)
+        assert math.isfinite(metrics["loss"]) and not same_weights_as_start(folder / model, tmp_path / model)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "mixture" / "checkpoint-2", resumed / "checkpoint-2")
+    train(recipe, folder, resumed, "mixture")
+    assert same_weights(resumed, tmp_path / "mixture")
+
+
+def same_weights_as_start(start: Path, trained: Path) -> bool:
+    before, after = (load_file(path / "model.safetensors") for path in (start, trained))
+    return all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["kto", "orpo", "reward"])
+def test_experts_are_balanced_and_z_loss_is_applied(recipe, folder, tmp_path):
+    """Other coefficients give other weights, and the same reported loss."""
+    losses, weights = [], []
+    changes = [{}, {"aux_loss_alpha": 0.0}] + ([{"z_loss_coef": 0.0}] if recipe != "reward" else [])
+    for number, change in enumerate(changes):
+        output = tmp_path / str(number)
+        metrics = train(recipe, folder, output, "mixture", max_steps=1, optim="sgd", model_init_kwargs=change)
+        losses.append(metrics["loss"])
+        weights.append(torch.cat([each.flatten() for each in load_file(output / "model.safetensors").values()]))
+    for loss, other in zip(losses[1:], weights[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-6) and not torch.equal(other, weights[0])
+
+
+@pytest.mark.slow
+def test_every_loss_of_dpo_from_yaml(folder, tmp_path):
+    losses = {}
+    for loss in DPO_LOSSES:  # all 15 of TRL 1.16
+        metrics = train("dpo", folder, tmp_path / loss, loss_type=[loss], max_steps=2, gradient_accumulation_steps=1)
+        losses[loss] = metrics["loss"]
+        assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0, loss
+    assert len(set(losses.values())) == len(losses)
+    metrics = train(
+        "dpo", folder, tmp_path / "both", loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5], max_steps=2
+    )
+    assert metrics["loss"] == pytest.approx(losses["sigmoid"] + 0.5 * losses["sft"], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", LOSSES)
+def test_every_loss_of_the_others_from_yaml(recipe, folder, tmp_path):
+    for loss in LOSSES[recipe]:
+        metrics = train(recipe, folder, tmp_path / loss, loss_type=loss, max_steps=2)
+        assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0, loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["kto", "orpo", "reward"])
+def test_lora_trains_and_is_merged(recipe, folder, tmp_path):
+    train(recipe, folder, tmp_path / "run", use_peft=True, lora_r=4, max_steps=2)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert not same_weights_as_start(folder / "dense", tmp_path / "run")
+    if recipe == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+        assert model.config.num_labels == 1
+        saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+        assert torch.equal(saved["base_model.model.score.weight"], model.score.weight)
+
+
+# --- evaluation ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["kto", "orpo", "simpo", "reward"])
+def test_evaluation_does_not_depend_on_the_batch_size(recipe, folder, tmp_path):
+    rows = [str(folder / f"{RECIPES[recipe]}.jsonl")]
+    options = dict(eval_files=rows, eval_strategy="steps", eval_steps=1, max_steps=1)
+    if recipe == "kto":
+        options["loss_type"] = "apo_zero_unpaired"  # the other estimates the KL divergence of each batch
+    results = []
+    for size in (1, 3, 16):
+        metrics = train(recipe, folder, tmp_path / str(size), per_device_eval_batch_size=size, **options)
+        ignored = ("runtime", "per_second", "time", "logits/chosen", "logits/rejected", "min_reward", "max_reward")
+        results.append({key: metrics[key] for key in metrics if key[:5] == "eval_" and not key.endswith(ignored)})
+    assert len(results[0]) > 3
+    assert results[0] == pytest.approx(results[2], rel=1e-4, abs=1e-5)
+    assert results[1] == pytest.approx(results[2], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_reward_model_reports_its_accuracy_by_source(folder, tmp_path):
+    files = [str(folder / name) for name in ("pairs.jsonl", "more_pairs.jsonl")]
+    options = dict(eval_files=files, eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=3)
+    metrics = train("reward", folder, tmp_path / "run", **options)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    for name in files:
+        right = []
+        for line in Path(name).read_text(encoding="utf-8").splitlines():
+            row, scores = json.loads(line), []
+            for key in ("chosen", "rejected"):
+                text = tokenizer.apply_chat_template(row["prompt"] + row[key], tokenize=False).rstrip()
+                ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+                assert ids[0, -1] == tokenizer.eos_token_id
+                scores.append(model(ids).logits.item())
+            right.append(scores[0] > scores[1])
+        assert metrics[f"eval_accuracy/{Path(name).stem}"] == pytest.approx(sum(right) / len(right))
+    assert {"loss_curve.png", "modeling_buddygpt.py", "README.md"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    assert "text-classification" in (tmp_path / "run" / "README.md").read_text()
+
+
+# --- reference log-probabilities ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "trainer"), [("dpo", DPOTrainer), ("kto", KTOTrainer)])
+def test_reference_log_probabilities_are_computed_once(recipe, trainer, folder, tmp_path, monkeypatch):
+    """Once for rows, model and length, although TRL's own key knows no length; training does not change."""
+    calls, compute = [], trainer.compute_ref_log_probs
+
+    def count(self, *args):
+        calls.append(1)
+        return compute(self, *args)
+
+    monkeypatch.setattr(trainer, "compute_ref_log_probs", count)
+
+    def calls_of(name: str, model: str = "dense", **options) -> int:
+        calls.clear()
+        train(recipe, folder, tmp_path / name, model, max_steps=2, **options)
+        return len(calls)
+
+    precomputed = dict(precompute_ref_log_probs=True)
+    assert calls_of("first", **precomputed) > 0
+    assert calls_of("again", **precomputed) == 0
+    assert calls_of("short", max_length=16, **precomputed) > 0
+    assert calls_of("short again", max_length=16, **precomputed) == 0
+    assert calls_of("other model", model="qwen3", **precomputed) > 0
+    calls_of("direct", max_length=16)
+    losses = [[row["loss"] for row in history(tmp_path / name) if "loss" in row] for name in ("short again", "direct")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# --- wrong data ---
+
+REFUSED = {
+    "pairs for KTO": ("kto", "pairs.jsonl", r"kind preference .*train on them with rlhf/dpo.py \(or orpo.py"),
+    "labels for DPO": ("dpo", "labels.jsonl", "kind kto .*train on them with rlhf/kto.py"),
+    "labels for ORPO": ("orpo", "labels.jsonl", "kind kto .*train on them with rlhf/kto.py"),
+    "labels for SimPO": ("simpo", "labels.jsonl", "kind kto .*train on them with rlhf/kto.py"),
+    "labels for a reward model": ("reward", "labels.jsonl", "kind kto .*train on them with rlhf/kto.py"),
+    "one label": ("kto", "good.jsonl", "all 14 answers are labeled good; fine-tune on them with sft/sft.py"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_wrong_data_is_told_in_one_line(mistake, folder, tmp_path):
+    recipe, file, message = REFUSED[mistake]
+    with pytest.raises(UserError, match=message) as error:
+        train(recipe, folder, tmp_path / "run", train_files=[str(folder / file)])
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+OPTIONS = {
+    "loss of KTO": ("kto", {"loss_type": "sigmoid"}, "loss_type"),
+    "batch of one": ("kto", {"per_device_train_batch_size": 1}, "batch size must be > 1"),
+    "loss of SimPO": ("simpo", {"loss_type": "nosuch"}, "loss_type"),
+    "samples of scores": ("reward", {"sample_prompts": ["q"]}, "a reward model scores answers"),
+    "short": ("reward", {"max_length": 4}, "max_length 4"),
+}
+
+
+@pytest.mark.parametrize("mistake", OPTIONS)
+def test_options_that_no_run_can_use(mistake, folder, tmp_path):
+    recipe, options, message = OPTIONS[mistake]
+    with pytest.raises(UserError, match=message):
+        train(recipe, folder, tmp_path / "run", **options)
