@@ -25,6 +25,13 @@ COMMANDS: dict[str, dict[str, str]] = {  # arguments that are right
     },
     "data/sample/make_sample.py": {"output": "{out}/o"},
     "eval/local_exams.py": {"cmmlu": "{good}/cmmlu", "output": "{out}/o"},
+    "eval/long_context.py": {
+        "checkpoints": "a={good}/checkpoint",
+        "text": "{good}/documents.jsonl",
+        "length": "64",
+        "needles": "0",
+        "output": "{out}/o",
+    },
     "eval/report.py": {"results": "{good}/results", "output": "{out}/o.md"},
     "eval/run_eval.py": {"checkpoints": "a={good}/checkpoint", "tasks": "heldout_text", "output": "{out}/o"},
     "export/from_native.py": {"checkpoint": "{good}/native", "output": "{out}/o"},
@@ -40,15 +47,29 @@ COMMANDS: dict[str, dict[str, str]] = {  # arguments that are right
         "output": "{out}/o",
         "vocab_size": "300",
     },
+    "tools/store_teacher.py": {
+        "teacher": "{good}/checkpoint",
+        "train_files": "{good}/chat.jsonl",
+        "max_length": "64",
+        "output": "{out}/o",
+    },
     "tools/to_gguf.py": {"checkpoint": "{good}/native", "output": "{out}/o"},
 }
 OTHERS = ("data/doctor.py", "data/inspect_shards.py", "buddygpt.check", "buddygpt.model.parameters")
 LOADING = {  # commands that load a model, with their arguments for the checkpoint {out}/c, and what it is a copy of
     "export/to_native.py": (["--checkpoint", "{out}/c", "--output", "{out}/o"], "checkpoint"),
     "export/from_native.py": (["--checkpoint", "{out}/c", "--output", "{out}/o"], "native"),
+    "tools/store_teacher.py": (
+        ["--teacher", "{out}/c", "--train_files", "{good}/chat.jsonl", "--max_length", "64", "--output", "{out}/o"],
+        "checkpoint",
+    ),
     "tools/to_gguf.py": (["--checkpoint", "{out}/c", "--output", "{out}/o"], "native"),
     "eval/run_eval.py": (
         ["--checkpoints", "a={out}/c", "--tasks", "heldout_text", "--output", "{out}/o"],
+        "checkpoint",
+    ),
+    "eval/long_context.py": (
+        ["--checkpoints", "a={out}/c", "--text", "{good}/documents.jsonl", "--length", "64", "--output", "{out}/o"],
         "checkpoint",
     ),
     "buddygpt.check": (["{out}/c", "--only", "causality"], "checkpoint"),
@@ -136,6 +157,17 @@ NUMBERS = {
         "sources": ("", "n" * 300, "ms://..", "ms://../a", "ms://", "hf://x", "hf://datasets/../..", "{bad}/pipe"),
         "tokenizer": ("", "..", "n" * 300, "{bad}/file", "ms://.."),
         "clean": ("nosuch", "../nosuch", "{bad}/folder", "{bad}/list.yaml", "{bad}/binary.yaml"),
+    },
+    "eval/long_context.py": {
+        "checkpoints": ("x", "a={bad}/folder", "a b\n={good}/checkpoint"),
+        "text": ("", "n" * 300, "{bad}/file", "{bad}/folder", "{good}/chat.jsonl"),
+        "length": ("0", "-1", "100", "1000000008", "x", "1e9"),
+        "needles": ("-1", "x", "100000"),
+        "needle_lengths": ("0", "-1", "65", "x"),
+        "untrained": ("nosuch",),
+        "max_tokens": ("0", "x"),
+        "device": ("nosuch",),
+        "dtype": ("int8",),
     },
     "eval/run_eval.py": {
         "limit": ("0", "-1", "x"),

@@ -5,7 +5,6 @@ lm-eval passes its `--metadata` to every function below: `sample_dir` is a folde
 directory. Bare `lm_eval` can use this file, too.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from lm_eval.api.instance import Instance
 
 from buddygpt.data.text.benchmarks import LETTERS, read_multiple_choice
 from buddygpt.eval.harness import Task
+from buddygpt.eval.rows import read_rows
 
 
 class Dialogue(Task):
@@ -129,29 +129,4 @@ def read_exam(folder: Path) -> list[dict[str, Any]]:
             )
     if not rows:
         raise FileNotFoundError(f"{folder} has no SUBJECT.csv")
-    return rows
-
-
-def read_rows(path: Path, *columns: str) -> list[dict[str, Any]]:
-    """Return the rows of a jsonl file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file has no rows, a line is not JSON, or one of `columns` is missing or empty in a row.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            rows = [json.loads(line) for line in file]
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not one JSON object per line: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number} is not an object but {type(row).__name__}")
-        for column in columns:
-            if not row.get(column):
-                raise ValueError(f"{path}, row {number}: `{column}` is missing or empty")
-    if not rows:
-        raise ValueError(f"{path} has no rows")
     return rows
