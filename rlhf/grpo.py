@@ -78,9 +78,7 @@ def main() -> None:
     }
     train_rows = load_prompts(args.train_files, **options)
     eval_rows = load_prompts(args.eval_files, **options) if args.eval_files else None
-    questions = training_args.generation_batch_size // training_args.num_generations
-    if len(train_rows) < questions:
-        raise UserError(f"there are {len(train_rows)} rows, fewer than the {questions} questions of a step")
+    require_whole_groups(training_args, len(train_rows), has_eval=eval_rows is not None)
     model_options = {"dtype": model_args.dtype, "trust_remote_code": training_args.trust_remote_code}
     reward_funcs = build_rewards(reward_args, tokenizer, **model_options)
     with building("trainer"):
@@ -97,6 +95,21 @@ def main() -> None:
     run_card = describe_run(algorithm_args.algorithm, args, model_args)
     run_card["arguments"] = vars(args) | vars(reward_args)
     run_training(trainer, chat_prompts(args.sample_prompts), run_card)
+
+
+def require_whole_groups(training_args: GRPOConfig | RLOOConfig, rows: int, has_eval: bool) -> None:
+    """Raise UserError if a step needs more questions than there are, or an evaluation would split their answers."""
+    questions = training_args.generation_batch_size // training_args.num_generations
+    if rows < questions:
+        raise UserError(f"there are {rows} rows, fewer than the {questions} questions of a step")
+    # There is also an evaluation at the end; TRL only checks this if `eval_strategy` is not no.
+    answers = training_args.num_generations_eval or training_args.num_generations
+    batch = training_args.per_device_eval_batch_size * training_args.world_size
+    if has_eval and batch % answers:
+        raise UserError(
+            f"per_device_eval_batch_size x processes is {batch}, no multiple of the {answers} answers to a question "
+            "(num_generations_eval, else num_generations); change one of them"
+        )
 
 
 if __name__ == "__main__":

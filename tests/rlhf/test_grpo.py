@@ -6,23 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import history, run
-from safetensors.torch import load_file
-from tiny_models import MLA, MOE, SIGMOID, SIZES
+from tiny_models import SIZES, same_weights, save_random_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
 )
 from trl import GRPOTrainer
 
 from buddygpt.cli.errors import UserError
-from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
-
-MIXTURE = MLA | MOE | SIGMOID | dict(scoring_func="sigmoid", aux_loss_alpha=0.01)
 
 
 def grpo(workspace: Path, model: Path, output: Path, *options: object) -> None:
@@ -37,22 +31,6 @@ def few_rows(workspace) -> Path:
     path = workspace / "few.jsonl"
     path.write_text("".join((workspace / "sample" / "sft_eval.jsonl").open(encoding="utf-8").readlines()[:5]))
     return path
-
-
-def random_model(kind: str, workspace: Path) -> Path:
-    """Save a model with random weights and the tokenizer of the workspace."""
-    tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    sizes = SIZES | tokens | {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
-    torch.manual_seed(0)
-    if kind == "mixture":
-        model = BuddyGPTForCausalLM(BuddyGPTConfig(**sizes, **MIXTURE))
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=12))
-    folder = workspace / kind
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def check_run(folder: Path, algorithm: str = "grpo") -> None:
@@ -74,16 +52,11 @@ def check_run(folder: Path, algorithm: str = "grpo") -> None:
     AutoModelForCausalLM.from_pretrained(folder)
 
 
-def same_weights(first: Path, second: Path) -> bool:
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (first, second))
-    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "mixture", "qwen3"])
 def test_every_model_trains_and_resumes_bit_for_bit(kind, workspace, chat_model, few_rows, tmp_path):
     """In the third of four epochs, whose order differs from that of the first."""
-    model = chat_model if kind == "dense" else random_model(kind, workspace)
+    model = chat_model if kind == "dense" else save_random_model(kind, workspace)
     grpo(workspace, model, tmp_path / "whole", "--train_files", few_rows, "--save_steps", 5)
     check_run(tmp_path / "whole")
     assert not same_weights(tmp_path / "whole", model)
@@ -201,6 +174,10 @@ REFUSED = {
     "long answers": (["--max_completion_length", 129], "max_completion_length is 129, but the model has only 128"),
     "no room": (["--max_completion_length", 126], "the prompt has .* and only 2 leave room"),
     "odd group": (["--num_generations", 3], "must be divisible by num_generations"),
+    "odd evaluation": (
+        ["--per_device_eval_batch_size", 7, "--num_generations_eval", 2, "--eval_strategy", "no"],
+        "processes is 7, no multiple of the 2 answers",
+    ),
     "weights": (["--reward_weights", 1], "reward_weights has 1 values for the 2 rewards"),
     "vllm": (["--use_vllm", "true"], "vLLM does not know BuddyGPT"),
     "loss": (["--loss_type", "dpo"], "`loss_type` is dpo, must be one of grpo, dapo"),
