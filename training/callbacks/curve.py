@@ -14,7 +14,13 @@ from buddygpt.training.callbacks.figures import plt, save_figure
 PANELS = {
     "loss": {"loss": "training", "eval_loss": "held-out"},
     "bits per byte": {"bits_per_byte": "training", "eval_bits_per_byte": "held-out"},
-    "preference accuracy": {"rewards/accuracies": "training", "eval_rewards/accuracies": "held-out"},
+    "preference accuracy": {
+        "rewards/accuracies": "training",
+        "eval_rewards/accuracies": "held-out",
+        "accuracy": "training",  # of reward models
+        "eval_accuracy": "held-out",
+    },
+    "margin of the better answers": {"rewards/margins": "training", "eval_rewards/margins": "held-out"},
     "reward": {"reward": "training", "eval_reward": "held-out"},
     "KL divergence from the start": {"kl": "training", "eval_kl": "held-out"},
     "entropy of the answers": {"entropy": "training", "eval_entropy": "held-out"},

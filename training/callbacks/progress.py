@@ -20,6 +20,7 @@ COLUMNS = {
     "bits_per_byte": lambda value: f"bits/byte {value:.4f}",
     "mean_token_accuracy": lambda value: f"token accuracy {value:.1%}",
     "rewards/accuracies": lambda value: f"preferred {value:.1%}",
+    "accuracy": lambda value: f"preferred {value:.1%}",  # of reward models
     "rewards/margins": lambda value: f"margin {value:.3f}",
     "kl": lambda value: f"KL {value:.4f}",
     "completions/mean_length": lambda value: f"length {value:.1f}",
