@@ -127,6 +127,7 @@ def test_the_file_holds_the_model_and_its_tokenizer(tmp_path, checkpoint, export
         "rope.freq_base": config.rope_parameters["rope_theta"],
         "rope.scaling.factor": config.rope_parameters.get("factor"),
         "rope.scaling.type": fields.get("rope_parameters", {}).get("rope_type"),
+        "rope.scaling.original_context_length": config.rope_parameters.get("original_max_position_embeddings"),
     }.items():
         assert read.get(f"{architecture}.{key}") == value, key
     types = {each.name: each.tensor_type.name for each in reader.tensors}
