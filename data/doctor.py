@@ -44,7 +44,7 @@ from buddygpt.data.chat.checker import (
     row_text,
 )
 from buddygpt.data.chat.report import CONTROL, Findings, format_examples, format_findings, format_verdict
-from buddygpt.data.chat.rules import FORMS, MEDIA, count_remarks, special_tokens
+from buddygpt.data.chat.rules import FORMS, MEDIA, TEMPLATE_OPTIONS, count_remarks, special_tokens
 from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
 from buddygpt.data.chat.tokens import TokenSequence
 from buddygpt.data.chat.trees import join_replies
@@ -265,7 +265,10 @@ class Doctor:
                     fingerprint=fingerprint(identity(standard, keys)),
                     question=fingerprint(visible(question)),
                     # The file needs conversion if a key differs. Null and empty count as missing.
-                    is_standard=all((row.content.get(key) or None) == standard.get(key) for key in (*keys, "tools")),
+                    is_standard=all(
+                        (row.content.get(key) or None) == standard.get(key)
+                        for key in (*keys, "tools", TEMPLATE_OPTIONS)
+                    ),
                     sequences=sequences,
                     benchmark_item=item,
                 )
@@ -313,7 +316,10 @@ class Doctor:
             findings.add_seen("rows", row.fingerprint, place)
             findings.add_example(row.language, (place, row.text, row.sequences))
             if row.sequences:
-                findings.add_sequences(row.sequences, place)
+                # Each sequence of an instruction is a row of its own in training.
+                together = findings.kind in ("kto", "preference")
+                for sequences in [row.sequences] if together else [[each] for each in row.sequences]:
+                    findings.add_sequences(sequences, place)
             else:
                 findings.lengths.append(len(row.text))
             if row.benchmark_item:
@@ -352,7 +358,8 @@ def identity(standard: dict[str, Any], keys: tuple[str, ...]) -> str:
     turns = []
     for key in keys:
         turns += [[turn["role"], visible(turn["content"]), turn.get("tool_calls")] for turn in standard[key]]
-    return json.dumps([turns, standard.get("tools"), standard.get("label")], sort_keys=True)
+    others = [standard.get(key) for key in ("tools", "label", TEMPLATE_OPTIONS)]
+    return json.dumps([turns, *others], sort_keys=True)
 
 
 def fingerprint(text: str) -> int:

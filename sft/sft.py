@@ -6,26 +6,41 @@ Data: rows of `messages` (make them with data/convert_chat.py). Every option of 
 (`--use_peft true --lora_r 16 ...`) works here, in the YAML or as `--key value`. An interrupted run resumes.
 """
 
+from dataclasses import dataclass, field
+
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.data.chat.load import load_rows
+from buddygpt.data.chat.thoughts import PARTS
 from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options
 
 
+@dataclass
+class SFTArguments(TuningArguments):
+    loss_on: list[str] = field(
+        default_factory=lambda: list(PARTS),
+        metadata={"help": "Parts of the answers that carry loss, of thoughts, calls and text. Default: all."},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.loss_on or not set(self.loss_on) <= set(PARTS):
+            raise ValueError(f"loss_on is {self.loss_on}; give one or more of {', '.join(PARTS)}")
+
+
 def main() -> None:
     args, training_args, model_args = parse_arguments(
-        TuningArguments, SFTConfig, ModelConfig, description=__doc__, defaults=recipe_defaults()
+        SFTArguments, SFTConfig, ModelConfig, description=__doc__, defaults=recipe_defaults()
     )
     tokenizer = prepare_for_trl(model_args, training_args)
     # Rows that are not fit stop the run here, before the model is loaded.
     with training_args.main_process_first(desc="reading the rows"):  # the others read its cache
         options = row_options(args, training_args, tokenizer, evaluation=False)
-        train_rows = load_rows(args.train_files, "sft", **options)
+        train_rows = load_rows(args.train_files, "sft", loss_on=args.loss_on, **options)
         options = row_options(args, training_args, tokenizer, evaluation=True)
-        eval_rows = load_rows(args.eval_files, "sft", **options) if args.eval_files else None
+        eval_rows = load_rows(args.eval_files, "sft", loss_on=args.loss_on, **options) if args.eval_files else None
     # TRL replaces the model's forward pass and computes the loss itself (trl/trainer/sft_trainer.py, compute_loss).
     with building("trainer"):
         trainer = SFTTrainer(

@@ -9,7 +9,7 @@ for row in read_rows(path):
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from buddygpt.data.chat.rules import (
     refuse_media,
 )
 from buddygpt.data.chat.schemas import Schema, named_columns, recognize
+from buddygpt.data.chat.thoughts import read_switch, split_by_questions
 from buddygpt.data.chat.unread import STANDARD_KEYS, WatchedRow, unread_keys
 from buddygpt.data.text.rows import Row, read_rows
 
@@ -121,14 +122,17 @@ class RowChecker:
         if self.tokenizer:
             from buddygpt.data.chat.tokens import tokenize_rows  # imports torch, which conversion does not need
 
-            standard = [each for checked in all_checked for each in checked.standard]
+            # As load.py: a row with thoughts may be trained as several, whose sequences are listed one after another.
+            split = split_by_questions if self.kind == "sft" else lambda row: [row]
+            parts = [[split(each) for each in checked.standard] for checked in all_checked]
+            standard = [each for of_rows in parts for of_row in of_rows for each in of_row]
             tokenized = iter(tokenize_rows(standard, self.kind, self.tokenizer))
-            for number, checked in enumerate(all_checked):
-                sequences = list(islice(tokenized, len(checked.standard)))
-                if refused := next((each for each in sequences if isinstance(each, BadRow)), None):
-                    all_checked[number] = CheckedRow(fault=str(refused))
+            for number, (checked, of_rows) in enumerate(zip(all_checked, parts, strict=True)):
+                sequences = [list(islice(tokenized, len(of_row))) for of_row in of_rows]
+                if refused := [each for of_row in sequences for each in of_row if isinstance(each, BadRow)]:
+                    all_checked[number] = CheckedRow(fault=str(refused[0]))
                 elif sequences:
-                    checked.sequences = sequences
+                    checked.sequences = [[*chain.from_iterable(each)] for each in sequences]
         return all_checked
 
     def find_item(self, text: str) -> str:
@@ -162,6 +166,7 @@ def convert(
         raise BadRow(f"no key {' and '.join(sorted(missing))}, unlike the schema {schema.name}")
     try:
         rows = schema.read(watched)
+        switch = read_switch(watched)
     except BadRow:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -169,7 +174,7 @@ def convert(
 
     standard, escaped = [], 0
     for each in rows if isinstance(rows, list) else [rows]:
-        each, count = escape(each, special_tokens)
+        each, count = escape(each | switch, special_tokens)
         standard.append(each)
         escaped += count
     for each in standard:

@@ -19,7 +19,8 @@ from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import ROW_TYPES, file_sha256, find_files
 from buddygpt.data.chat.checker import RowChecker
 from buddygpt.data.chat.report import format_unread
-from buddygpt.data.chat.rules import FORMS, BadRow, special_tokens
+from buddygpt.data.chat.rules import FORMS, TEMPLATE_OPTIONS, BadRow, special_tokens
+from buddygpt.data.chat.thoughts import PARTS, split_by_questions
 from buddygpt.data.chat.tokens import TokenSequence, Truncation, find_faults, tokenize, training_template
 from buddygpt.data.text.benchmarks import BENCHMARK_TYPES
 from buddygpt.data.text.rows import read_rows
@@ -49,6 +50,7 @@ def load_rows(
     max_length: int | None = None,
     keep_end: bool = False,
     assistant_only: bool = True,
+    loss_on: Sequence[str] = PARTS,
     benchmarks: Sequence[str] = (),
     force: bool = False,
     num_proc: int | None = None,
@@ -56,9 +58,10 @@ def load_rows(
 ) -> Dataset:
     """Load rows of one kind, and refuse what data/doctor.py would call not fit.
 
-    The columns are those of the kind (see rules.py) and `tools`, None if a row has none. All other keys are dropped.
-    With a tokenizer there are also the columns of `TOKEN_COLUMNS`, and rows without an answer in what the trainer
-    keeps are left out. Rows are read and checked once, then mapped from the cache of `datasets`.
+    The columns are those of the kind (see rules.py) and `tools`, None if a row has none; also `chat_template_kwargs`
+    if a row has it. All other keys are dropped. Instructions with thoughts become several rows if needed (see
+    thoughts.py). With a tokenizer there are also the columns of `TOKEN_COLUMNS`, and rows without an answer in what
+    the trainer keeps are left out. Rows are read and checked once, then mapped from the cache of `datasets`.
 
     Args:
         files: Names or globs of jsonl or parquet files.
@@ -68,6 +71,7 @@ def load_rows(
         max_length: Tokens that the trainer keeps of a row; None for all.
         keep_end: It keeps the last tokens, not the first.
         assistant_only: False: every token of an instruction carries loss.
+        loss_on: The parts of the answers of an instruction that carry loss.
         benchmarks: Files, globs or folders of benchmarks; a row that contains an item of one is bad.
         force: Leave bad rows out and print a warning instead of raising.
         num_proc: Processes that tokenize.
@@ -82,12 +86,13 @@ def load_rows(
         parts = [_load_file(path, kind, tokens, tuple(benchmarks), force) for path in find_files(files, ROW_TYPES)]
         rows = concatenate_datasets(parts)
         if tokenizer:
-            rows = _tokenize_rows(rows, kind, tokenizer, assistant_only, num_proc)
+            rows = _tokenize_rows(rows, kind, tokenizer, assistant_only, tuple(loss_on), num_proc)
             rows = _drop_bad_rows(rows, files, force)
             rows = _drop_untrained_rows(rows, kind, files, Truncation(max_length, keep_end), force)
     except UnfitRows as error:
         raise UserError(f"{error}. {advise(error.files, kind, tokenizer, max_length, benchmarks)}") from error
-    return rows.remove_columns(NOTES)
+    unused = [] if any(rows[TEMPLATE_OPTIONS][:]) else [TEMPLATE_OPTIONS]
+    return rows.remove_columns([*NOTES, *unused])
 
 
 def key_rows(rows: Dataset, *parts: Any) -> Dataset:
@@ -120,7 +125,7 @@ def _load_file(path: Path, kind: str, tokens: tuple[str, ...], benchmarks: tuple
 
 def _features_of(kind: str) -> dict[str, Any]:
     # A message is stored as one JSON text: an Arrow struct would give every message the keys of all others.
-    columns = {key: List(Json()) for key in (*FORMS[kind], "tools")}
+    columns = {key: List(Json()) for key in (*FORMS[kind], "tools")} | {TEMPLATE_OPTIONS: Json()}
     return columns | ({"label": Value("bool")} if kind == "kto" else {})
 
 
@@ -149,8 +154,9 @@ def _generate_rows(
         if fault and not force:
             raise UnfitRows(f"{place}: {fault}", [str(path)])
         content = {} if fault else row.content
-        columns = {key: content.get(key) for key in _features_of(kind)}
-        yield columns | {"place": place, "fault": fault or None, "unread": ", ".join(checked.unread)}
+        for part in split_by_questions(content) if kind == "sft" and content else [content]:
+            columns = {key: part.get(key) for key in _features_of(kind)}
+            yield columns | {"place": place, "fault": fault or None, "unread": ", ".join(checked.unread)}
     if row is None:
         raise UserError(f"{path} is empty")
 
@@ -173,7 +179,12 @@ def _drop_bad_rows(rows: Dataset, files: list[str], force: bool) -> Dataset:
 
 
 def _tokenize_rows(
-    rows: Dataset, kind: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool, num_proc: int | None
+    rows: Dataset,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    assistant_only: bool,
+    loss_on: tuple[str, ...],
+    num_proc: int | None,
 ) -> Dataset:
     """Add the columns of `TOKEN_COLUMNS`, or a fault to rows that the chat template refuses."""
     if kind == "sft" and assistant_only:
@@ -181,12 +192,13 @@ def _tokenize_rows(
     columns = {key: List(Value("int32")) for key in TOKEN_COLUMNS[kind]}
     return rows.map(
         _tokenize_row,
-        fn_kwargs={"kind": kind, "tokenizer": tokenizer, "assistant_only": assistant_only},
+        fn_kwargs={"kind": kind, "tokenizer": tokenizer, "assistant_only": assistant_only, "loss_on": loss_on},
         features=Features({**rows.features, **columns}),
         num_proc=num_proc,
         new_fingerprint=_cache_key(
             rows._fingerprint,
             assistant_only,
+            loss_on,
             tokenizer.backend_tokenizer.to_str(),
             tokenizer.chat_template,
             tokenizer.special_tokens_map,  # templates write them
@@ -196,10 +208,10 @@ def _tokenize_rows(
 
 
 def _tokenize_row(
-    row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool
+    row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase, assistant_only: bool, loss_on: tuple[str, ...]
 ) -> dict[str, Any]:
     try:
-        sequences = tokenize(row, kind, tokenizer, assistant_only)
+        sequences = tokenize(row, kind, tokenizer, assistant_only, loss_on)
     except BadRow as error:
         return {key: [] for key in TOKEN_COLUMNS[kind]} | {"fault": str(error)}
     if kind == "sft":

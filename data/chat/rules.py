@@ -7,7 +7,8 @@ carries no loss):
     preference   {"prompt": [message, ...], "chosen": [message], "rejected": [message]}
     kto          {"prompt": [message, ...], "completion": [message], "label": true or false}
 
-Each may also have "tools": [{"type": "function", "function": {...}}].
+Each may also have "tools": [{"type": "function", "function": {...}}], and "chat_template_kwargs":
+{"enable_thinking": true or false} (see thoughts.py). Thoughts are in the text of an answer, <think>...</think> first.
 """
 
 import json
@@ -31,6 +32,8 @@ RECIPES = {
     "kto": "train on them with rlhf/kto.py; the other recipes of preferences need pairs of answers",
     "prompt": "rlhf/grpo.py learns from rewards of the answers to them",  # no kind of its own: see prompts.py
 }
+
+TEMPLATE_OPTIONS = "chat_template_kwargs"
 
 # Turns that may follow a turn. "call" is an assistant turn with tool calls.
 NEXT = {
@@ -92,11 +95,18 @@ def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = 
     if kind == "sft":
         refuse_label(row)
         check_messages(row["messages"])
+        if (row.get(TEMPLATE_OPTIONS) or {}) == {"enable_thinking": False} and "<think>" in _texts(row["messages"]):
+            raise BadRow(f"{TEMPLATE_OPTIONS} turns thinking off, but an answer has thoughts")
     else:
         _check_answers(row, answer_keys=keys[1:])
     tools = row.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools is not a list of objects")
+    options = row.get(TEMPLATE_OPTIONS) or {}
+    if not isinstance(options, dict) or any(
+        key != "enable_thinking" or not isinstance(value, bool) for key, value in options.items()
+    ):
+        raise BadRow(f"{TEMPLATE_OPTIONS} is {options!r:.60}; it may be {{'enable_thinking': true or false}}")
     if kind == "kto" and not isinstance(row.get("label"), bool):
         raise BadRow("label is neither true nor false")
     _check_text(json.dumps(row, ensure_ascii=False), special_tokens)
@@ -125,6 +135,10 @@ def check_messages(messages: Any) -> None:
         previous = current
     if previous not in ("assistant", "call"):
         raise BadRow(f"the last turn is `{previous}`, not the assistant's")
+
+
+def _texts(messages: list[dict[str, Any]]) -> str:
+    return "\n".join(message["content"] for message in messages if message["role"] == "assistant")
 
 
 def _check_answers(row: dict[str, Any], answer_keys: tuple[str, ...]) -> None:

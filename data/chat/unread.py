@@ -4,9 +4,9 @@ from collections.abc import Collection
 from typing import Any
 
 from buddygpt.data.chat.loss_marks import LISTS, MARKS
-from buddygpt.data.chat.rules import FORMS, THINKING_KEYS
+from buddygpt.data.chat.rules import FORMS, TEMPLATE_OPTIONS, THINKING_KEYS
 
-STANDARD_KEYS = {kind: {*keys, "tools"} for kind, keys in FORMS.items()}
+STANDARD_KEYS = {kind: {*keys, "tools", TEMPLATE_OPTIONS} for kind, keys in FORMS.items()}
 STANDARD_KEYS["kto"].add("label")
 EMPTY = (None, "", [], {})
 # Keys of a turn that are read, or that only repeat what the order of the turns says.
