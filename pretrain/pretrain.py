@@ -39,9 +39,9 @@ from buddygpt.training.liger import register_liger
 from buddygpt.training.limits import require_limits, require_memory
 from buddygpt.training.model_card import describe_base
 from buddygpt.training.optimizers import choose_optimizer
-from buddygpt.training.positions import extend_positions, parse_model_kwargs
+from buddygpt.training.positions import extend_positions, parse_model_kwargs, require_positions
 from buddygpt.training.resume import Start, find_start
-from buddygpt.training.run import building, recipe_defaults, require_positions, run_recipe, run_training
+from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 
 
 @dataclass

@@ -13,8 +13,10 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError
-from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_rows_of_run
+from buddygpt.data.chat.load import load_rows
+from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
+from buddygpt.training.starting_checkpoint import prepare_for_trl
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both
 
 # TRL refuses other names only after the first step has begun (trl/trainer/dpo_trainer.py).
 LOSSES = (
@@ -38,7 +40,7 @@ def main() -> None:
     require_known("loss_type", training_args.loss_type, LOSSES)
     require_known("f_divergence_type", [training_args.f_divergence_type], DIVERGENCES)
     tokenizer = prepare_for_trl(model_args, training_args)
-    train_rows, eval_rows = load_rows_of_run("preference", args, training_args, model_args, tokenizer)
+    train_rows, eval_rows = load_both(load_rows, "preference", args, training_args, model_args, tokenizer)
     # TRL computes the loss of both answers (trl/trainer/dpo_trainer.py), with a frozen copy as the reference model.
     with building("trainer"):
         trainer = TokenizedDPOTrainer(

@@ -28,7 +28,8 @@ from buddygpt.data.chat.prompt_batches import PromptsWithTools
 from buddygpt.data.chat.prompts import load_prompts
 from buddygpt.rlhf.reward_arguments import RewardArguments, build_rewards, find_needs, require_rewards
 from buddygpt.training.generation import room_for_prompts
-from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
+from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
+from buddygpt.training.starting_checkpoint import prepare_for_trl
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run
 
 

@@ -15,8 +15,10 @@ from trl import KTOConfig, KTOTrainer, ModelConfig, get_peft_config, get_quantiz
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError
-from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_rows_of_run
+from buddygpt.data.chat.load import load_rows
+from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
+from buddygpt.training.starting_checkpoint import prepare_for_trl
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both
 
 
 class TokenizedKTOTrainer(KTOTrainer):
@@ -38,7 +40,7 @@ def main() -> None:
         TuningArguments, KTOConfig, ModelConfig, description=__doc__, defaults=recipe_defaults()
     )
     tokenizer = prepare_for_trl(model_args, training_args)
-    train_rows, eval_rows = load_rows_of_run("kto", args, training_args, model_args, tokenizer)
+    train_rows, eval_rows = load_both(load_rows, "kto", args, training_args, model_args, tokenizer)
     check_balance(train_rows["label"][:], training_args)
     # Batches that stay together are read in the order of the rows: without shuffling, in that of the file.
     train_rows = train_rows.shuffle(seed=training_args.seed)

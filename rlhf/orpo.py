@@ -8,12 +8,19 @@ the odds ratio) and `ModelConfig` (`--use_peft true ...`) works here, in the YAM
 run resumes.
 """
 
-from buddygpt.rlhf.pairs import train_on_pairs
-from buddygpt.training.run import run_recipe
+from trl import ModelConfig
+
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.rlhf.pairs import ORPOConfig, TokenizedORPOTrainer, train_on_pairs
+from buddygpt.training.run import recipe_defaults, run_recipe
+from buddygpt.training.tuning import TuningArguments
 
 
 def main() -> None:
-    train_on_pairs("orpo", __doc__)
+    args, training_args, model_args = parse_arguments(
+        TuningArguments, ORPOConfig, ModelConfig, description=__doc__, defaults=recipe_defaults()
+    )
+    train_on_pairs("orpo", TokenizedORPOTrainer, args, training_args, model_args)
 
 
 if __name__ == "__main__":

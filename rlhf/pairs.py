@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
-from buddygpt.cli.arguments import parse_arguments
-from buddygpt.data.chat.load import IGNORED
-from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_training
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_rows_of_run
+from buddygpt.data.chat.load import IGNORED, load_rows
+from buddygpt.training.run import building, run_training
+from buddygpt.training.starting_checkpoint import prepare_for_trl
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # requirements.txt pins the version that is tested
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -40,17 +40,16 @@ class TokenizedCPOTrainer(CPOTrainer):
         return row
 
 
-ALGORITHMS = {"orpo": (ORPOConfig, TokenizedORPOTrainer), "simpo": (CPOConfig, TokenizedCPOTrainer)}
-
-
-def train_on_pairs(recipe: str, description: str, **defaults: Any) -> None:
-    """Run the recipe `orpo` or `simpo`: parse the arguments, with these defaults, and train."""
-    config_class, trainer_class = ALGORITHMS[recipe]
-    args, training_args, model_args = parse_arguments(
-        TuningArguments, config_class, ModelConfig, description=description, defaults=recipe_defaults() | defaults
-    )
+def train_on_pairs(
+    recipe: str,
+    trainer_class: type[TokenizedORPOTrainer | TokenizedCPOTrainer],
+    args: TuningArguments,
+    training_args: ORPOConfig | CPOConfig,
+    model_args: ModelConfig,
+) -> None:
+    """Do what the recipes do once their arguments are parsed."""
     tokenizer = prepare_for_trl(model_args, training_args)
-    train_rows, eval_rows = load_rows_of_run("preference", args, training_args, model_args, tokenizer)
+    train_rows, eval_rows = load_both(load_rows, "preference", args, training_args, model_args, tokenizer)
     training_args.remove_unused_columns = False  # as these trainers demand
     loading, training_args.model_init_kwargs = training_args.model_init_kwargs, None  # for models that TRL loads
     with building("trainer"):

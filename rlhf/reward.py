@@ -23,8 +23,9 @@ from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import ROW_TYPES, find_files
 from buddygpt.data.chat.load import load_rows
-from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
-from buddygpt.training.tuning import TuningArguments, describe_run, load_rows_of_run, row_options
+from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
+from buddygpt.training.starting_checkpoint import prepare_for_trl
+from buddygpt.training.tuning import TuningArguments, describe_run, load_both, row_options
 
 
 @dataclass
@@ -66,7 +67,9 @@ def main() -> None:
         raise UserError("sample_prompts: a reward model scores answers and writes none; remove it")
     tokenizer = prepare_for_trl(model_args, training_args)
     training_args.model_init_kwargs["num_labels"] = 1
-    train_rows, _ = load_rows_of_run("preference", replace(args, eval_files=[]), training_args, model_args, tokenizer)
+    train_rows, _ = load_both(
+        load_rows, "preference", replace(args, eval_files=[]), training_args, model_args, tokenizer
+    )
     sources, eval_rows = load_sources(args, training_args, tokenizer) if args.eval_files else ((), None)
     with building("trainer"):
         trainer = RewardTrainerBySource(

@@ -9,12 +9,21 @@ and `ModelConfig` (`--use_peft true ...`) works here, in the YAML or as `--key v
 with `cpo_alpha 1` is CPO. An interrupted run resumes.
 """
 
-from buddygpt.rlhf.pairs import train_on_pairs
-from buddygpt.training.run import run_recipe
+from trl import ModelConfig
+
+from buddygpt.cli.arguments import parse_arguments
+from buddygpt.rlhf.pairs import CPOConfig, TokenizedCPOTrainer, train_on_pairs
+from buddygpt.training.run import recipe_defaults, run_recipe
+from buddygpt.training.tuning import TuningArguments
+
+DEFAULTS = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}
 
 
 def main() -> None:
-    train_on_pairs("simpo", __doc__, loss_type="simpo", beta=2.0, simpo_gamma=1.0, cpo_alpha=0.0)
+    args, training_args, model_args = parse_arguments(
+        TuningArguments, CPOConfig, ModelConfig, description=__doc__, defaults=recipe_defaults() | DEFAULTS
+    )
+    train_on_pairs("simpo", TokenizedCPOTrainer, args, training_args, model_args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.thoughts import PARTS
-from buddygpt.training.run import building, prepare_for_trl, recipe_defaults, run_recipe, run_training
+from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
+from buddygpt.training.starting_checkpoint import prepare_for_trl
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options
 
 

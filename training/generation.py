@@ -6,7 +6,7 @@ from transformers import AutoConfig
 from trl import DistillationConfig, GRPOConfig, ModelConfig, RLOOConfig
 
 from buddygpt.cli.errors import UserError
-from buddygpt.training.run import require_positions
+from buddygpt.training.positions import require_positions
 
 
 def room_for_prompts(

@@ -28,6 +28,26 @@ def parse_model_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any]:
     return dict(value or {})
 
 
+def require_positions(key: str, length: int | None, limit: int | None) -> None:
+    """Raise UserError if rows may have more tokens than the model has positions; warn if they have no limit.
+
+    Args:
+        key: The name of the option that limits rows, for the message.
+        length: Its value.
+        limit: The model's `max_position_embeddings`; None if it has none.
+    """
+    if limit is None:
+        return
+    if length is None:
+        print(f"warning: {key} is null: rows may be longer than the {limit} positions of the model", file=sys.stderr)
+    elif length > limit:
+        raise UserError(
+            f"{key} is {length}, but the model has only {limit} positions (max_position_embeddings). Use at most "
+            f"{limit}; or extend a checkpoint with model_init_kwargs: {{max_position_embeddings: {length}, "
+            "rope_parameters: {rope_type: yarn}}, and a new model in the JSON of its config"
+        )
+
+
 def extend_positions(config: PreTrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
     """Return `model_init_kwargs` with `rope_parameters` that are complete and fit the new number of positions.
 

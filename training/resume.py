@@ -1,18 +1,14 @@
-"""Atomic checkpoints, and which one to resume from.
-
-Saving: [`save_checkpoints_atomically`], [`save_final_folder`]. Resuming: [`find_start`], [`last_checkpoint`].
-"""
+"""Find the checkpoint to resume from, see that it is whole and fits, and continue its counts."""
 
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -22,25 +18,17 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCall
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
-from buddygpt.cli.checkpoints import finish_checkpoint
 from buddygpt.cli.errors import UserError, library_errors, reading
 from buddygpt.cli.files import file_sha256
 from buddygpt.training.finished_folder import (
     as_part_of_run,
-    bring_training_state_back,
-    set_training_state_aside,
 )
 from buddygpt.training.pickles import require_plain_metadata
-
-CHECKSUMS = "checksums.json"
-PARTIAL = f"{PREFIX_CHECKPOINT_DIR}.partial"
+from buddygpt.training.saving import CHECKSUMS
 
 Model = PreTrainedModel | PeftModel
-
-
-# --- resuming ---
 
 
 @dataclass(frozen=True)
@@ -360,156 +348,3 @@ def expect_tied_weights_once(trainer: Trainer) -> None:
         warn(load_result._replace(missing_keys=others))
 
     trainer._issue_warnings_after_load = warn_about_others
-
-
-def claim_folder(folder: str | Path) -> TextIO | None:
-    """Lock a folder until this process ends or closes the returned file.
-
-    If only the launcher of a run was killed, its processes may still be training: a second run must not write to the
-    same folder.
-
-    Raises:
-        UserError: Another process holds the lock.
-    """
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    file = open(Path(folder) / "run.lock", "a+")  # noqa: SIM115  stays open, and so locked
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise UserError(
-            f"{folder} is in use: process {file.read()} is training there. Stop it, or set another output_dir"
-        ) from error
-    except OSError:  # the file system has no locks
-        return None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
-
-
-# --- saving ---
-
-
-def save_checkpoints_atomically(trainer: Trainer) -> None:
-    """Make a trainer write each checkpoint under a temporary name, add checksums, and rename it when it is complete.
-
-    `checkpoint-N` is always complete, even if the run is killed while saving. All files are flushed to disk before the
-    rename; `checksums.json` holds the size and sha256 of every other file.
-    """
-    trainer_save = trainer._save_checkpoint
-    wait = trainer.accelerator.wait_for_everyone
-    run_dir = Path(trainer.args.output_dir)
-    partial = run_dir / PARTIAL
-    if trainer.args.should_save:
-        bring_training_state_back(run_dir)
-    wait()
-
-    def save(model: torch.nn.Module, trial: Any = None) -> None:
-        if trainer.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        wait()
-        written = partial / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-        try:
-            # The trainer saves as usual, but into another folder, and leaves the upload for later.
-            with _methods_replaced(
-                trainer,
-                _get_output_dir=lambda trial: str(partial),
-                _push_from_checkpoint=lambda folder: None,
-                create_model_card=lambda **names: None,  # TRL's calls the model "fine-tuned version of None"
-            ):
-                trainer_save(model, trial)
-            wait()  # until every rank has written its part
-            _name_best_checkpoint(trainer, written, run_dir)
-            if trainer.args.should_save:
-                finish_checkpoint(written)
-                write_checksums(written)
-                _move_into_place(written, run_dir / written.name)
-        finally:
-            if trainer.args.should_save:
-                shutil.rmtree(partial, ignore_errors=True)
-        wait()
-        if trainer.args.push_to_hub:
-            trainer._push_from_checkpoint(str(run_dir / written.name))
-        if trainer.args.should_save:
-            # Delete old checkpoints: the trainer has looked for them in the temporary folder, where there are none.
-            best = trainer.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), trainer.args.save_total_limit, best, use_mtime=True)
-
-    trainer._save_checkpoint = save
-
-
-@contextmanager
-def _methods_replaced(trainer: Trainer, **methods: Callable) -> Iterator[None]:
-    vars(trainer).update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            delattr(trainer, name)
-
-
-def _name_best_checkpoint(trainer: Trainer, written: Path, run_dir: Path) -> None:
-    """Record the final folder name if this checkpoint is the best so far: the trainer recorded the temporary one."""
-    if trainer.state.best_model_checkpoint == str(written):
-        trainer.state.best_model_checkpoint = str(run_dir / written.name)
-        if trainer.args.should_save:
-            trainer.state.save_to_json(str(written / TRAINER_STATE_NAME))
-
-
-def write_checksums(folder: Path) -> None:
-    """Flush all files of a checkpoint to disk, then write their sizes and hashes as the last file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS)
-    with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(lambda path: file_sha256(path, flush=True), files))
-    checksums = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
-        for path, sha256 in zip(files, hashes, strict=True)
-    }
-    with open(folder / CHECKSUMS, "w", encoding="utf-8") as file:
-        json.dump(checksums, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _move_into_place(written: Path, folder: Path) -> None:
-    if folder.exists():  # a damaged checkpoint, or one saved twice at the same step
-        folder.rename(written.with_name("replaced"))
-    written.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)  # so that the rename survives a power failure
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-@contextmanager
-def save_final_folder(trainer: Trainer) -> Iterator[Path]:
-    """Yield a temporary folder for the final model; afterwards move each file to the same path in `output_dir`.
-
-    Then the folder can be published: cards of libraries, pickles and training state are not left in it.
-    """
-    output_dir = Path(trainer.args.output_dir)
-    wait = trainer.accelerator.wait_for_everyone
-    partial = output_dir / "final.partial"
-    if trainer.args.should_save:
-        shutil.rmtree(partial, ignore_errors=True)
-    wait()
-    try:
-        yield partial
-        wait()  # until every rank has written its part
-        if trainer.args.should_save:
-            for name in ("training_args.bin", "README.md"):  # a pickle, cards of libraries: run.json tells more
-                for file in partial.rglob(name):
-                    file.unlink()
-            finish_checkpoint(partial)
-            for path in list(partial.rglob("*")):
-                if path.is_file():
-                    target = output_dir / path.relative_to(partial)
-                    target.parent.mkdir(exist_ok=True)
-                    path.replace(target)
-            set_training_state_aside(output_dir)
-    finally:
-        if trainer.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)

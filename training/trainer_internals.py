@@ -13,9 +13,9 @@ from trl.experimental.cpo import CPOTrainer
 
 # File, member, use, and why the public interface is not enough. `override` is in a subclass, `replace` on an instance.
 TABLE = """
-training/resume.py                Trainer._save_checkpoint              replace   checkpoints are complete or absent
-training/resume.py                Trainer._get_output_dir               replace   saves to a temporary folder first
-training/resume.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
+training/saving.py                Trainer._save_checkpoint              replace   checkpoints are complete or absent
+training/saving.py                Trainer._get_output_dir               replace   saves to a temporary folder first
+training/saving.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
 training/resume.py                Trainer._issue_warnings_after_load    replace   tied weights are not missing
 training/resume.py                SFTTrainer._total_train_tokens        set       TRL counts from 0 again
 training/evaluation.py            GRPOTrainer.num_generations_eval      read      answers to a row stay together

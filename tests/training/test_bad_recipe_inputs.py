@@ -19,7 +19,7 @@ from tiny_tokenizer import train_tiny_tokenizer
 from transformers import AutoTokenizer
 
 from buddygpt.data.shards.format import tokenizer_fingerprint
-from buddygpt.training.resume import write_checksums
+from buddygpt.training.saving import write_checksums
 
 pytestmark = pytest.mark.slow
 

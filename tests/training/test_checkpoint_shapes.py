@@ -10,7 +10,8 @@ from tiny_models import VARIANTS, make_model
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from buddygpt.cli.errors import UserError
-from buddygpt.training.resume import last_checkpoint, write_checksums
+from buddygpt.training.resume import last_checkpoint
+from buddygpt.training.saving import write_checksums
 
 MIXTURE = Qwen3MoeConfig(
     vocab_size=97,

@@ -33,7 +33,8 @@ from buddygpt.data.shards.order import BlockOrder, Quota
 from buddygpt.model.presets import PRESETS, load_config
 from buddygpt.pretrain.stream_trainer import PositionSampler
 from buddygpt.training.pickles import require_plain_metadata
-from buddygpt.training.resume import _saved_state, claim_folder, find_damage, last_checkpoint, write_checksums
+from buddygpt.training.resume import _saved_state, find_damage, last_checkpoint
+from buddygpt.training.saving import claim_folder, write_checksums
 
 VOCABULARY = 64
 BLOCK = 32

@@ -46,7 +46,8 @@ from buddygpt.data.shards.format import FORMAT_VERSION, MANIFEST, documents_file
 from buddygpt.data.shards.history import make_order, update_history
 from buddygpt.model.presets import load_config
 from buddygpt.pretrain.stream_trainer import StreamTrainer
-from buddygpt.training.resume import find_start, save_checkpoints_atomically, write_checksums
+from buddygpt.training.resume import find_start
+from buddygpt.training.saving import save_checkpoints_atomically, write_checksums
 
 PROGRESS = {"1%": 0.01, "50%": 0.5, "99%": 0.99}
 
