@@ -1,7 +1,7 @@
 """The arguments that the TRL recipes (sft/, rlhf/) share, and what follows from them."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from buddygpt.cli.checkpoints import checkpoint_sha256
 from buddygpt.cli.files import ROW_TYPES, file_sha256, find_files
-from buddygpt.data.chat.load import key_rows, load_rows
 from buddygpt.training.model_card import describe_base
 
 
@@ -40,28 +39,29 @@ def chat_prompts(questions: list[str]) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": question}] for question in questions]
 
 
-def load_rows_of_run(
+def load_both(
+    load_rows: Callable[..., Dataset],
     kind: str,
     args: TuningArguments,
     training_args: SFTConfig | DPOConfig,
     model_args: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Dataset, Dataset | None]:
-    """Return the tokenized rows for training and for evaluation. Call it before the model is loaded.
+    """Return the rows for training and for evaluation. Call it before the model is loaded: bad rows stop the run.
 
-    Raises:
-        UserError: As [`load_rows`].
+    Args:
+        load_rows: That of data/chat/load.py.
+        kind: Of the rows.
     """
+    key = reference_key(training_args, model_args) if getattr(training_args, "precompute_ref_log_probs", False) else ()
     sets = []
     with training_args.main_process_first(desc="reading the rows"):  # the others read its cache
         for files in (args.train_files, args.eval_files):
             is_evaluation = files is args.eval_files
             if is_evaluation and not files:
                 return sets[0], None
-            rows = load_rows(files, kind, **row_options(args, training_args, tokenizer, is_evaluation))
-            if getattr(training_args, "precompute_ref_log_probs", False):
-                rows = key_rows(rows, *reference_key(training_args, model_args))
-            sets.append(rows)
+            options = row_options(args, training_args, tokenizer, is_evaluation)
+            sets.append(load_rows(files, kind, key=key, **options))
     return sets[0], sets[1]
 
 

@@ -55,6 +55,7 @@ def load_rows(
     force: bool = False,
     num_proc: int | None = None,
     advise: Callable[..., str] = lambda *_: "",
+    key: Sequence[Any] = (),
 ) -> Dataset:
     """Load rows of one kind, and refuse what data/doctor.py would call not fit.
 
@@ -77,6 +78,7 @@ def load_rows(
         num_proc: Processes that tokenize.
         advise: Called as `advise(files, kind, tokenizer, max_length, benchmarks)`; returns what to do about rows that
             are not fit, for the error.
+        key: What else later results that are cached with the rows depend on, such as the model that makes them.
 
     Raises:
         UserError: A file is missing, empty or malformed, a row is bad (with file and row), or all rows are.
@@ -92,12 +94,8 @@ def load_rows(
     except UnfitRows as error:
         raise UserError(f"{error}. {advise(error.files, kind, tokenizer, max_length, benchmarks)}") from error
     unused = [] if any(rows[TEMPLATE_OPTIONS][:]) else [TEMPLATE_OPTIONS]
-    return rows.remove_columns([*NOTES, *unused])
-
-
-def key_rows(rows: Dataset, *parts: Any) -> Dataset:
-    """Return the same rows, whose cached results other `parts` than these do not share."""
-    return rows.select(range(len(rows)), new_fingerprint=_cache_key(rows._fingerprint, *parts))
+    rows = rows.remove_columns([*NOTES, *unused])
+    return rows.select(range(len(rows)), new_fingerprint=_cache_key(rows._fingerprint, *key)) if key else rows
 
 
 # --- Read and check ---
