@@ -1,6 +1,10 @@
 """Tiny models of every kind, with random weights."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
 
@@ -44,3 +48,26 @@ def make_model(seed: int = 0, **fields) -> BuddyGPTForCausalLM:
 
 def random_ids(*shape: int) -> torch.Tensor:
     return torch.randint(2, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+
+
+def save_random_model(kind: str, workspace: Path) -> Path:
+    """Save a `mixture` (MLA and experts) or a `qwen3` with the tokenizer of the workspace, and return its folder."""
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = SIZES | tokens | {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    if kind == "mixture":
+        mixture = MLA | MOE | SIGMOID | dict(scoring_func="sigmoid", aux_loss_alpha=0.01)
+        model = BuddyGPTForCausalLM(BuddyGPTConfig(**sizes, **mixture))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=12))
+    folder = workspace / kind
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Return True if the weights in two folders are bit-identical."""
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
