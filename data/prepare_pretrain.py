@@ -15,6 +15,7 @@ tasks. A killed run resumes after the last complete task. OUT appears, or change
 """
 
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from buddygpt.cli.files import require_output
 from buddygpt.data.shards.format import TokenShards, read_manifest
 from buddygpt.data.text.clean import Cleaner, load_profile
 from buddygpt.data.text.counts import CountWriter
+from buddygpt.data.text.hold_out import HoldOutCheck, HoldOutCounter
 from buddygpt.data.text.pipeline import DocumentReader, DocumentWriter, Stage, lock, run_stages
 from buddygpt.data.text.plan import (
     Plan,
@@ -60,8 +62,16 @@ class PretrainDataArguments:
     text_key: list[str] = field(
         default_factory=lambda: ["text"], metadata={"help": "Columns; the first that a row has is its text."}
     )
-    txt_sample_by: Literal["document", "line"] = field(
-        default="document", metadata={"help": "Whether a .txt file is one document, or each of its lines is one."}
+    txt_sample_by: Literal["document", "paragraph", "line"] = field(
+        default="document",
+        metadata={"help": "What is a document in .txt files: a file, a paragraph (between blank lines) or a line."},
+    )
+    txt_separator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Splits .txt files instead: a regular expression. A line that begins with a match begins a "
+            "document, without the match: '={5,}', or '(?=第.{1,9}章)' to keep the headings."
+        },
     )
     on_bad_row: Literal["stop", "skip"] = field(
         default="stop", metadata={"help": "Stop at a row that cannot be read, or print, count and skip it."}
@@ -103,6 +113,10 @@ class PretrainDataArguments:
         for key in ("sources", "text_key", "decontaminate"):
             if not isinstance(getattr(self, key), list):
                 setattr(self, key, [getattr(self, key)])
+        try:
+            re.compile(self.txt_separator or "")
+        except re.error as error:
+            raise ValueError(f"txt_separator is `{self.txt_separator}`, no regular expression: {error}") from error
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction is {self.eval_fraction}; use a number from 0 to below 1")
         for key in ("tasks", "workers", "shard_bytes", "batch_chars"):
@@ -148,7 +162,8 @@ def prepare(args: PretrainDataArguments, output: Path, partial: Path) -> bool:
             print(f"finished an interrupted append to {output}")
 
     # Read the sources, the existing shards and the tokenizer.
-    sources = read_sources(args.sources, text_key=args.text_key, txt_sample_by=args.txt_sample_by, clean=args.clean)
+    defaults = {key: getattr(args, key) for key in ("text_key", "txt_sample_by", "txt_separator", "clean")}
+    sources = read_sources(args.sources, **defaults)
     existing = TokenShards(output / "train") if args.append else None
     base = existing.manifest if existing else None
     check_mixture(sources, base, args.languages)
@@ -208,7 +223,14 @@ def cleaning_stages(args: PretrainDataArguments, sources: list[Source], plan: Pl
         steps.append(Decontaminator(index, ExampleWriter(work / "examples" / "benchmarks")))
 
     counts = CountWriter(work / "counts" / "clean", steps)
-    return [*stages, Stage("clean", [*steps, DocumentWriter(work / "documents"), counts], len(assignments))]
+    if not args.eval_fraction or plan.append_round:
+        return [*stages, Stage("clean", [*steps, DocumentWriter(work / "documents"), counts], len(assignments))]
+
+    # Too few documents to hold one out are reported before the long stages.
+    held_out = work / "counts" / "held_out"
+    steps = [*steps, HoldOutCounter(args.eval_fraction, held_out)]
+    stages.append(Stage("clean", [*steps, DocumentWriter(work / "documents"), counts], len(assignments)))
+    return [*stages, Stage("check", [HoldOutCheck(args.eval_fraction, held_out)], 1)]
 
 
 def duplicate_stages(args: PretrainDataArguments, plan: Plan, work: Path, output: Path) -> list[Stage]:

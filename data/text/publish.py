@@ -11,6 +11,7 @@ from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.format import FORMAT_VERSION, MANIFEST, SIZES, read_manifest
 from buddygpt.data.shards.mixture import collect_requests, resolve_mixture
 from buddygpt.data.text.counts import RowCounts, read_counts, sum_counts
+from buddygpt.data.text.hold_out import none_held_out
 from buddygpt.data.text.pipeline import DocumentReader
 from buddygpt.data.text.plan import Plan
 from buddygpt.data.text.report import write_report
@@ -47,7 +48,7 @@ class ManifestWriter(PipelineStep):
         if fraction:
             self._write_held_out()
             if not self._write_manifest("eval", {})["shards"]:
-                raise UserError(f"eval_fraction {fraction} holds out none of {train['documents']} documents; raise it")
+                raise none_held_out(fraction, train["documents"])
 
         # The index of duplicates, which the next append round needs.
         index = self.work / "duplicates" / "index"

@@ -88,7 +88,8 @@ def _rows(source: Source, reader: Reader, file: str, bar: tqdm) -> Iterator[Row]
     if reader.join or reader.function:
         return read_rows(path, bar=bar)
     keep = tuple(dict.fromkeys((*reader.keep, *source.minimums)))
-    return read_rows(path, source.text_key, bar, source.txt_sample_by, keep)
+    separator = re.compile(source.txt_separator) if source.txt_separator else None
+    return read_rows(path, source.text_key, bar, source.txt_sample_by, keep, separator)
 
 
 def _make_document(source: Source, reader: Reader, file: str, row: Row) -> Document:

@@ -14,7 +14,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain
@@ -30,11 +30,10 @@ from buddygpt.cli.encoding import marked_encoding, not_utf8
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_type
 from buddygpt.data.text.json_forms import is_conversation, is_message, rows_of_object
+from buddygpt.data.text.lines import CHUNK, LONGEST_ROW, CsvLines, check_length, split_documents
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
-CHUNK = 2**16  # bytes of a JSON array to read at once
-LONGEST_ROW = 2**28  # bytes; a process takes up to five times as much memory for it
 LONGEST_TOKEN = 16  # characters of the longest JSON tokens that are invalid in part: `\ud83d\ude00`, `-Infinity`
 PARQUET_BUFFER = 2**20  # bytes; without a buffer pyarrow reads a column of a whole row group at once
 csv.field_size_limit(LONGEST_ROW)  # the default refuses documents above 128 kB
@@ -86,6 +85,7 @@ def read_rows(
     bar: tqdm | None = None,
     txt_sample_by: str = "document",
     keep: Sequence[str] = (),
+    txt_separator: re.Pattern[str] | None = None,
 ) -> Iterator[Row]:
     """Yield every row of a file, also bad ones. Memory holds one row at a time, or one batch of a parquet file.
 
@@ -93,8 +93,7 @@ def read_rows(
         path: A .jsonl, .json (see `_read_json`), .parquet or .csv file or URL. With a `text_key`, also .txt and .md.
         text_key: The first of these columns that a row has is its text; only the text is returned.
         bar: A [`progress_bar`].
-        txt_sample_by: `document` if a .txt file is one document, `line` if every line is one. A .md file is always one
-            document.
+        txt_sample_by, txt_separator: How a .txt file is split, see [`split_documents`]. A .md file is one document.
         keep: Other columns to return with the text, if a file has them.
 
     Raises:
@@ -107,8 +106,8 @@ def read_rows(
         ".csv": _read_csv,
     }
     if text_key:
-        readers[".txt"] = {"document": _read_document, "line": _read_lines}[txt_sample_by]
-        readers[".md"] = _read_document
+        readers[".txt"] = partial(_read_txt, sample_by=txt_sample_by, separator=txt_separator)
+        readers[".md"] = _read_txt
     suffix = file_type(path)
     if suffix not in readers:
         raise UserError(f"{path}: unknown type `{suffix}`; use one of {', '.join(readers)}")
@@ -209,7 +208,7 @@ def _read_json(
     if stream.peek(1).lstrip().startswith(b"["):
         yield from _read_array(stream)
         return
-    lines = ((number, line.rstrip()) for number, line in enumerate(_lines(stream), start=1) if line.strip())
+    lines = ((number, line.rstrip()) for number, line in enumerate(_json_lines(stream), start=1) if line.strip())
     number, line = next(lines, (0, b""))
     if not number:
         return
@@ -267,7 +266,7 @@ def _read_values(stream: BinaryIO, text: str, number: int, decode: Callable[[byt
             if not _may_be_incomplete(text, error):
                 raise ValueError(f"the object at line {number}: {reason}") from error
             more = stream.read(max(CHUNK, len(text) - start))
-            _check_length(len(text) - start)
+            check_length(len(text) - start)
             if not more:
                 if start < len(text):
                     yield Row(number, None, reason)
@@ -279,6 +278,17 @@ def _read_values(stream: BinaryIO, text: str, number: int, decode: Callable[[byt
         yield Row(number, None if error else content, error)
         number += text.count("\n", start, end)
         start = end
+
+
+def _json_lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines; a line in which \\r ends rows is split there."""
+    while line := stream.readline(LONGEST_ROW + 1):
+        check_length(len(line))
+        first, _, rest = line.strip().partition(b"\r")
+        if rest and not _parse_line(0, first).error:
+            yield from line.splitlines()
+        else:
+            yield line
 
 
 def _parse_line(number: int, data: bytes) -> Row:
@@ -316,7 +326,7 @@ def _read_array(stream: BinaryIO) -> Iterator[Row]:
             more = b""
             if _may_be_incomplete(text, error):
                 more = stream.read(max(CHUNK, len(text) - start))
-                _check_length(len(text) - start)
+                check_length(len(text) - start)
             if not more:
                 reason = _encoding_error(text) or f"not valid JSON: {getattr(error, 'msg', error)}"
                 raise ValueError(f"row {number}: {reason}") from error
@@ -392,7 +402,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _read_csv(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[str]) -> Iterator[Row]:
-    lines = _CsvLines(stream)
+    lines = CsvLines(stream)
     rows = csv.DictReader(lines, strict=True)
     columns = _find_columns(rows.fieldnames or [], text_key, keep)
     for row in rows:
@@ -416,58 +426,16 @@ def _read_csv(stream: BinaryIO, text_key: Sequence[str] | None, keep: Sequence[s
             yield Row(number, row)
 
 
-class _CsvLines:
-    """The lines of a CSV file, with any line ends. A row that is too long is never in memory.
-
-    Attributes:
-        length: Bytes of the lines since this was last set to 0.
-    """
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.text = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="")
-        self.length = 0
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        pieces: list[str] = []
-        piece = ""
-        while not pieces or (len(piece) == CHUNK and not piece.endswith(("\n", "\r"))):
-            piece = self.text.readline(CHUNK)
-            self.length += len(piece if piece.isascii() else piece.encode(errors="surrogateescape"))
-            _check_length(self.length)
-            pieces.append(piece)
-        if not pieces[0]:
-            raise StopIteration
-        return "".join(pieces)
-
-
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    while line := stream.readline(LONGEST_ROW + 1):
-        _check_length(len(line))
-        yield line
-
-
-def _check_length(length: int) -> None:
-    if length > LONGEST_ROW:
-        raise ValueError(f"a row is longer than {LONGEST_ROW:,} bytes; split it")
-
-
-def _read_lines(stream: BinaryIO, text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:
-    return _text_rows(_lines(stream), text_key)
-
-
-def _text_rows(lines: Iterable[bytes], text_key: Sequence[str]) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
-        row = _decode(number, line)
+def _read_txt(
+    stream: BinaryIO,
+    text_key: Sequence[str],
+    keep: Sequence[str],
+    sample_by: str = "document",
+    separator: re.Pattern[str] | None = None,
+) -> Iterator[Row]:
+    for number, data in split_documents(stream, sample_by, separator):
+        row = _decode(number, data)
         yield row if row.error else Row(number, {text_key[0]: row.content})
-
-
-def _read_document(stream: BinaryIO, text_key: Sequence[str], keep: Sequence[str]) -> Iterator[Row]:
-    document = stream.read(LONGEST_ROW + 1)
-    _check_length(len(document))
-    return _text_rows([document], text_key)
 
 
 def _decode(number: int, data: bytes) -> Row:

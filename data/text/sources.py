@@ -91,6 +91,14 @@ def _is_positive(number: float) -> bool:
     return math.isfinite(number) and number > 0
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 def _are_finite(numbers: dict[str, float]) -> bool:
     return all(math.isfinite(number) for number in numbers.values())
 
@@ -118,13 +126,14 @@ class SourceEntry:
     weight: int | float | None = _key("a number above 0", _is_positive)
     clean: str | None = _key("the name of a profile")
     text_key: str | list[str] | None = _key("a column or a list of columns")
-    txt_sample_by: Literal["document", "line"] | None = _key("document or line")
+    txt_sample_by: Literal["document", "paragraph", "line"] | None = _key("document, paragraph or line")
+    txt_separator: str | None = _key("a regular expression", _is_pattern)
     languages: str | list[str] | None = _key("a folder's name or a list of them")
     minimums: dict[str, int | float] | None = _key("a number", _are_finite)  # metadata: the least value to keep
 
 
 # Keys of `SourceEntry` that not every reader takes. Users write `minimums` as `min_...`.
-SOME_READERS_ONLY = ("text_key", "txt_sample_by", "languages", "minimums")
+SOME_READERS_ONLY = ("text_key", "txt_sample_by", "txt_separator", "languages", "minimums")
 USE = {each.name: each.metadata["use"] for each in fields(SourceEntry)}
 
 
@@ -140,7 +149,8 @@ class Source:
     weight: float | None = None
     clean: str | None = None
     text_key: tuple[str, ...] = ("text",)
-    txt_sample_by: str = "document"  # or "line"
+    txt_sample_by: str = "document"  # or "paragraph" or "line"
+    txt_separator: str | None = None
     minimums: dict[str, float] = field(default_factory=dict)  # metadata: the least value that is kept
 
 
@@ -149,7 +159,7 @@ def read_sources(entries: list[str | dict[str, Any]], **defaults: Any) -> list[S
 
     Args:
         entries: A path, glob, URL, or the name of a reader or its data set; or a mapping, see the top of this file.
-        defaults: `text_key`, `txt_sample_by` and `clean` for the entries that do not set them.
+        defaults: `text_key`, `txt_sample_by`, `txt_separator` and `clean` for the entries that do not set them.
 
     Raises:
         UserError: An unknown key, a wrong value, no file found, or a name or file that occurs twice.
@@ -220,6 +230,7 @@ def _read_source(given: dict[str, Any], defaults: dict[str, Any], taken: Collect
         clean=settings.get("clean"),
         text_key=tuple(reader.text_key or _as_list(settings.get("text_key", "text"))),
         txt_sample_by=settings.get("txt_sample_by", "document"),
+        txt_separator=entry.txt_separator if entry.txt_sample_by else settings.get("txt_separator"),
         minimums={key: float(least) for key, least in (entry.minimums or {}).items()},
     )
 

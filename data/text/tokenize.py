@@ -3,7 +3,6 @@
 The tokenizer is read once, by the command. Tasks load only its JSON, with the `tokenizers` library.
 """
 
-import hashlib
 import io
 import json
 import sys
@@ -30,6 +29,7 @@ from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError
 from buddygpt.data.shards.format import documents_file, hash_shard, tokenizer_fingerprint
 from buddygpt.data.text.counts import HELD_OUT, RowCounts
+from buddygpt.data.text.hold_out import is_held_out
 from buddygpt.data.text.pipeline import documents_path, write_document
 
 pa.set_memory_pool(pa.system_memory_pool())  # the default pool keeps the memory it has freed
@@ -125,8 +125,7 @@ class HoldOut(PipelineStep):
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(documents_path(self.folder, rank), "wb") as file:
             for document in data:
-                digest = hashlib.sha256(document.text.encode()).digest()
-                if int.from_bytes(digest[:8], "big") >= self.fraction * 2**64:
+                if not is_held_out(document.text, self.fraction):
                     yield document
                 else:
                     self.counts.add("dropped", HELD_OUT)

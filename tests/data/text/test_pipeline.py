@@ -23,6 +23,7 @@ from buddygpt.cli.errors import UserError, run_script
 from buddygpt.data import prepare_pretrain
 from buddygpt.data.shards.format import TokenShards, documents_file, read_manifest, verify_shards
 from buddygpt.data.text import pipeline, publish, tokenize
+from buddygpt.data.text.hold_out import HoldOutCheck
 from buddygpt.data.text.pipeline import lock
 from buddygpt.data.text.publish import Publisher
 from buddygpt.data.text.steps import deduplicate
@@ -111,6 +112,7 @@ def test_a_document_with_a_benchmark_question_is_dropped_and_shown(config, monke
 KILLS = [  # the stage, and the function that kills the process at its n-th call in that stage
     ("index", np, "save", 2),
     ("clean", pipeline, "write_document", 40),
+    ("check", HoldOutCheck, "run", 1),
     ("signatures", DuplicateSignature, "get_signature", 200),
     ("buckets", DuplicatePairs, "run", 1),
     ("clusters", deduplicate, "link_to_first", 1),

@@ -24,7 +24,7 @@ from buddygpt.cli.errors import UserError
 from buddygpt.data import prepare_pretrain
 from buddygpt.data.shards.blocks import BlockDataset
 from buddygpt.data.shards.format import TokenShards, documents_file, tokenizer_fingerprint
-from buddygpt.data.text import readers
+from buddygpt.data.text import hold_out, readers
 from buddygpt.data.text.operators import normalize_lines
 from buddygpt.data.text.tokenize import token_dtype
 
@@ -124,6 +124,31 @@ def test_a_txt_file_is_one_document(tmp_path, prepare, tokenizer_folder):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     out = prepare(sources=tmp_path / "a.txt")
     assert documents(out / "train", AutoTokenizer.from_pretrained(tokenizer_folder)) == ["one\n\ntwo"]
+
+
+@pytest.mark.slow
+def test_five_novels_are_five_documents_and_too_few_to_hold_out_is_said_early(tmp_path, prepare, monkeypatch):
+    (tmp_path / "novels").mkdir()
+    for number in range(5):
+        chapters = [f"第{n}章 {number}\r\n\r\n{'春天到了，院子里的桃花开了。' * 50}{n}\r\n" for n in range(20)]
+        (tmp_path / "novels" / f"{number}.txt").write_text("".join(chapters), encoding="utf-8")
+    novels = {"sources": tmp_path / "novels"}
+    assert TokenShards(prepare(**novels) / "train").documents == 5
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("tokenizing has begun")
+
+    again = {"output": tmp_path / "again", "eval_fraction": 0.02, "deduplicate": "exact"}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_pretrain.ShardWriter, "run", refuse)
+        with pytest.raises(UserError, match="holds out none of 5 documents; raise it, or split long .txt files with"):
+            prepare(**novels, **again)
+        patch.setattr(hold_out, "is_held_out", lambda text, fraction: True)
+        with pytest.raises(UserError, match="holds out all of 5 documents; lower it"):
+            prepare(**novels, **again)
+    out = prepare(**novels, **again, txt_separator="(?=第.{1,3}章)")
+    manifests = [TokenShards(out / split) for split in ("train", "eval")]
+    assert sum(each.documents for each in manifests) == 100 and manifests[1].documents
 
 
 @pytest.mark.slow
@@ -318,6 +343,8 @@ def test_a_stopped_run_resumes_and_another_config_starts_from_scratch(tmp_path, 
         ("a.jsonl", b"", {}, "no document is left to train on"),
         ("a.jsonl", b'{"text": "a"}\n', {"eval_fraction": 1e-9}, "holds out none of 1 documents"),
         ("a.jsonl", b'{"text": "a"}\n', {"eval_fraction": 2}, "eval_fraction is 2.0; use a number from 0"),
+        ("a.txt", b"a", {"txt_separator": "(="}, r"txt_separator is `\(=`, no regular expression: missing \)"),
+        ("a.txt", b"a", {"txt_sample_by": "word"}, "txt_sample_by"),
         ("a.jsonl", b'{"text": "a"}\n', {"workers": 0}, "workers is 0; use at least 1"),
         ("a.jsonl", b'{"text": "a"}\n', {"on_bad_row": "drop"}, "on_bad_row"),
         (

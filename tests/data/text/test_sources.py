@@ -277,7 +277,7 @@ def test_entries_become_sources(tmp_path, monkeypatch):
         ({"path": "x.jsonl", "epochs": 0}, "epochs is `0`; use a number above 0"),
         ({"path": "x.jsonl", "weight": "1"}, "weight is `1`; use a number above 0"),
         ({"path": "x.jsonl", "min_score": float("nan")}, "min_score is `nan`; use a number"),
-        ({"path": "x.jsonl", "txt_sample_by": "word"}, "txt_sample_by is `word`; use document or line"),
+        ({"path": "x.jsonl", "txt_sample_by": "word"}, "txt_sample_by is `word`; use document, paragraph or line"),
         ({"path": "x.jsonl", "name": "a/b"}, "name is `a/b`; use letters"),
         ({"path": []}, r"path is `\[\]`; use a path"),
         ({}, "reader `columns` is not on the Hub; set `path` to its files"),
