@@ -73,7 +73,7 @@ def select_data_files(folder: str, names: list[str], types: Collection[str] = FI
         elif file_type(name) in types:
             selected.append(name)
         else:
-            skipped.setdefault(file.suffix or "without a suffix", []).append(name)
+            skipped.setdefault(file_type(name) or file.suffix or "without a suffix", []).append(name)
     if not skipped:
         return selected
 

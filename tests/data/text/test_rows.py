@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -15,6 +16,7 @@ import pytest
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import find_files
+from buddygpt.data.text import lines
 from buddygpt.data.text import rows as row_reader
 from buddygpt.data.text.rows import progress_bar, read_rows
 
@@ -36,9 +38,11 @@ def rows_of(path: Path, data: bytes, **options) -> list:
 ENCODED = {
     "GB18030": GB,
     "BIG5": "春天到了，院子裡的桃花開了，孩子們在樹下讀書。",
-    "BIG5-HKSCS": "學校的圖書館在三樓，那裡有很多關於香港歷史的書，嗰度好靜。",
+    "BIG5-HKSCS": "嗰度好靜，啲人喺度睇書，佢哋冇嘢做，唔知點算。",
     "SHIFT_JIS": "吾輩は猫である。名前はまだ無い。",
     "EUC-JP": "どこで生れたかとんと見当がつかぬ。",
+    "CP949": "똠방각하는 펲시콜라를 마신다.",
+    "UTF-32LE": "春天到了，院子里的桃花开了。",
     "EUC-KR": "나는 고양이로소이다. 이름은 아직 없다.",
 }
 
@@ -54,11 +58,19 @@ def test_an_encoding_is_told_and_damaged_utf8_is_not_taken_for_one(name, tmp_pat
             return str(error)
 
     for encoding, text in ENCODED.items():
-        hint = f"not valid UTF-8; it looks like {encoding}: convert it with `iconv -f {encoding} -t UTF-8`"
-        assert error((wrap % text).encode(encoding)).endswith(hint)
+        hint = f"{encoding}: convert it with `iconv -f {encoding} -t UTF-8`"
+        if encoding != "UTF-32LE":
+            hint = f"not valid UTF-8; it looks like {hint}"
+        assert error((wrap % text).encode(encoding)).endswith(hint.replace("UTF-32LE: c", "UTF-32LE; c"))
+    for encoding in ("UTF-16LE", "UTF-16BE"):  # without a byte order mark
+        for text in (GB, "Latin text has a zero in every second byte"):
+            message = error((wrap % text).encode(encoding))
+            assert encoding in message and f"convert it with `iconv -f {encoding} -t UTF-8`" in message, text
     for damaged in (
         (wrap % GB).encode().replace("桃".encode(), "桃".encode()[:2]),
         (wrap % "caf\xe9 na\xefve").encode("latin-1"),
+        (wrap % "Привет! Это обычный русский текст.").encode("cp1251"),
+        (wrap % "“C’est l’été” — café naïve €100").encode("cp1252"),
     ):
         assert error(damaged).endswith("not valid UTF-8")
 
@@ -221,6 +233,47 @@ def test_compressed_files_are_read_whole_or_the_last_good_row_is_named(suffix, c
     assert 10_000 < len(read_before) < 50_000 and f":{len(read_before)}: cannot" in str(caught.value)
 
 
+NOVELS = "第一章 雨\r\n\r\n下雨了。\r\n第二章 晴\r\n\r\n天晴了。\r\n=====\r\n\r\n第一章 雪\r\n下雪了。"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_txt_file_is_split_into_documents(end, tmp_path):
+    data = NOVELS.replace("\r\n", end)
+
+    def documents(data: str, **options: object) -> dict[int, str]:
+        options = {key: re.compile(value) if key == "txt_separator" else value for key, value in options.items()}
+        found = rows_of(tmp_path / "a.txt", data.encode(), **options)
+        assert not any(row.error for row in found)
+        return {row.number: row.content.replace(end, "|").strip("|") for row in found}
+
+    whole = NOVELS.replace("\r\n", "|")
+    first, second = whole.split("|=====||")
+    assert documents(data) == {1: whole}
+    assert documents(data, txt_separator="={3,}") == {1: first, 7: second}
+    chapters = ["第一章 雨||下雨了。", "第二章 晴||天晴了。|=====", "第一章 雪|下雪了。"]
+    assert documents(data, txt_separator="(?=第.章)") == dict(zip([1, 4, 9], chapters, strict=True))
+    assert [*documents(data, txt_sample_by="line").values()] == whole.split("|")
+    assert documents(data, txt_sample_by="paragraph") == {
+        1: "第一章 雨",
+        2: "下雨了。|第二章 晴",
+        5: "天晴了。|=====",
+        8: "第一章 雪|下雪了。",
+    }
+    assert documents("", txt_separator="=") == documents(f"{end}={end}=", txt_separator="=") == {}
+    bad = rows_of(tmp_path / "a.txt", f"a{end}={end}b{end}".encode() + b"\xff", txt_separator=re.compile("="))
+    assert [(row.content and row.content.strip(), row.number, row.error) for row in bad][0] == ("a", 1, "")
+    assert bad[1].error == "not valid UTF-8" and (bad[1].number == 4 or end == "\r")
+
+
+def test_old_line_ends_separate_json_rows(tmp_path):
+    rows = rows_of(
+        tmp_path / "a.jsonl", b'{"text": "a"}\r{"text": "b"}\r\n{"text": "c"}\n\r{"text": "d\x0b\xc2\x85"}\r'
+    )
+    assert [(row.number, row.content) for row in rows if not row.error] == [(1, "a"), (2, "b"), (3, "c")]
+    rows = rows_of(tmp_path / "a.json", b'{\r"text": "a"\r}')
+    assert [row.content for row in rows] == ["a"]
+
+
 def peak_of(path: Path) -> int:
     tracemalloc.start()
     for _ in read_rows(path, ["text"]):
@@ -265,7 +318,8 @@ def test_memory_for_a_json_array_does_not_grow_with_it(tmp_path):
 )
 def test_a_row_above_the_bound_is_refused_before_it_is_in_memory(name, begin, piece, tmp_path, monkeypatch):
     """30 MB in one row, where 1 MB is the bound; a CSV row used to be read whole."""
-    monkeypatch.setattr(row_reader, "LONGEST_ROW", 2**20)
+    for module in (lines, row_reader):
+        monkeypatch.setattr(module, "LONGEST_ROW", 2**20)
     path = tmp_path / f"{name}.gz"
     path.write_bytes(gzip.compress(begin + piece * 30_000, compresslevel=1))
 
