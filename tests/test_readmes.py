@@ -24,7 +24,7 @@ def commands(page: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     inline = re.findall(r"`([^`]+)`", re.sub(r"^```\w*\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
-    indented = re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE)
+    indented = re.findall(r"^ {4,}(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
     lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
     lines += [" ".join(code.split()) for code in inline] + indented
     return [line.strip() for line in lines if START.match(line.strip())]
