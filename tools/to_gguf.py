@@ -61,13 +61,35 @@ ROPE_KEYS = {
     "yarn": {"factor", "original_max_position_embeddings"},
 }
 USE_LLAMA_CPP_CONVERTER = "use llama.cpp's own converter: python convert_hf_to_gguf.py NATIVE_EXPORT"
-# Ollama's template language is Go's. `.Messages` includes the system message. Tool calls work only in llama.cpp's
-# server, which reads the chat template in the GGUF file.
+# Ollama's template language is Go's. `.Messages` includes the system message.
 OLLAMA_CHATML = """{{- range .Messages }}<|im_start|>{{ .Role }}
 {{ .Content }}<|im_end|>
 {{ end }}<|im_start|>assistant
 """
+OLLAMA_TOOLS = Path(__file__).with_name("ollama_chatml.gotmpl")  # the same with tools and thoughts
 CHAT = [{"role": role, "content": f"Some {role} text."} for role in ("system", "user", "assistant", "user")]
+TOOL_CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+TOOL_CHAT = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "", "reasoning_content": "t", "tool_calls": [TOOL_CALL]},
+    {"role": "tool", "content": "r"},
+]
+TOOL_PROMPT = """<|im_start|>user
+q<|im_end|>
+<|im_start|>assistant
+<think>
+t
+</think>
+
+<tool_call>
+{"name": "f", "arguments": {"a": 1}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+r
+</tool_response><|im_end|>
+<|im_start|>assistant
+"""
 
 
 @dataclass
@@ -299,7 +321,8 @@ def modelfile_text(file_name: str, model: PreTrainedModel, tokenizer: PreTrained
     stops = []
     if is_chatml(tokenizer):
         stops.append("<|im_end|>")  # even if the model's eos token is another one
-        lines.append(f'TEMPLATE """{OLLAMA_CHATML}"""')
+        template = OLLAMA_TOOLS.read_text(encoding="utf-8") if has_tools(tokenizer) else OLLAMA_CHATML
+        lines.append(f'TEMPLATE """{template}"""')
     else:
         print("warning: the chat template is not plain ChatML: write the TEMPLATE of the Modelfile yourself")
 
@@ -326,6 +349,14 @@ def is_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
     except (TemplateError, ValueError):  # it refuses a system message, or there is no template
         return False
     return prompt == f"{chatml}<|im_start|>assistant\n"
+
+
+def has_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the chat template writes thoughts, calls and results as `OLLAMA_TOOLS` does: ours, Qwen3's."""
+    try:
+        return tokenizer.apply_chat_template(TOOL_CHAT, tokenize=False, add_generation_prompt=True) == TOOL_PROMPT
+    except (TemplateError, ValueError, TypeError):
+        return False
 
 
 if __name__ == "__main__":

@@ -234,12 +234,10 @@ def test_files_of_several_types_share_a_folder_and_nothing_is_overwritten(tmp_pa
         export(source, out)
     export(source, out, "q8_0")
     assert {path.name for path in out.iterdir()} == {"model-f16.gguf", "model-q8_0.gguf", "Modelfile"}
+    template = (ROOT / "tools" / "ollama_chatml.gotmpl").read_text()
     assert (out / "Modelfile").read_text().splitlines() == [
         "FROM ./model-q8_0.gguf",
-        'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}',
-        "{{ .Content }}<|im_end|>",
-        "{{ end }}<|im_start|>assistant",
-        '"""',
+        *f'TEMPLATE """{template}"""'.splitlines(),
         'PARAMETER stop "<|im_end|>"',
         'PARAMETER stop "<|endoftext|>"',
         "PARAMETER num_ctx 256",
@@ -255,6 +253,16 @@ def test_a_chat_stops_at_the_end_of_a_turn_even_if_that_is_not_the_eos_token(sam
     model = SimpleNamespace(config=config, generation_config=GenerationConfig(eos_token_id=tokenizer.eos_token_id))
     text = to_gguf.modelfile_text("model.gguf", model, tokenizer)
     assert text.count("PARAMETER stop") == 2 and 'stop "<|im_end|>"' in text and 'stop "<|endoftext|>"' in text
+
+
+def test_a_template_without_tools_stays_plain(sample):
+    tokenizer = AutoTokenizer.from_pretrained(sample / "tokenizer")
+    assert to_gguf.has_tools(tokenizer) and to_gguf.is_chatml(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    assert to_gguf.is_chatml(tokenizer) and not to_gguf.has_tools(tokenizer)
 
 
 def test_a_template_that_is_not_chatml_is_left_to_the_user(tmp_path, checkpoint, export):
