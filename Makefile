@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= quickstart
 BIN := .venv/bin
 
-.PHONY: setup quickstart test check lint
+.PHONY: setup quickstart alignment test check lint
 
 setup: .venv/installed
 
@@ -22,6 +22,9 @@ setup: .venv/installed
 
 quickstart: setup
 	MODEL=$(MODEL) PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/quickstart.sh
+
+alignment: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/alignment.sh
 
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
