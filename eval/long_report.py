@@ -84,7 +84,9 @@ def plot(results: Results, length: int, lengths: list[int], path: Path) -> None:
     """Draw bits per byte by position and, if there are any, the numbers found by length with intervals."""
     has_needles = any(found["needles"] for found in results.values())
     columns = 2 if has_needles else 1
-    figure, axes = plt.subplots(1, columns, figsize=(5 * columns, 4.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, columns, figsize=(5 * columns if has_needles else 7.5, 4.6), squeeze=False, layout="constrained"
+    )
     left = axes[0, 0]
     centers = [(number + 0.5) * length / BINS for number in range(BINS)]
     labels = plot_labels(list(results))
@@ -97,7 +99,8 @@ def plot(results: Results, length: int, lengths: list[int], path: Path) -> None:
     if max(values) > 4 * min(values):
         left.set_yscale("log")
         left.yaxis.set_major_formatter("{x:g}")
-    left.set(title="bits per byte", xlabel="position (dotted: as trained)")
+        left.yaxis.set_minor_formatter("{x:g}")
+    left.set(title="bits per byte", xlabel="position (dotted: positions of the shorter model)")
     left.grid(alpha=0.3, which="both")
 
     if has_needles:
