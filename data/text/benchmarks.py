@@ -5,7 +5,6 @@
 """
 
 import csv
-import io
 import re
 import sys
 import zlib
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -21,7 +20,8 @@ from tqdm import tqdm
 from buddygpt.cli.encoding import not_utf8
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import ROW_TYPES, file_type, find_files
-from buddygpt.data.text.rows import decompress, one_line, read_rows
+from buddygpt.data.text.lines import CsvLines
+from buddygpt.data.text.rows import decompress, one_line, read_rows, skip_byte_order_mark
 
 BENCHMARK_TYPES = (*ROW_TYPES, ".txt")
 QUESTION_KEYS = ("question", "problem", "prompt", "query", "q_main", "instruction", "content", "text", "问题", "题目")
@@ -117,15 +117,17 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
             rows = chain([first], reader)
             header = ["question", *"abcdefgh"[: len(first) - 2], "answer"]
         for row in rows:
+            stream.length = 0
             yield reader.line_num, dict(zip(header, row, strict=False))
 
 
 @contextmanager
-def _open_csv(file: Path) -> Iterator[TextIO]:
+def _open_csv(file: Path) -> Iterator[CsvLines]:
     """Open a CSV file, plain, .gz or .zst. Whatever cannot be read in it is a [`UserError`]."""
     try:
         with open(file, "rb") as raw, decompress(raw, file.suffix.lower()) as stream:
-            yield io.TextIOWrapper(stream, "utf-8-sig", newline="")
+            skip_byte_order_mark(stream)
+            yield CsvLines(stream, errors="strict")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: {not_utf8(error.object)}") from error
     except (csv.Error, OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
@@ -172,6 +174,7 @@ def read_multiple_choice(
         if missing:
             raise UserError(f"{file}: no column {', '.join(missing)}.")
         for row in rows:
+            stream.length = 0
             if not all(row[column] for column in columns):
                 raise UserError(f"{file}, line {rows.line_num}: a question, option or answer is empty.")
             if row[answer] not in LETTERS:

@@ -72,12 +72,16 @@ def _split(stream: BinaryIO, separator: re.Pattern[str]) -> Iterator[tuple[int, 
 class CsvLines:
     """The lines of a CSV file. A row that is too long is never in memory.
 
+    Args:
+        stream: The file.
+        errors: What to do with bytes that are not UTF-8, as for `open`.
+
     Attributes:
         length: Bytes of the lines since this was last set to 0.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self.text = io.TextIOWrapper(stream, "utf-8", errors="surrogateescape", newline="")
+    def __init__(self, stream: BinaryIO, errors: str = "surrogateescape") -> None:
+        self.text = io.TextIOWrapper(stream, "utf-8", errors=errors, newline="")
         self.length = 0
 
     def __iter__(self) -> Iterator[str]:

@@ -117,7 +117,7 @@ def read_rows(
     try:
         opened = fsspec.open(path) if is_url(path) else open(path, "rb")  # noqa: SIM115
         with opened as raw, decompress(raw, PurePosixPath(path).suffix.lower()) as stream:
-            _skip_byte_order_mark(stream)
+            skip_byte_order_mark(stream)
             for row in readers[suffix](stream, text_key, keep):
                 number = row.number
                 bar.update(start + raw.tell() - bar.n)
@@ -182,7 +182,7 @@ def decompress(raw: BinaryIO, suffix: str) -> BinaryIO:
     return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw)
 
 
-def _skip_byte_order_mark(stream: BinaryIO) -> None:
+def skip_byte_order_mark(stream: BinaryIO) -> None:
     start = stream.peek(4)
     if encoding := marked_encoding(start):
         raise ValueError(f"it is {encoding}; convert it with `iconv -f {encoding} -t UTF-8`")

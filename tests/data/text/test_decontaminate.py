@@ -195,6 +195,12 @@ def test_every_form_of_benchmark_is_read(tmp_path):
         ("exam.csv", b"question,A\n\xff\xfe,1\n", r"exam\.csv: not valid UTF-8"),
         (
             "exam.csv",
+            "question,A\nWho?,me\n".encode("utf-16-le"),
+            "cannot be read: it is UTF-16LE; convert",
+        ),
+        ("exam.csv", "question,A\nWho?,me\n".encode("utf-16"), r"exam\.csv: cannot be read: it is UTF-16; convert"),
+        (
+            "exam.csv",
             f"question,A\n{QUESTIONS[0][0]},1\n".encode("gb18030"),
             r"exam\.csv: not valid .* like GB18030: conv",
         ),
