@@ -5,7 +5,7 @@ This file is copied into every checkpoint, so it may import only transformers an
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 @strict
@@ -144,6 +144,12 @@ class BuddyGPTConfig(PreTrainedConfig):
             )
         if self.kv_lora_rank is None and (self.head_dim < 2 or self.head_dim % 2):
             raise ValueError(f"head_dim ({self.head_dim}) must be even and at least 2: RoPE rotates pairs")
+
+    def validate_rope_type(self):
+        """Raise ValueError if the type of RoPE is unknown; transformers would only log it."""
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(f"rope_type ({rope_type!r}) must be one of default, {', '.join(ROPE_INIT_FUNCTIONS)}")
 
     def validate_latent_attention(self):
         """Raise ValueError if MLA lacks a size or is mixed with grouped-query attention."""

@@ -249,6 +249,7 @@ def test_every_parameter_learns(variant):
         (dict(num_attention_heads=4, num_key_value_heads=3), r"\(4\).*\(3\)"),
         (dict(head_dim=15), r"head_dim \(15\)"),
         (dict(num_hidden_layers=0), r"num_hidden_layers \(0\)"),
+        (dict(rope_parameters=YARN | {"rope_type": "yarm"}), r"rope_type \('yarm'\) must be one of default, .*yarn"),
         (dict(hidden_size="wide"), "hidden_size"),
         (MLA | dict(kv_lora_rank=0), r"kv_lora_rank \(0\)"),
         (MLA | dict(q_lora_rank=0), r"q_lora_rank \(0\)"),
