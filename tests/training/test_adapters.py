@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_hardware import config_with, launch
 from tiny_models import VARIANTS, make_model, random_ids
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen3MoeConfig
 from trl import ModelConfig
 
 from buddygpt.cli.errors import UserError
@@ -142,6 +142,36 @@ def test_experts_are_trained_and_merged(workspace, tmp_path, capsys):
     for folder in ("adapter", "checkpoint-6"):  # each names its base so that it is found from any folder
         adapter = AutoPeftModelForCausalLM.from_pretrained(output / folder, dtype=torch.float32)
         torch.testing.assert_close(logits(adapter), merged, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_added_tokens_are_trained_merged_and_exported(workspace, base, tmp_path):
+    """Embedding and head of a model whose two are one weight: the merged model has both, also in its native form."""
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer.add_tokens(["buddyword"])
+    new = tokenizer.convert_tokens_to_ids("buddyword")
+    model.resize_token_embeddings(len(tokenizer))
+    for each in (tokenizer, model):
+        each.save_pretrained(tmp_path / "base")
+    assert model.config.tie_word_embeddings
+    rows = []
+    for i in range(64):
+        turns = [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"buddyword{i}"}]
+        rows.append({"messages": turns})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [*sft_arguments(workspace, tmp_path / "base"), *LORA, "--output_dir", tmp_path / "lora"]
+    ends = ["--lora_modules_to_save", "embed_tokens", "lm_head", "--train_files", tmp_path / "rows.jsonl"]
+    run("sft/sft.py", *arguments, *ends)
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "lora")
+    assert not merged.config.tie_word_embeddings
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        assert not torch.equal(getattr(merged, end)().weight[new], getattr(model, end)().weight[new]), end
+    adapted = PeftModel.from_pretrained(model, tmp_path / "lora/adapter")
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
+    run("export/to_native.py", "--checkpoint", tmp_path / "lora", "--output", tmp_path / "native")
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
+    torch.testing.assert_close(logits(native), logits(merged), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
