@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, TrainingArguments
 
 from buddygpt.cli.errors import UserError
 from buddygpt.model import parameters
@@ -172,8 +172,11 @@ def load_model(pretrain):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), eos_token="<eos>", pad_token="<pad>"
     )
+    training_args = TrainingArguments(output_dir="unused", use_cpu=True)
     return lambda **arguments: pretrain.load_model(
-        pretrain.PretrainArguments(train_data="unused", tokenizer="letters", block_size=64, **arguments), tokenizer
+        pretrain.PretrainArguments(train_data="unused", tokenizer="letters", block_size=64, **arguments),
+        training_args,
+        tokenizer,
     )
 
 
