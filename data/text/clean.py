@@ -123,13 +123,13 @@ def _read_step(entry: Any, where: str) -> Step:
         if key not in known:
             raise UserError(f"{where}: unknown parameter `{key}`{_suggestion(str(key), known)}")
     for key in parameters:
-        if key not in given:
+        if key not in given and key not in (function.__kwdefaults__ or {}):
             raise UserError(f"{where}: parameter `{key}` is missing")
     for key, value in given.items():
         _check_value(value, known[key], f"{where}, {key}")
     step = Step(
         operator=name,
-        parameters={key: given[key] for key in parameters},
+        parameters={key: given[key] for key in parameters if key in given},
         bounds={key: given[key] for key in bounds if key in given},
     )
 

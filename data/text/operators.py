@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from enum import IntEnum
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import ftfy
 import numpy as np
@@ -112,8 +112,11 @@ def _opencc(config: str) -> opencc.OpenCC:
 
 # --- Mappers: personal addresses and numbers ---
 
-EMAIL = re.compile(r"[A-Za-z0-9](?<![\w.%+-].)[\w.%+-]{0,63}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{2,63})+", re.ASCII)
+EMAIL = re.compile(
+    r"[A-Za-z0-9](?<![\w.%+-].)[\w.%+-]{0,63}@(?!example\.)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{2,63})+", re.ASCII
+)
 IP_ADDRESS = re.compile(r"[0-9](?<![0-9A-Za-z.].)[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?::[0-9]{1,5})?(?![0-9A-Za-z]|\.[0-9])")
+PRIVATE_IP = re.compile(r"(?:0|10|127|255|192\.168|172\.(?:1[6-9]|2[0-9]|3[01]))\.")
 IPV6_ADDRESS = re.compile(r"[0-9A-Fa-f](?<![0-9A-Za-z:].)[0-9A-Fa-f]{0,3}(?::[0-9A-Fa-f]{1,4}){7}(?![0-9A-Za-z:])")
 URL = r"(?:https?://|HTTPS?://|ftp://|www\.)[A-Za-z0-9\-._~:/?#\[\]@!$&'*+,;=%]+"
 MARKDOWN_LINK = re.compile(rf"!?\[([^\[\]\n]*)\]\({URL}(?: [^()\n]*)?\)")
@@ -135,18 +138,23 @@ ID_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 
 @mapper
 def remove_emails(text: str) -> str:
-    """Remove e-mail addresses."""
-    return EMAIL.sub("", text) if "@" in text else text
+    """Remove e-mail addresses, except in Markdown code and those of the domains for examples (RFC 2606)."""
+    if "@" not in text:
+        return text
+    return _outside_code(text, partial(EMAIL.sub, "")) if "`" in text else EMAIL.sub("", text)
 
 
 @mapper
 def remove_ips(text: str) -> str:
-    """Remove full IPv6 addresses, and IPv4 addresses of at least seven digits: 3.2.1.12 may be a section."""
+    """Remove full IPv6 addresses, and IPv4 addresses of at least seven digits: 3.2.1.12 may be a section.
+
+    Addresses of private networks stay, because everybody has them.
+    """
 
     def replace(match: re.Match) -> str:
         address = match[0].split(":")[0]  # without the port
         numbers = address.split(".")
-        if any(int(number) > 255 for number in numbers) or len("".join(numbers)) < 7:
+        if any(int(number) > 255 for number in numbers) or len("".join(numbers)) < 7 or PRIVATE_IP.match(address):
             return match[0]
         return ""
 
@@ -156,9 +164,13 @@ def remove_ips(text: str) -> str:
 
 @mapper
 def remove_links(text: str) -> str:
-    """Remove links and Markdown images; the words of Markdown links stay."""
+    """Remove links and Markdown images; the words of Markdown links stay, and so do links in Markdown code."""
     if "://" not in text and "www." not in text:
         return text
+    return _outside_code(text, _remove_links) if "`" in text else _remove_links(text)
+
+
+def _remove_links(text: str) -> str:
     text = MARKDOWN_LINK.sub(lambda match: "" if match[0][0] == "!" else match[1], text)
     return LINK.sub("", text)
 
@@ -194,8 +206,11 @@ HTML_TAG = re.compile(
     r"style|sub|sup|table|tbody|td|th|thead|title|tr|u|ul|video)(?:\s[^<>]*)?/?>",
     re.IGNORECASE,
 )
+ABOUT_HTML = re.compile("(?:HTML|html|XML|xml) ?(?:标签|元素|代码|文档|文件)|[>`] ?(?:标签|元素|标记)")
 HTML_BLOCK = re.compile("article|blockquote|br|d[dlt]|div|h[1-6]|hr|ol|p|pre|section|table|tr|ul")
 SENTENCE = re.compile(r"[^。！？!?….]*(?:\.(?! )[^。！？!?….]*)*(?:[。！？!?…]+[”’」』）)]*|\.)?")
+SPACE_BEFORE_HAN = re.compile(r"(?<=[^\s：:，,、|丨/+＋&-] )(?=[\u4e00-\u9fff“「『（(《【])")  # as a separator
+CLOSING = "”’」』）) "  # after the end of a sentence
 SENTENCE_END = re.compile(r"[。！？；!?…]|[.;](?= |$)")
 NOT_WORDS = re.compile(r"[\W_]+")
 LATEX_MACRO = re.compile(r"\\(?:newcommand\*?\s*\{?|def\s*)(\\[A-Za-z]+)\}?\s*\{([^{}\n]*)\}")
@@ -206,10 +221,19 @@ COPYRIGHT = re.compile(r"copyright|©|\blicen[sc]ed?\b|SPDX|版权所有", re.IG
 
 @mapper
 def remove_html(text: str) -> str:
-    """Remove HTML tags, comments, scripts and styles; `a < b` and `<T>` stay. Block elements become line ends."""
-    if "<" not in text:
-        return text
+    """Remove HTML tags, comments, scripts and styles; `a < b` and `<T>` stay. Block elements become line ends.
 
+    Tags in the code of Markdown stay, and so do all tags of a text about HTML.
+    """
+    is_source = HTML_TAG.match(text.lstrip())  # of a page, whose scripts may have backticks
+    if "<" not in text or not is_source and ABOUT_HTML.search(text):
+        return text
+    if "```" in text or "`" in text and not is_source:
+        return _outside_code(text, _remove_tags)
+    return _remove_tags(text)
+
+
+def _remove_tags(text: str) -> str:
     def replace(match: re.Match) -> str:
         name = match[2].lower()
         if name == "li":
@@ -219,6 +243,29 @@ def remove_html(text: str) -> str:
         return "\n" if HTML_BLOCK.fullmatch(name) else ""
 
     return HTML_TAG.sub(replace, _remove_hidden_html(text))
+
+
+CODE_INSIDE_LINE = re.compile(r"(`+[^`\n]+`+)")
+
+
+def _outside_code(text: str, function: Callable[[str], str]) -> str:
+    """Apply a function to the text between Markdown code: fenced blocks, and spans in backticks."""
+    parts: list[str] = []  # done
+    pending: list[str] = []  # text before the next code
+    fence = ""
+    for line in text.splitlines(keepends=True):
+        start = line.lstrip()[:3]
+        if fence or start in ("```", "~~~"):
+            parts += [function("".join(pending)), line]
+            pending = []
+            fence = "" if line.strip() == fence else fence or start
+            continue
+        *spans, rest = CODE_INSIDE_LINE.split(line)
+        for before, code in zip(spans[::2], spans[1::2], strict=True):
+            parts += [function("".join([*pending, before])), code]
+            pending = []
+        pending.append(rest)
+    return "".join([*parts, function("".join(pending))])
 
 
 def _remove_hidden_html(text: str) -> str:
@@ -240,13 +287,22 @@ def _remove_hidden_html(text: str) -> str:
 
 
 BOLD = re.compile(r"\*\*(?<![0-9A-Za-z_*(,]\*\*)(?<!, \*\*)(?![\s*])([^*]{1,500})(?<!\s)\*\*(?![0-9A-Za-z_*])")
-BOLD_LEFT = re.compile(r"\*{4,}|\\\*(?:\\\*)+|^\*\*$", re.MULTILINE)
+# Also empty bold text, but not the stars of 138****5678.
+BOLD_LEFT = re.compile(r"\*(?<![0-9*]\*)\*{3,}+|\*(?<!\*\*)\*{3,}+(?![0-9])|\\\*(?:\\\*)+|^\*\*$", re.MULTILINE)
+
+
+# Elsewhere, stars may hide words: `what a ** day`.
+MARKDOWN = re.compile(
+    r"^(?:#{1,6} |```|(?:[0-9]+\.|[-*+]) \*\*[^*\n]|\*\*[^*\n]+\*\*(?:\s*$|[:：]))|\]\(", re.MULTILINE
+)
 
 
 @mapper
 def remove_bold(text: str) -> str:
     """Remove the marks of bold text in Markdown; `2**3` and `**kwargs` stay."""
-    return BOLD_LEFT.sub("", BOLD.sub(r"\1", text)) if "*" in text else text
+    if "*" not in text or not MARKDOWN.search(text):
+        return text
+    return BOLD_LEFT.sub("", BOLD.sub(r"\1", text))
 
 
 @mapper
@@ -257,14 +313,17 @@ def remove_spans(text: str, *, patterns: list[str]) -> str:
 
 @mapper
 def remove_sentences(text: str, *, patterns: list[str], max_chars: int) -> str:
-    """Remove sentences of at most `max_chars` in which one of the regular expressions `patterns` matches."""
+    """Remove sentences of at most `max_chars` in which one of the regular expressions `patterns` matches.
+
+    Pages without line ends often have spaces instead, so a space before a Han character also ends a sentence.
+    """
     pattern = _any_of(tuple(patterns))
     if not pattern.search(text):
         return text
     lines = []
     for line in text.split("\n"):
         if pattern.search(line):
-            sentences = SENTENCE.findall(line)
+            sentences = [part for each in SENTENCE.findall(line) for part in SPACE_BEFORE_HAN.split(each)]
             line = "".join(each for each in sentences if len(each) > max_chars or not pattern.search(each))
             if not line:  # a line that becomes empty is removed, too
                 continue
@@ -280,12 +339,15 @@ def remove_lines(text: str, *, patterns: list[str], max_chars: int) -> str:
 
 
 @mapper
-def remove_repeated_sentences(text: str, *, min_chars: int) -> str:
-    """Remove repeated sentences of at least `min_chars` letters, Han and digits; only these are compared."""
+def remove_repeated_sentences(text: str, *, min_chars: int, ends: str = "") -> str:
+    """Remove repeated sentences of at least `min_chars` letters, Han and digits; only these are compared.
+
+    If `ends` has characters, sentences without one of these at their end (lines of code, tables, titles) all stay.
+    """
     seen: set[str] = set()
 
     def is_new(sentence: str) -> bool:
-        if len(sentence) < min_chars:
+        if len(sentence) < min_chars or ends and sentence.rstrip(CLOSING)[-1:] not in ends:
             return True
         words = NOT_WORDS.sub("", sentence)
         if len(words) < min_chars:
@@ -336,19 +398,23 @@ def _any_of(patterns: tuple[str, ...]) -> re.Pattern:
 class Kind(IntEnum):
     """Kinds of characters."""
 
-    SPACE, SYMBOL, DIGIT, LETTER, ACCENTED_LETTER, HAN, FOREIGN_LETTER = range(7)
+    SPACE, SYMBOL, DIGIT, LETTER, ACCENTED_LETTER, HAN, KANA_OR_HANGUL, GREEK, FOREIGN_LETTER = range(9)
 
 
 def _kind(code: int) -> Kind:
-    """Return the kind of a code point. LETTER is A to Z, also full-width; FOREIGN_LETTER is not Latin."""
+    """Return the kind of a code point. LETTER is A to Z, also full-width; FOREIGN_LETTER is of any other script."""
     character = chr(code)
     category = unicodedata.category(character)[0]
     # 々 and 〇; extension A; the basic block; compatibility ideographs.
     if code in (0x3005, 0x3007) or 0x3400 <= code < 0x4DC0 or 0x4E00 <= code < 0xA000 or 0xF900 <= code < 0xFB00:
         return Kind.HAN
     if category == "L":
-        before_latin = unicodedata.name(character, "").partition("LATIN ")[0]
-        if before_latin not in ("", "FULLWIDTH "):
+        name = unicodedata.name(character, "").removeprefix("HALFWIDTH ")
+        if name.startswith(("HIRAGANA", "KATAKANA", "HANGUL")):
+            return Kind.KANA_OR_HANGUL
+        if name.startswith("GREEK"):
+            return Kind.GREEK
+        if name.partition("LATIN ")[0] not in ("", "FULLWIDTH "):
             return Kind.FOREIGN_LETTER
         return Kind.LETTER if code < 0x80 or code >= 0xFF00 else Kind.ACCENTED_LETTER
     if category == "N":
@@ -420,7 +486,7 @@ def han_share(text: str) -> float:
 
 
 # Frequent words that tell Latin languages apart, without letters that stand alone.
-COMMON_WORDS = {
+COMMON_WORDS = {  # `sin` is not among them: it is in formulas
     "en": "the of and to in is that it for was on are as with at be this have from or by not but you we he they"
     " his her which an their has had its can will if there would what all when more one so about said who"
     " do them into than",
@@ -430,7 +496,7 @@ COMMON_WORDS = {
     "fr": "le la les des et est un une du que qui dans pour pas sur au avec ce il ne se sont par plus son elle"
     " nous vous cette mais ou je on leur tout aux ont comme bien",
     "es": "el la los las de que en un una es por con no para del se lo como su al sus pero este esta son entre"
-    " cuando muy sin sobre ser todo desde nos hay donde quien",
+    " cuando muy sobre ser todo desde nos hay donde quien",
     "it": "il di che la per un non sono in una del della con si le da al dei gli nel alla anche come questo ma"
     " era delle lo ha nella sua suo dal essere hanno",
     "pt": "que de do da em um para com uma os no se na por mais as dos como mas foi ao ele das tem seu sua ou"
@@ -452,28 +518,34 @@ LATIN_WORD = re.compile("[a-z]{2,}")
 LATIN_SAMPLE = 20_000  # characters
 
 
-def _is_english(text: str) -> bool:
-    """Return whether no other Latin language has more frequent words in the text than English."""
+def _is_english(text: str, min_share: float) -> bool:
+    """Return whether no other Latin language has more frequent words in the text than English.
+
+    `min_share` is the least share of English ones among the words, unless frequent words of any language are few.
+    """
     words = LATIN_WORD.findall(text[:LATIN_SAMPLE].lower())
     counts = {name: sum(word in common for word in words) for name, common in COMMON_WORDS.items()}
     most = max(counts.values())
-    return counts["en"] >= most or most < 0.1 * len(words)
+    return counts["en"] >= max(most, min_share * len(words)) or min_share == 0 and most < 0.1 * len(words)
 
 
 @measure
 def language(text: str, *, min_han: float, max_accented: float) -> str:
     """`zh`, `en` or `other`, by the scripts of the letters and, for Latin letters, by frequent words.
 
-    `zh` if the share of Han is at least `min_han` and other scripts (kana, Hangul, Cyrillic, ...) have less than a
-    quarter as many letters; else `en` if at least 90% are A to Z, at most `max_accented` have accents, of which other
-    Latin languages have more, and no other Latin language has more of its frequent words there; else `other`.
+    Greek letters do not count: they are in formulas. `zh` if the share of Han is at least `min_han`, and there are
+    less than half as many kana and Hangul, and less than twice as many letters of other scripts (Cyrillic, Thai, ...).
+    Else `en` if at least 90% are A to Z, and no other Latin language has more of its frequent words there; if more
+    than `max_accented` have accents, frequent words of English must also be a fifth of all. Else `other`.
     """
     counts = _kind_counts(text)
     han, foreign, accented = counts[Kind.HAN], counts[Kind.FOREIGN_LETTER], counts[Kind.ACCENTED_LETTER]
-    letters = max(han + foreign + accented + counts[Kind.LETTER], 1)
-    if han / letters >= min_han and foreign < han / 4:
+    kana = counts[Kind.KANA_OR_HANGUL]
+    letters = max(han + kana + foreign + accented + counts[Kind.LETTER], 1)
+    if han / letters >= min_han and kana < han / 2 and foreign < 2 * han:
         return "zh"
-    if counts[Kind.LETTER] >= 0.9 * letters and accented / letters <= max_accented and _is_english(text):
+    min_share = 0 if accented / letters <= max_accented else 0.2
+    if counts[Kind.LETTER] >= 0.9 * letters and _is_english(text, min_share):
         return "en"
     return "other"
 
@@ -507,7 +579,7 @@ def duplicate_line_share(text: str) -> float:
         if line in seen:
             repeated += len(line)
         seen.add(line)
-    return repeated / max(len(text), 1)
+    return repeated / max(len(text) - text.count("\n"), 1)
 
 
 @measure
@@ -529,9 +601,9 @@ def character_repetition(text: str, *, n: int) -> float:
 
 
 @measure
-def repeated_share(text: str, *, n: int) -> float:
-    """Share of the n-grams of `n` characters that occur more than once."""
-    return _repeated_share(_ngram_counts(_codes(text), n))
+def repeated_share(text: str, *, n: int, times: int = 2) -> float:
+    """Share of the n-grams of `n` characters that occur at least `times` times."""
+    return _repeated_share(_ngram_counts(_codes(text), n), times)
 
 
 @measure
@@ -555,8 +627,8 @@ def _words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def _repeated_share(counts: np.ndarray) -> float:
-    return float(counts[counts > 1].sum() / max(counts.sum(), 1))
+def _repeated_share(counts: np.ndarray, times: int = 2) -> float:
+    return float(counts[counts >= times].sum() / max(counts.sum(), 1))
 
 
 def _ngram_counts(values: np.ndarray, n: int) -> np.ndarray:
