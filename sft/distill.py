@@ -109,7 +109,8 @@ def prepare_offline(
             raise UserError(
                 f"{key}: {getattr(training_args, key)} would cut rows in other places than the teacher read"
             )
-    require_plain_head(require_causal_lm(model_args.model_name_or_path), model_args.model_name_or_path)
+    student = require_causal_lm(model_args.model_name_or_path, training_args.trust_remote_code)
+    require_plain_head(student, model_args.model_name_or_path)
     targets = StoredTargets(Path(distill_args.teacher_targets))
     with training_args.main_process_first(desc="reading the rows"):  # the others read its cache
         options = row_options(args, training_args, tokenizer, evaluation=False)
