@@ -61,6 +61,9 @@ def average_over_tokens(trainer: Trainer) -> None:
                 weight = weight[weight > 0]
             if len(values_of_steps) == len(weight) and name != "num_tokens":
                 values_of_steps[:] = [weighted_mean(torch.tensor(values_of_steps).double(), weight)]
+        means = metrics["eval"]
+        if isinstance(trainer, KTOTrainer) and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            means["rewards/margins"] = [means["rewards/chosen"][0] - means["rewards/rejected"][0]]
         return output
 
     trainer.get_eval_dataloader = get_eval_dataloader
@@ -90,7 +93,7 @@ def count_weights(trainer: Trainer, inputs: dict[str, Any] | list[dict[str, Any]
         for answers, rows in (("chosen", good), ("rejected", ~good)):
             weights |= {f"logits/{answers}": tokens[rows].sum(), f"logps/{answers}": rows.sum()}
             weights[f"rewards/{answers}"] = rows.sum()
-        return weights | {"rewards/margins": good.any() & ~good.all()}
+        return weights
     if isinstance(trainer, RewardTrainer):
         weights = {"loss": torch.tensor(len(inputs["input_ids"]) // 2)}
         for number, name in enumerate(getattr(trainer, "sources", ())):  # of rlhf/reward.py
