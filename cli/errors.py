@@ -122,8 +122,10 @@ def _exit_with(message: object) -> NoReturn:
     # The launcher kills all processes when the first one exits: let rank 0 print the message before the others exit.
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)
-    if "tqdm" in sys.modules:  # the message begins on a line of its own
-        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-            bar.close()
+    bars = list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())) if "tqdm" in sys.modules else []
+    for bar in bars:
+        bar.disable = True  # writes nothing more, also when it is closed
+    if bars:
+        print(file=sys.stderr)  # the message begins on a line of its own
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
