@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import NormalDist, mean, stdev
 from typing import Any
 
-from transformers import AutoTokenizer
-
+import buddygpt.model  # noqa: F401  registers the model, so that its tokenizer loads without a question
 from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, reading, run_script
 from buddygpt.cli.files import read_json, write_atomically
 from buddygpt.cli.tables import markdown_table
@@ -86,7 +86,7 @@ def describe_answers(answers: list[dict[str, Any]], checkpoint: Path) -> Row:
 
     lm-eval removes the mark at the end; an answer of as many tokens as it may have is one without end.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(str(checkpoint))
     lengths, repeats, ends = [], [], []
     for answer in answers:
         text = answer["resps"][0][0]
