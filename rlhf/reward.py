@@ -4,8 +4,8 @@
         --config rlhf/configs/quickstart-reward.yaml
 
 Data: rows of `prompt`, `chosen`, `rejected` (make them with data/convert_chat.py). The loss is that of Bradley and
-Terry: the chosen answer should score higher. Every option of TRL's `RewardConfig` and `ModelConfig` (`--use_peft true
-...`) works here, in the YAML or as `--key value`. `run.json` has the accuracy on each file of `eval_files`.
+Terry: the chosen answer should score higher. Every option of TRL's `RewardConfig` works here, in the YAML or as `--key
+value`; all parameters are trained. `run.json` has the accuracy on each file of `eval_files`.
 rlhf/grpo.py takes the folder as one of its `rewards`. An interrupted run resumes.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, RewardConfig, RewardTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModelForSequenceClassification
@@ -65,6 +65,8 @@ def main() -> None:
     )
     if args.sample_prompts:
         raise UserError("sample_prompts: a reward model scores answers and writes none; remove it")
+    if model_args.use_peft:
+        raise UserError("use_peft: a reward model is trained whole; remove it")
     tokenizer = prepare_for_trl(model_args, training_args)
     training_args.model_init_kwargs["num_labels"] = 1
     train_rows, _ = load_both(
@@ -79,8 +81,6 @@ def main() -> None:
             train_dataset=keep_whole(train_rows, training_args.max_length),
             eval_dataset=keep_whole(eval_rows, training_args.max_length) if args.eval_files else None,
             processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-            quantization_config=get_quantization_config(model_args),
         )
     trainer.sources = sources  # of the evaluation
     run_training(trainer, [], describe_run("reward", args, model_args))

@@ -239,16 +239,11 @@ def test_every_loss_of_the_others_from_yaml(recipe, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["kto", "orpo", "reward"])
+@pytest.mark.parametrize("recipe", ["kto", "orpo"])
 def test_lora_trains_and_is_merged(recipe, folder, tmp_path):
     train(recipe, folder, tmp_path / "run", use_peft=True, lora_r=4, max_steps=2)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert not same_weights_as_start(folder / "dense", tmp_path / "run")
-    if recipe == "reward":
-        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
-        assert model.config.num_labels == 1
-        saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-        assert torch.equal(saved["base_model.model.score.weight"], model.score.weight)
 
 
 # --- evaluation ---
@@ -351,6 +346,7 @@ OPTIONS = {
     "batch of one": ("kto", {"per_device_train_batch_size": 1}, "batch size must be > 1"),
     "loss of SimPO": ("simpo", {"loss_type": "nosuch"}, "loss_type"),
     "samples of scores": ("reward", {"sample_prompts": ["q"]}, "a reward model scores answers"),
+    "LoRA of scores": ("reward", {"use_peft": True}, "a reward model is trained whole"),
     "short": ("reward", {"max_length": 4}, "max_length 4"),
 }
 
