@@ -48,7 +48,7 @@ from buddygpt.data.chat.rules import FORMS, MEDIA, TEMPLATE_OPTIONS, count_remar
 from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
 from buddygpt.data.chat.tokens import TokenSequence
 from buddygpt.data.chat.trees import join_replies
-from buddygpt.data.text.operators import language
+from buddygpt.data.text.measures import language
 from buddygpt.data.text.rows import Row, progress_bar, read_rows
 
 LARGE_FILE = 2**18  # bytes; starting processes for less takes longer than they save

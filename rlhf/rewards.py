@@ -20,8 +20,8 @@ from typing import Any
 
 from buddygpt.data.chat.calls import TAGGED_CALL, read_call
 from buddygpt.data.chat.rules import BadRow
-from buddygpt.data.text.operators import language as detect_language
-from buddygpt.data.text.operators import repeated_share
+from buddygpt.data.text.measures import language as detect_language
+from buddygpt.data.text.measures import repeated_share
 
 Answer = str | Sequence[str] | None  # what is right; several texts: any of them
 NGRAM = 8  # characters that count as a repetition: about two English or eight Chinese words

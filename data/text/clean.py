@@ -8,7 +8,7 @@ A profile is a YAML file of data/profiles/ by name, or any other by path:
       - han_share                             # without bounds, the value is only kept as metadata
       - language: {min_han: 0.2, max_accented: 0.01, keep: [zh, en]}
 
-Longer texts than `max_chars`, by default five million, are first split at line ends. operators.py has the operators.
+Longer texts than `max_chars`, by default five million, are first split at line ends. mappers.py and measures.py have the operators.
 """
 
 from collections import Counter
@@ -24,7 +24,8 @@ from datatrove.pipeline.writers.disk_base import DiskWriter
 
 from buddygpt.cli.errors import UserError, did_you_mean
 from buddygpt.data.text.counts import RowCounts
-from buddygpt.data.text.operators import MAPPERS, MEASURES
+from buddygpt.data.text.mappers import MAPPERS
+from buddygpt.data.text.measures import MEASURES
 
 MAX_CHARS = 5_000_000  # of a document: memory grows with the longest
 PROFILES = Path(__file__).parents[1] / "profiles"

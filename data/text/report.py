@@ -14,7 +14,7 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from buddygpt.cli.tables import NO_TEXT, escape_markdown, markdown_table
 from buddygpt.data.text.counts import Kind, RowCounts, sum_counts
-from buddygpt.data.text.operators import MEASURES
+from buddygpt.data.text.measures import MEASURES
 
 EXAMPLES = 3  # examples of each rule that each task keeps, and that the report shows
 EXCERPT = 240  # characters of an example

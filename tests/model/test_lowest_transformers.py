@@ -28,7 +28,7 @@ NAMES = {
     "transformers.generation": {"GenerationMixin"},
     "transformers.integrations": {"use_experts_implementation"},
     "transformers.masking_utils": {"create_causal_mask"},
-    "transformers.modeling_layers": {"GradientCheckpointingLayer"},
+    "transformers.modeling_layers": {"GenericForSequenceClassification", "GradientCheckpointingLayer"},
     "transformers.modeling_outputs": {"MoeCausalLMOutputWithPast", "MoeModelOutputWithPast"},
     "transformers.modeling_rope_utils": {"ROPE_INIT_FUNCTIONS", "RopeParameters", "dynamic_rope_update"},
     "transformers.modeling_utils": {"ALL_ATTENTION_FUNCTIONS"},

@@ -19,7 +19,8 @@ from PIL import Image
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.text.clean import PROFILES, Cleaner, Profile, load_profile
-from buddygpt.data.text.operators import FTFY, MAPPERS, MEASURES
+from buddygpt.data.text.mappers import FTFY, MAPPERS
+from buddygpt.data.text.measures import MEASURES
 from buddygpt.data.text.report import EXAMPLES, EXCERPT, ExampleWriter, write_report
 
 DATA = ROOT.parent / "shared" / "data" / "pretrain"

@@ -25,7 +25,7 @@ from buddygpt.data import prepare_pretrain
 from buddygpt.data.shards.blocks import BlockDataset
 from buddygpt.data.shards.format import TokenShards, documents_file, tokenizer_fingerprint
 from buddygpt.data.text import hold_out, readers
-from buddygpt.data.text.operators import normalize_lines
+from buddygpt.data.text.mappers import normalize_lines
 from buddygpt.data.text.tokenize import token_dtype
 
 DATA = ROOT.parent / "shared" / "data"
