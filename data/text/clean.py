@@ -8,7 +8,8 @@ A profile is a YAML file of data/profiles/ by name, or any other by path:
       - han_share                             # without bounds, the value is only kept as metadata
       - language: {min_han: 0.2, max_accented: 0.01, keep: [zh, en]}
 
-Longer texts than `max_chars`, by default five million, are first split at line ends. mappers.py and measures.py have the operators.
+Longer texts than `max_chars`, by default five million, are first split at line ends. mappers.py and measures.py
+have the operators.
 """
 
 from collections import Counter

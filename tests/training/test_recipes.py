@@ -354,7 +354,8 @@ SCRIPTS = [
     *("tools/measure_tokenizer.py", "tools/prune_vocabulary.py", "data/prepare_pretrain.py", "data/convert_chat.py"),
     *("data/sample/make_sample.py", "eval/run_eval.py", "eval/report.py", "eval/local_exams.py"),
     *("export/to_native.py", "export/from_native.py", "tools/to_gguf.py", "runs/ask.py", "runs/summarize.py"),
-    *("sft/distill.py", "tools/store_teacher.py"),
+    *("sft/distill.py", "tools/store_teacher.py", "eval/long_context.py", "data/identity.py", "runs/compare.py"),
+    *("rlhf/kto.py", "rlhf/orpo.py", "rlhf/simpo.py", "rlhf/reward.py", "data/sample/make_tool_sample.py"),
 ]
 
 
