@@ -16,7 +16,7 @@ from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.thoughts import PARTS
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both
 
 
 @dataclass
@@ -36,12 +36,8 @@ def main() -> None:
         SFTArguments, SFTConfig, ModelConfig, description=__doc__, defaults=recipe_defaults()
     )
     tokenizer = prepare_for_trl(model_args, training_args)
-    # Rows that are not fit stop the run here, before the model is loaded.
-    with training_args.main_process_first(desc="reading the rows"):  # the others read its cache
-        options = row_options(args, training_args, tokenizer, evaluation=False)
-        train_rows = load_rows(args.train_files, "sft", loss_on=args.loss_on, **options)
-        options = row_options(args, training_args, tokenizer, evaluation=True)
-        eval_rows = load_rows(args.eval_files, "sft", loss_on=args.loss_on, **options) if args.eval_files else None
+    options = {"loss_on": args.loss_on}
+    train_rows, eval_rows = load_both(load_rows, "sft", args, training_args, model_args, tokenizer, **options)
     # TRL replaces the model's forward pass and computes the loss itself (trl/trainer/sft_trainer.py, compute_loss).
     with building("trainer"):
         trainer = SFTTrainer(

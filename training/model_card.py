@@ -17,7 +17,11 @@ from buddygpt.cli.files import write_atomically
 TEMPLATE = "model_card.md.jinja"
 MARK = re.compile(r"<!-- written from run\.json, (\w+) -->\n$")
 NAMES = {"dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO", "grpo": "GRPO", "rloo": "RLOO", "sft": "SFT"}
-STAGES = {"pretrain": ("pretraining", "预训练"), "reward": ("reward model", "奖励模型")}
+STAGES = {
+    "pretrain": ("pretraining", "预训练"),
+    "distill": ("distillation", "蒸馏"),
+    "reward": ("reward model", "奖励模型"),
+}
 STAGES |= {recipe: (name, name) for recipe, name in NAMES.items()}
 KINDS = {
     "pretrain": ("base model", "基座模型"),

@@ -46,12 +46,14 @@ def load_both(
     training_args: SFTConfig | DPOConfig,
     model_args: ModelConfig,
     tokenizer: PreTrainedTokenizerBase,
+    **more_options: Any,
 ) -> tuple[Dataset, Dataset | None]:
     """Return the rows for training and for evaluation. Call it before the model is loaded: bad rows stop the run.
 
     Args:
         load_rows: That of data/chat/load.py.
         kind: Of the rows.
+        more_options: Further keyword arguments of `load_rows`.
     """
     key = reference_key(training_args, model_args) if getattr(training_args, "precompute_ref_log_probs", False) else ()
     sets = []
@@ -61,7 +63,7 @@ def load_both(
             if is_evaluation and not files:
                 return sets[0], None
             options = row_options(args, training_args, tokenizer, is_evaluation)
-            sets.append(load_rows(files, kind, key=key, **options))
+            sets.append(load_rows(files, kind, key=key, **options, **more_options))
     return sets[0], sets[1]
 
 
