@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import re
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,7 +165,7 @@ def load_tasks(args: EvalArguments) -> tuple[TaskManager, dict[str, Task]]:
         raise
     except Exception as error:  # of any kind: task files may run code
         raise UserError(f"tasks: {error} (benchmarks from local files: eval/README.md)") from error
-    if "lm_eval.tasks.ifeval.instructions_util" in sys.modules:
+    if any("ifeval" in name for name in tasks):
         require_punkt()
     return manager, tasks
 

@@ -87,6 +87,9 @@ def load_rows(
     try:
         parts = [_load_file(path, kind, tokens, tuple(benchmarks), force) for path in find_files(files, ROW_TYPES)]
         rows = concatenate_datasets(parts)
+        # Its own fingerprint depends on whether the parts were just made or read from the cache.
+        key_of_parts = _cache_key([part._fingerprint for part in parts])
+        rows = rows.select(range(len(rows)), new_fingerprint=key_of_parts)
         if tokenizer:
             rows = _tokenize_rows(rows, kind, tokenizer, assistant_only, tuple(loss_on), num_proc)
             rows = _drop_bad_rows(rows, files, force)

@@ -293,7 +293,7 @@ def test_muon_is_refused_under_zero(capsys):
         (["--model_config", "debug", "--gpu", "3090", "--per_device_train_batch_size", "0"], "must be more than 0"),
         (["--model_config", "debug", "--gpu", "3090", "--per_device_train_batch_size", "-4"], "must be more than 0"),
         (["--model_config", "debug", "--gpu", "3090", "--price_per_hour", "-1"], "must be more than 0"),
-        (["--model_config", "debug", "--gpu", "3090", "--accelerate_config", "none.yaml"], "cannot read"),
+        (["--model_config", "debug", "--gpu", "3090", "--accelerate_config", "none.yaml"], "none.yaml is not a file"),
         (["--model_config", "debug", "--gpu", "3090", "--blok_size", "64"], "did you mean `block_size`"),
     ],
 )

@@ -94,8 +94,9 @@ def make_shards(folder: Path, tokens: int, vocab_size: int, document: int = 200)
     rows = {"id": [f"random:{number}" for number in range(len(ends))], "chars": [4 * document] * len(ends)}
     pq.write_table(pa.table(rows), shards / documents_file({"file": "random.ds"}))
     shard = {"file": "random.ds", "source": "random", **sizes, **hash_shard(shards, "random.ds")}
-    source = {"name": "random", "language": None, **sizes, "epochs": 1, "share": 1}
+    source = {"name": "random", "language": None, **sizes, "epochs": 1.0, "share": 1.0}
     manifest = {"format_version": FORMAT_VERSION, "dtype": dtype, "eos_id": 0, "shards": [shard], "sources": [source]}
+    manifest["generations"] = [{"shards": [shard["file"]]}]
     manifest |= {"tokenizer": str(folder / "tokenizer"), "tokenizer_sha256": tokenizer_fingerprint(tokenizer), **sizes}
     (shards / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return shards

@@ -45,7 +45,7 @@ def test_slurm_gets_chained_jobs_that_give_the_same_bytes(config, monkeypatch, t
     with pytest.raises(UserError, match="there is no `sbatch` here: run the same command on a machine of the cluster"):
         prepare(path, monkeypatch)
     scripts = [Path(script) for script in re.findall(r"job script: (\S+\.slurm), \d+ tasks", capsys.readouterr().out)]
-    assert [script.parent.name for script in scripts][:2] == ["clean", "signatures"]
+    assert [script.parent.name for script in scripts][:2] == ["clean", "check"]
     assert [script.parent.name for script in scripts][-2:] == ["manifest", "publish"]
     for line in ("partition=cpu", "kill-on-invalid-dep=yes"):
         assert all(f"#SBATCH --{line}\n" in script.read_text() for script in scripts)

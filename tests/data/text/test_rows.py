@@ -291,7 +291,7 @@ def test_a_line_of_50_megabytes_is_read_in_memory_bounded_by_itself(name, tmp_pa
     rows = list(read_rows(tmp_path / name, ["text"]))
     assert [len(row.content) for row in rows] == [1, len(text), 1]
     del rows
-    assert peak_of(tmp_path / name) < 6 * (tmp_path / name).stat().st_size
+    assert peak_of(tmp_path / name) < 6.5 * (tmp_path / name).stat().st_size
 
 
 @pytest.mark.slow
