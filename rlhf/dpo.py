@@ -8,7 +8,7 @@ YAML or as `--key value`. An interrupted run resumes.
 """
 
 from datasets import Dataset
-from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import DPOConfig, DPOTrainer, ModelConfig
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
@@ -16,7 +16,7 @@ from buddygpt.cli.errors import UserError
 from buddygpt.data.chat.load import load_rows
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both, trainer_options
 
 # TRL refuses other names only after the first step has begun (trl/trainer/dpo_trainer.py).
 LOSSES = (
@@ -43,15 +43,8 @@ def main() -> None:
     train_rows, eval_rows = load_both(load_rows, "preference", args, training_args, model_args, tokenizer)
     # TRL computes the loss of both answers (trl/trainer/dpo_trainer.py), with a frozen copy as the reference model.
     with building("trainer"):
-        trainer = TokenizedDPOTrainer(
-            model=model_args.model_name_or_path,
-            args=training_args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-            quantization_config=get_quantization_config(model_args),
-        )
+        options = trainer_options(model_args, training_args, tokenizer)
+        trainer = TokenizedDPOTrainer(train_dataset=train_rows, eval_dataset=eval_rows, **options)
     run_training(trainer, chat_prompts(args.sample_prompts), describe_run("dpo", args, model_args))
 
 

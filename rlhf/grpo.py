@@ -17,8 +17,6 @@ from trl import (
     ModelConfig,
     RLOOConfig,
     RLOOTrainer,
-    get_peft_config,
-    get_quantization_config,
 )
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
@@ -30,7 +28,7 @@ from buddygpt.rlhf.reward_arguments import RewardArguments, build_rewards, find_
 from buddygpt.training.generation import room_for_prompts
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, trainer_options
 
 
 @dataclass
@@ -83,16 +81,8 @@ def main() -> None:
     model_options = {"dtype": model_args.dtype, "trust_remote_code": training_args.trust_remote_code}
     reward_funcs = build_rewards(reward_args, tokenizer, **model_options)
     with building("trainer"):
-        trainer = trainer_class(
-            model=model_args.model_name_or_path,
-            reward_funcs=reward_funcs,
-            args=training_args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-            quantization_config=get_quantization_config(model_args),
-        )
+        options = trainer_options(model_args, training_args, tokenizer)
+        trainer = trainer_class(reward_funcs=reward_funcs, train_dataset=train_rows, eval_dataset=eval_rows, **options)
     run_card = describe_run(algorithm_args.algorithm, args, model_args)
     run_card["arguments"] = vars(args) | vars(reward_args)
     run_training(trainer, chat_prompts(args.sample_prompts), run_card)

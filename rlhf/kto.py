@@ -10,7 +10,7 @@ TRL's `KTOConfig` (`--loss_type apo_zero_unpaired`, `--undesirable_weight 2`, ..
 import sys
 
 from datasets import Dataset
-from trl import KTOConfig, KTOTrainer, ModelConfig, get_peft_config, get_quantization_config
+from trl import KTOConfig, KTOTrainer, ModelConfig
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
@@ -18,7 +18,7 @@ from buddygpt.cli.errors import UserError
 from buddygpt.data.chat.load import load_rows
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both, trainer_options
 
 
 class TokenizedKTOTrainer(KTOTrainer):
@@ -45,15 +45,8 @@ def main() -> None:
     # Batches that stay together are read in the order of the rows: without shuffling, in that of the file.
     train_rows = train_rows.shuffle(seed=training_args.seed)
     with building("trainer"):
-        trainer = TokenizedKTOTrainer(
-            model=model_args.model_name_or_path,
-            args=training_args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-            quantization_config=get_quantization_config(model_args),
-        )
+        options = trainer_options(model_args, training_args, tokenizer)
+        trainer = TokenizedKTOTrainer(train_dataset=train_rows, eval_dataset=eval_rows, **options)
     run_training(trainer, chat_prompts(args.sample_prompts), describe_run("kto", args, model_args))
 
 

@@ -21,8 +21,6 @@ from trl import (
     DistillationTrainer,
     ModelConfig,
     SFTConfig,
-    get_peft_config,
-    get_quantization_config,
 )
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
@@ -39,7 +37,7 @@ from buddygpt.training.generation import room_for_prompts
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
 from buddygpt.training.teacher_targets import StoredTargets, describe_rows, number_targets
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, row_options, trainer_options
 
 
 @dataclass
@@ -74,17 +72,10 @@ def main() -> None:
         defaults=recipe_defaults(),
     )
     tokenizer = prepare_for_trl(model_args, training_args)
-    options: dict[str, Any] = {
-        "model": model_args.model_name_or_path,
-        "args": training_args,
-        "processing_class": tokenizer,
-        "peft_config": get_peft_config(model_args),
-        "quantization_config": get_quantization_config(model_args),
-    }
     prepare = prepare_offline if config_class is SFTConfig else prepare_on_policy
     trainer_class, more, origin = prepare(args, distill_args, training_args, model_args, tokenizer)
     with building("trainer"):
-        trainer = trainer_class(**options, **more)
+        trainer = trainer_class(**trainer_options(model_args, training_args, tokenizer), **more)
     if config_class is DistillationConfig:
         require_finite_weights(trainer.teacher_model, training_args.teacher_model_name_or_path)
     run_card = describe_run("distill", args, model_args)

@@ -8,7 +8,7 @@ Data: rows of `messages` (make them with data/convert_chat.py). Every option of 
 
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
@@ -16,7 +16,7 @@ from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.thoughts import PARTS
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
-from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both
+from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both, trainer_options
 
 
 @dataclass
@@ -40,15 +40,8 @@ def main() -> None:
     train_rows, eval_rows = load_both(load_rows, "sft", args, training_args, model_args, tokenizer, **options)
     # TRL replaces the model's forward pass and computes the loss itself (trl/trainer/sft_trainer.py, compute_loss).
     with building("trainer"):
-        trainer = SFTTrainer(
-            model=model_args.model_name_or_path,
-            args=training_args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
-            quantization_config=get_quantization_config(model_args),
-        )
+        options = trainer_options(model_args, training_args, tokenizer)
+        trainer = SFTTrainer(train_dataset=train_rows, eval_dataset=eval_rows, **options)
     run_training(trainer, chat_prompts(args.sample_prompts), describe_run("sft", args, model_args))
 
 

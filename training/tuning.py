@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-from trl import DPOConfig, ModelConfig, SFTConfig
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from buddygpt.cli.checkpoints import checkpoint_sha256
 from buddygpt.cli.files import ROW_TYPES, file_sha256, find_files
@@ -65,6 +65,19 @@ def load_both(
             options = row_options(args, training_args, tokenizer, is_evaluation)
             sets.append(load_rows(files, kind, key=key, **options, **more_options))
     return sets[0], sets[1]
+
+
+def trainer_options(
+    model_args: ModelConfig, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Return the keyword arguments that a TRL trainer takes for the model, which it loads by its name."""
+    return {
+        "model": model_args.model_name_or_path,
+        "args": training_args,
+        "processing_class": tokenizer,
+        "peft_config": get_peft_config(model_args),
+        "quantization_config": get_quantization_config(model_args),
+    }
 
 
 def reference_key(training_args: DPOConfig, model_args: ModelConfig) -> list[Any]:
