@@ -330,7 +330,7 @@ def test_benchmark_items_in_the_rows_make_them_unfit_and_the_converter_leaves_th
         ),
         ("a.jsonl", b'{"question": "q", "answer": "a", "prompt": "", "response": ""}\n', "fits several schemas"),
         ("a.jsonl", b'{"title": "q"}\n', "fits no schema"),
-        ("a.jsonl.gz", gzip.compress(b'{"q": "q", "a": "a"}\n' * 9)[:-9], "a.jsonl.gz.*: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"q": "q", "a": "a"}\n' * 9, mtime=0)[:-9], "a.jsonl.gz.*: cannot be read"),
         ("manifest.json", b"{}", "folder of token shards. Run: python data/inspect_shards.py"),
     ],
 )
