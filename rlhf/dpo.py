@@ -12,18 +12,20 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
-from buddygpt.cli.errors import UserError
 from buddygpt.data.chat.load import load_rows
+from buddygpt.training.limits import require_choices
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both, trainer_options
 
-# TRL refuses other names only after the first step has begun (trl/trainer/dpo_trainer.py).
-LOSSES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# What trl/trainer/dpo_trainer.py knows.
+CHOICES = {
+    "loss_type": (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+}
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -37,8 +39,7 @@ def main() -> None:
     args, training_args, model_args = parse_arguments(
         TuningArguments, DPOConfig, ModelConfig, description=__doc__, defaults=recipe_defaults()
     )
-    require_known("loss_type", training_args.loss_type, LOSSES)
-    require_known("f_divergence_type", [training_args.f_divergence_type], DIVERGENCES)
+    require_choices(training_args, CHOICES)
     tokenizer = prepare_for_trl(model_args, training_args)
     train_rows, eval_rows = load_both(load_rows, "preference", args, training_args, model_args, tokenizer)
     # TRL computes the loss of both answers (trl/trainer/dpo_trainer.py), with a frozen copy as the reference model.
@@ -46,13 +47,6 @@ def main() -> None:
         options = trainer_options(model_args, training_args, tokenizer)
         trainer = TokenizedDPOTrainer(train_dataset=train_rows, eval_dataset=eval_rows, **options)
     run_training(trainer, chat_prompts(args.sample_prompts), describe_run("dpo", args, model_args))
-
-
-def require_known(key: str, names: list[str], known: tuple[str, ...]) -> None:
-    """Raise UserError if a name is not known."""
-    for name in names:
-        if name not in known:
-            raise UserError(f"`{key}` is {name}, must be one of {', '.join(known)}")
 
 
 if __name__ == "__main__":

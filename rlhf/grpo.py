@@ -26,6 +26,7 @@ from buddygpt.data.chat.prompt_batches import PromptsWithTools
 from buddygpt.data.chat.prompts import load_prompts
 from buddygpt.rlhf.reward_arguments import RewardArguments, build_rewards, find_needs, require_rewards
 from buddygpt.training.generation import room_for_prompts
+from buddygpt.training.limits import require_choices
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, trainer_options
@@ -46,7 +47,7 @@ class RLOO(PromptsWithTools, RLOOTrainer):
     pass
 
 
-# TRL refuses other names only after the first step has begun (trl/trainer/grpo_trainer.py).
+# What trl/trainer/grpo_trainer.py knows.
 CHOICES = {
     "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "scale_rewards": ("group", "batch", "none"),
@@ -63,9 +64,7 @@ def main() -> None:
         description=__doc__,
         defaults=recipe_defaults(),
     )
-    for key, choices in CHOICES.items():
-        if getattr(training_args, key, choices[0]) not in choices:
-            raise UserError(f"`{key}` is {getattr(training_args, key)}, must be one of {', '.join(choices)}")
+    require_choices(training_args, CHOICES)
     require_rewards(reward_args, training_args.reward_weights)
     tokenizer = prepare_for_trl(model_args, training_args)
     options = {

@@ -103,6 +103,19 @@ def _require_range(key: str, value: Any) -> None:
             raise UserError(f"`{key}` is {number:,}; use a number {above} {high:,}")
 
 
+def require_choices(args: TrainingArguments, choices: dict[str, tuple[str, ...]]) -> None:
+    """Raise UserError if an option has a value that TRL would refuse only after the first step has begun.
+
+    Args:
+        choices: The values that TRL knows, by option. Options that `args` does not have are skipped.
+    """
+    for key, known in choices.items():
+        value = getattr(args, key, known[0])
+        for name in value if isinstance(value, list) else [value]:
+            if name not in known:
+                raise UserError(f"`{key}` is {name}, must be one of {', '.join(known)}")
+
+
 def _require_trackers(names: list[str]) -> None:
     for name in names:
         if name in INTEGRATION_TO_CALLBACK and name not in (*get_available_reporting_integrations(), "flyte"):

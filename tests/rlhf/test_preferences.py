@@ -26,7 +26,7 @@ from transformers import (
 from trl import DPOTrainer, KTOTrainer
 
 from buddygpt.cli.errors import UserError
-from buddygpt.rlhf.dpo import LOSSES as DPO_LOSSES
+from buddygpt.rlhf.dpo import CHOICES
 from buddygpt.rlhf.pairs import TokenizedORPOTrainer
 
 MIXTURE = MLA | MOE | SIGMOID | dict(scoring_func="sigmoid", aux_loss_alpha=0.05, z_loss_coef=0.01)
@@ -216,7 +216,7 @@ def test_experts_are_balanced_and_z_loss_is_applied(recipe, folder, tmp_path):
 @pytest.mark.slow
 def test_every_loss_of_dpo_from_yaml(folder, tmp_path):
     losses = {}
-    for loss in DPO_LOSSES:  # all 15 of TRL 1.16
+    for loss in CHOICES["loss_type"]:  # all 15 of TRL 1.16
         smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0
         metrics = train(
             "dpo", folder, tmp_path / loss, loss_type=[loss], label_smoothing=smoothing, max_steps=2, save_steps=100
