@@ -46,7 +46,8 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
 
 def require_quick_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise UserError if the chat template fails, or takes longer than any should: a nested loop may never end."""
-    if not tokenizer.chat_template or threading.current_thread() is not threading.main_thread():
+    can_stop = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    if not tokenizer.chat_template or not can_stop:  # Windows has no such signal
         return
 
     def stop(*_: object) -> None:
