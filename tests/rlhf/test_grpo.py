@@ -93,7 +93,7 @@ def test_a_reward_model_a_users_function_and_tools(workspace, chat_model, tmp_pa
     rows = [{"prompt": f"{n} + 1 = ?", "answer": n + 1, "level": n} for n in range(4)]
     rows[1]["tools"] = rows[2]["tools"] = [TOOL]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "level_rewards.py").write_text(
         "def level(completions, answer, level, **columns):\n"
         "    assert [int(each) for each in answer] == [each + 1 for each in level]\n"
         "    return [float(len(each[0]['content'])) for each in completions]\n"
@@ -106,7 +106,7 @@ def test_a_reward_model_a_users_function_and_tools(workspace, chat_model, tmp_pa
 
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", recorded)
     monkeypatch.syspath_prepend(tmp_path)
-    rewards = ["valid_tool_call", "my_rewards:level", tmp_path / "judge"]
+    rewards = ["valid_tool_call", "level_rewards:level", tmp_path / "judge"]
     rows = tmp_path / "rows.jsonl"
     options = ["--train_files", rows, "--eval_files", rows, "--max_steps", 2, "--eval_strategy", "no", "--beta", 0]
     options += ["--rewards", *rewards, "--reward_weights", 1, 1, 0.5, "--max_completion_length", 4]
