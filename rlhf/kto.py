@@ -61,6 +61,8 @@ def check_balance(labels: list[bool], args: KTOConfig) -> None:
     if not good or not bad:
         remedy = "fine-tune on them with sft/sft.py" if good else "add good ones"
         raise UserError(f"all {len(labels):,} answers are labeled {'good' if good else 'bad'}; {remedy}")
+    if not args.desirable_weight or not args.undesirable_weight:  # those answers are left out on purpose
+        return
     ratio = good * args.desirable_weight / (bad * args.undesirable_weight)
     if not 0.99 <= ratio <= 1.34 and args.process_index == 0:
         print(

@@ -20,7 +20,7 @@ MAX_NAME_BYTES = 255  # of a file or folder, on all common file systems
 
 ABOVE_0 = 1e-9
 # The smallest and the largest value of options of TrainingArguments, TRL, LoRA and our own. What an option is by
-# default is allowed, too, such as -1 for max_steps.
+# default is allowed, too, such as -1 for max_steps. "Class.option" is for one class whose option has another meaning.
 RANGES: dict[str, tuple[float, float]] = {
     # schedule
     "max_steps": (1, 10**9),
@@ -57,6 +57,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "neftune_noise_alpha": (0, 1000),
     "loss_weights": (0, 10**6),
     "beta": (ABOVE_0, 1000),
+    "GRPOConfig.beta": (0, 1000),  # 0: no reference model
+    "RLOOConfig.beta": (0, 1000),
+    "ORPOConfig.beta": (0, 1000),  # 0: the likelihood of the chosen answers only
+    "DistillationConfig.beta": (0, 1),  # 0: forward KL divergence
+    "desirable_weight": (0, 1000),  # 0: only bad answers are learned from
+    "undesirable_weight": (0, 1000),
     "ld_alpha": (0, 1),
     # answers that reinforcement learning and distillation generate
     "max_completion_length": (1, 10**9),
@@ -86,8 +92,9 @@ def require_limits(*arguments: Any) -> None:
     for dataclass in arguments:
         for option in fields(dataclass):
             value = getattr(dataclass, option.name)
-            if option.name in RANGES and value is not None and value != option.default:
-                _require_range(option.name, value)
+            limits = RANGES.get(f"{type(dataclass).__name__}.{option.name}", RANGES.get(option.name))
+            if limits and value is not None and value != option.default:
+                _require_range(option.name, value, *limits)
             if option.name.endswith("_kwargs") and isinstance(value, str):
                 raise UserError(f"`{option.name}` is {value}; write a mapping, such as '{{\"key\": 1}}'")
         if isinstance(dataclass, TrainingArguments):
@@ -95,8 +102,7 @@ def require_limits(*arguments: Any) -> None:
             _require_trackers(dataclass.report_to)
 
 
-def _require_range(key: str, value: Any) -> None:
-    low, high = RANGES[key]
+def _require_range(key: str, value: Any, low: float, high: float) -> None:
     for number in value if isinstance(value, list) else [value]:
         if not low <= number <= high:
             above = "above 0 and up to" if low == ABOVE_0 else f"from {low:,} to"
