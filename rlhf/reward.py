@@ -4,9 +4,9 @@
         --config rlhf/configs/quickstart-reward.yaml
 
 Data: rows of `prompt`, `chosen`, `rejected` (make them with data/convert_chat.py). The loss is that of Bradley and
-Terry: the chosen answer should score higher. Every option of TRL's `RewardConfig` works here, in the YAML or as `--key
-value`; all parameters are trained. `run.json` has the accuracy on each file of `eval_files`.
-rlhf/grpo.py takes the folder as one of its `rewards`. An interrupted run resumes.
+Terry: the chosen answer should score higher. Every option of TRL's `RewardConfig` and `ModelConfig` works here, in the
+YAML or as `--key value`; `--use_peft true ...` trains an adapter and the whole score. `run.json` has the accuracy on
+each file of `eval_files`. rlhf/grpo.py takes the folder as one of its `rewards`. An interrupted run resumes.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ from buddygpt.cli.files import ROW_TYPES, find_files
 from buddygpt.data.chat.load import load_rows
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
-from buddygpt.training.tuning import TuningArguments, describe_run, load_both, row_options
+from buddygpt.training.tuning import TuningArguments, describe_run, load_both, row_options, trainer_options
 
 
 @dataclass
@@ -65,8 +65,6 @@ def main() -> None:
     )
     if args.sample_prompts:
         raise UserError("sample_prompts: a reward model scores answers and writes none; remove it")
-    if model_args.use_peft:
-        raise UserError("use_peft: a reward model is trained whole; remove it")
     tokenizer = prepare_for_trl(model_args, training_args)
     training_args.model_init_kwargs["num_labels"] = 1
     train_rows, _ = load_both(
@@ -75,12 +73,10 @@ def main() -> None:
     sources, eval_rows = load_sources(args, training_args, tokenizer) if args.eval_files else ((), None)
     with building("trainer"):
         trainer = RewardTrainerBySource(
-            model=model_args.model_name_or_path,
-            args=training_args,
             data_collator=CollatorWithSource(tokenizer.pad_token_id, training_args.pad_to_multiple_of),
             train_dataset=keep_whole(train_rows, training_args.max_length),
             eval_dataset=keep_whole(eval_rows, training_args.max_length) if args.eval_files else None,
-            processing_class=tokenizer,
+            **trainer_options(model_args, training_args, tokenizer),
         )
     trainer.sources = sources  # of the evaluation
     run_training(trainer, [], describe_run("reward", args, model_args))

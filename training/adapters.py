@@ -9,9 +9,16 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config
+from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig, get_peft_config
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from buddygpt.cli.errors import UserError, did_you_mean
 
@@ -25,7 +32,8 @@ Args = SFTConfig | DPOConfig
 def prepare_lora(model_args: ModelConfig, config: PreTrainedConfig, training_args: Args) -> None:
     """Complete the settings of LoRA and try them on a model without weights.
 
-    `lora_target_modules` becomes all linear layers if it is None. Names in one word become a list.
+    `lora_target_modules` becomes all linear layers if it is None. Names in one word become a list. A reward model gets
+    the task type with which peft trains and saves its score, too.
 
     Raises:
         UserError: peft refuses the settings, a name matches nothing (peft ignores that if another name matches), or
@@ -41,14 +49,18 @@ def prepare_lora(model_args: ModelConfig, config: PreTrainedConfig, training_arg
             f"{model_args.model_name_or_path} is quantized, so LoRA could not be merged into float weights. Start "
             "from the checkpoint that it was made from; load_in_4bit: true quantizes that while it trains"
         )
-    if model_args.lora_task_type != "CAUSAL_LM":
-        raise UserError(f"lora_task_type is {model_args.lora_task_type}; a language model needs CAUSAL_LM")
+    model_class, task = AutoModelForCausalLM, "CAUSAL_LM"
+    if isinstance(training_args, RewardConfig):
+        model_class, task = AutoModelForSequenceClassification, "SEQ_CLS"
+    if model_args.lora_task_type not in ("CAUSAL_LM", task):  # the first is TRL's default
+        raise UserError(f"lora_task_type is {model_args.lora_task_type}; this recipe needs {task}, or leave it out")
+    model_args.lora_task_type = task
     for key in ("lora_target_modules", "lora_target_parameters", "lora_modules_to_save"):
         setattr(model_args, key, _split_names(getattr(model_args, key)))
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = ALL  # peft has defaults for stock architectures only
     with zero3_off(training_args), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=training_args.trust_remote_code)
+        model = model_class.from_config(config, trust_remote_code=training_args.trust_remote_code)
     _try_lora(model_args, model)
 
 
@@ -80,7 +92,7 @@ def _try_lora(model_args: ModelConfig, model: PreTrainedModel) -> None:
         experts = [name for name, shape in shapes.items() if len(shape) == 3]
         _require_matches("lora_target_parameters", settings.target_parameters or (), shapes, experts, parts=2)
         whole = [name for name in modules if not name.split(".")[-1].isdigit()]
-        _require_matches("lora_modules_to_save", settings.modules_to_save or (), modules, whole)
+        _require_matches("lora_modules_to_save", model_args.lora_modules_to_save or (), modules, whole)
         if settings.target_parameters and model_args.lora_dropout:
             raise UserError(
                 f"LoRA on parameters ({', '.join(sorted(settings.target_parameters))}) works without dropout only, "
@@ -150,7 +162,8 @@ def describe_lora(model: PeftModel) -> str:
     """Return one line that says what LoRA trains, and which experts it does not reach."""
     targeted = model.base_model.targeted_parameter_names
     names = _endings(model.base_model.targeted_module_names, 1) + _endings(targeted, 2)
-    names += model.peft_config["default"].modules_to_save or []
+    whole = model.peft_config["default"].modules_to_save or []
+    names += [name for name in _endings(dict(model.get_base_model().named_modules()), 1) if name in whole]
     trained, total = model.get_nb_trainable_parameters()
     line = f"LoRA trains {trained:,} parameters ({trained / total:.1%}), in {', '.join(names)}."
 
@@ -176,7 +189,7 @@ def save_merged(trainer: Trainer, adapter: Path, folder: Path) -> None:
     trained: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
     base, args = trained.get_base_model(), trainer.args
     changes = {key: value for key, value in args.model_init_kwargs.items() if key not in LOADING}
-    with zero3_off(args):
+    with zero3_off(args), suppress_seqcls_warning():  # a new score comes from the adapter
         merged = type(base).from_pretrained(
             trained.peft_config["default"].base_model_name_or_path,
             dtype="auto",
@@ -186,5 +199,6 @@ def save_merged(trainer: Trainer, adapter: Path, folder: Path) -> None:
         merged = PeftModel.from_pretrained(merged, adapter).merge_and_unload()
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(merged.config, key, getattr(base.config, key, None))
-    merged.generation_config = base.generation_config
+    if base.can_generate():
+        merged.generation_config = base.generation_config
     merged.save_pretrained(folder)

@@ -10,6 +10,7 @@ from conftest import history, run
 from tiny_models import SIZES, same_weights, save_random_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     Qwen3Config,
     Qwen3ForSequenceClassification,
@@ -76,6 +77,30 @@ def test_rloo_and_lora(workspace, chat_model, tmp_path):
     assert (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").exists()
     with pytest.raises(UserError, match="normalize_advantages"):  # no option of the other algorithm
         grpo(workspace, chat_model, tmp_path / "mixed", "--normalize_advantages", "true")
+
+
+@pytest.mark.slow
+def test_our_reward_model_judges_answers(workspace, chat_model, tmp_path, monkeypatch):
+    """One that rlhf/reward.py has trained with LoRA: it gives whole chats the score that it gives them alone."""
+    pairs = ["--train_files", workspace / "sample" / "preference_eval.jsonl", "--model_name_or_path", chat_model]
+    lora = ["--use_peft", "true", "--lora_r", 4, "--max_steps", 1, "--eval_strategy", "no", "--eval_files", ""]
+    judge = tmp_path / "judge"
+    run("rlhf/reward.py", "--config", "rlhf/configs/debug-reward.yaml", *pairs, *lora, "--output_dir", judge)
+    judged, calculate = [], GRPOTrainer._calculate_rewards
+
+    def recorded(trainer, inputs, prompts, completions, ids):
+        scores = calculate(trainer, inputs, prompts, completions, ids)
+        judged.extend(zip(prompts, completions, scores[:, 0].tolist(), strict=True))
+        return scores
+
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", recorded)
+    options = ["--rewards", judge, "--reward_weights", 1, *lora[-6:]]
+    grpo(workspace, chat_model, tmp_path / "grpo", *options)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(judge), AutoTokenizer.from_pretrained(judge)
+    assert len(judged) == 8 and len({score for _, _, score in judged}) > 1
+    for prompt, completion, score in judged:
+        chat = tokenizer.apply_chat_template(prompt + completion, return_tensors="pt", return_dict=True)
+        assert model.eval()(**chat).logits.item() == pytest.approx(score, abs=1e-4)
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {}}}}}

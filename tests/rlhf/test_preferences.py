@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import history, run
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import GQA, MLA, MOE, SIGMOID, make_model
 from tiny_tokenizer import TEXTS, train_tiny_tokenizer
@@ -246,6 +247,23 @@ def test_lora_trains_and_is_merged(recipe, folder, tmp_path):
     assert not same_weights_as_start(folder / "dense", tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3", "mixture"])
+def test_lora_trains_the_score_of_a_reward_model_whole(model, folder, tmp_path, capsys):
+    """The merged model scores as base and adapter do; a run that resumes has its bits."""
+    train("reward", folder, tmp_path / "run", model, use_peft=True, lora_r=4)
+    assert ", down_proj, score." in capsys.readouterr().out
+    base = AutoModelForSequenceClassification.from_pretrained(folder / model, num_labels=1)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    ids = torch.arange(4, 28).view(2, 12)
+    assert merged.config.num_labels == 1 and merged(ids).logits.shape == (2, 1)
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train("reward", folder, tmp_path / "resumed", model, use_peft=True, lora_r=4)
+    assert same_weights(tmp_path / "resumed", tmp_path / "run")
+
+
 # --- evaluation ---
 
 
@@ -346,7 +364,7 @@ OPTIONS = {
     "batch of one": ("kto", {"per_device_train_batch_size": 1}, "batch size must be > 1"),
     "loss of SimPO": ("simpo", {"loss_type": "nosuch"}, "loss_type"),
     "samples of scores": ("reward", {"sample_prompts": ["q"]}, "a reward model scores answers"),
-    "LoRA of scores": ("reward", {"use_peft": True}, "a reward model is trained whole"),
+    "LoRA of words": ("reward", {"use_peft": True, "lora_task_type": "SEQ_2_SEQ_LM"}, "this recipe needs SEQ_CLS"),
     "short": ("reward", {"max_length": 4}, "max_length 4"),
 }
 
