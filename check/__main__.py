@@ -10,6 +10,7 @@ Exit status: 0 if all checks pass or do not apply, 1 if one fails, 2 if there is
 
 import argparse
 import sys
+import textwrap
 import time
 
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from transformers.utils import logging
 
 from buddygpt.cli.errors import ArgumentParser, run_script
 
+from .advice import ADVICE
 from .checks import CHECKS, Row, explain, run_check
 from .subject import open_subject
 
@@ -46,6 +48,15 @@ def print_table(rows: list[Row]) -> None:
         print(f"{row.check:24}{row.status:6}{numbers}{row.note}".rstrip())
 
 
+def print_advice(rows: list[Row]) -> None:
+    """Print what each failure means and what to do."""
+    for row in rows:
+        if row.status == "FAIL":
+            print(
+                f"\n{row.check}\n{textwrap.fill(ADVICE[row.check], 115, initial_indent='  ', subsequent_indent='  ')}"
+            )
+
+
 def main() -> None:
     arguments = parse_arguments()
     logging.set_verbosity_error()
@@ -69,6 +80,7 @@ def main() -> None:
         f"{counts['pass']} hold, {counts['FAIL']} fail, {counts['n/a']} do not apply; "
         f"{time.perf_counter() - start:.0f} s"
     )
+    print_advice(rows)
     sys.exit(1 if counts["FAIL"] else 0)
 
 

@@ -1,15 +1,7 @@
-"""The checks. Each compares a model with itself or with plain arithmetic and returns a measured number.
-
-Differences of logits are relative: the largest absolute difference, divided by the standard deviation of the logits.
-So one tolerance fits all model sizes. Float32 sums in another order differ by about 1e-6; the faults that the checks
-look for cause differences of 1e-2 and more.
-"""
+"""The checks. Each compares a model with itself or with plain arithmetic and returns a measured number."""
 
 import copy
 import inspect
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,35 +11,20 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from .measures import (
+    DOCUMENTS,
+    LENGTH,
+    SAME,
+    Measure,
+    NotApplicable,
+    difference,
+    gradient_difference,
+    nan_to_inf,
+    require,
+)
 from .routing import expected_weights, recorded_routing, routing_rule
+from .saving import fresh_process, loaded_buffers, tied_weights
 from .subject import Subject
-
-LENGTH = 40  # tokens of a row
-DOCUMENTS = [5, 14, 9, 12]  # lengths of documents packed into one row of LENGTH
-SAME = 1e-4  # tolerance for results that differ only by the order of float32 sums
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Result of a check. It passes if `value` is at most `tolerance`, or with `at_least` if it is at least that.
-
-    `note` says where the value was measured.
-    """
-
-    value: float
-    tolerance: float
-    at_least: bool = False
-    note: str = ""
-
-    @property
-    def holds(self) -> bool:
-        if self.at_least:
-            return self.tolerance <= self.value < torch.inf
-        return self.value <= self.tolerance
-
-
-class NotApplicable(Exception):
-    """The model lacks the part that the check is about. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -87,44 +64,6 @@ def run_check(name: str, subject: Subject) -> Row:
 def explain(name: str) -> str:
     """Return the docstring of a check in one line."""
     return " ".join(inspect.getdoc(CHECKS[name]).split())
-
-
-def require(condition: bool, reason: str) -> None:
-    """Raise NotApplicable with the reason unless the condition holds."""
-    if not condition:
-        raise NotApplicable(reason)
-
-
-def difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the largest difference, in standard deviations of the reference."""
-    return nan_to_inf(((logits - reference).abs().max() / reference.std()).item())
-
-
-def gradient_difference(gradients: dict, reference: dict) -> float:
-    """Return the largest relative difference of a parameter's gradient.
-
-    Norms below 1e-3 of the largest count as 1e-3 of it; otherwise rounding in gradients near 0 would dominate.
-    """
-    norms = {}
-    for name, gradient in reference.items():
-        norms[name] = 0.0 if gradient is None else nan_to_inf(gradient.norm().item())
-    floor = 1e-3 * max(norms.values())
-
-    largest = 0.0
-    for name in reference:
-        if gradients[name] is None or reference[name] is None:
-            # A missing gradient equals a zero one.
-            relative = 0.0 if norms[name] == 0.0 else torch.inf
-        else:
-            distance = (gradients[name] - reference[name]).norm().item()
-            relative = nan_to_inf(distance / max(norms[name], floor))
-        largest = max(largest, relative)
-    return largest
-
-
-def nan_to_inf(value: float) -> float:
-    """Return infinity for NaN: no tolerance allows it, and `max` does not skip it."""
-    return torch.inf if value != value else value
 
 
 @contextmanager
@@ -342,54 +281,6 @@ def initial_loss(subject: Subject) -> Measure:
     return Measure(abs(loss - uniform) / uniform, 0.1)
 
 
-# Saving and loading keeps the model.
-
-
-def tied_weights(subject: Subject) -> Measure:
-    """Saving and loading keeps every tensor, and keeps head and embedding tied or untied as the config says.
-    Measured: tensors that changed."""
-    model, loaded = subject.model, subject.reload()
-    before, after = model.state_dict(), loaded.state_dict()
-    changed = before.keys() ^ after.keys()
-    for name in before.keys() & after.keys():
-        if not torch.equal(before[name], after[name]):
-            changed.add(name)
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
-    if is_tied(model) != tied or is_tied(loaded) != tied:
-        changed.add(f"the output head (tie_word_embeddings is {tied})")
-    return Measure(len(changed), 0, note=", ".join(sorted(changed)[:3]))
-
-
-def is_tied(model: PreTrainedModel) -> bool:
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def fresh_process(subject: Subject) -> Measure:
-    """The saved folder loads in a new process that imports only transformers, and gives the same logits."""
-    ids = subject.ids(2, LENGTH)
-    folder = subject.saved.parent
-    torch.save((ids, subject.logits(ids)), folder / "expected.pt")
-    remote = bool(getattr(subject.model.config, "auto_map", None))
-    program = f"""if True:
-        import sys, torch
-        from transformers import AutoModelForCausalLM
-        ids, expected = torch.load("expected.pt")
-        model = AutoModelForCausalLM.from_pretrained("saved_model", dtype=torch.float32, trust_remote_code={remote})
-        with torch.no_grad():
-            logits = model.eval()(ids, use_cache=False).logits.float()
-        assert "buddygpt" not in sys.modules, "the package was imported"
-        print("difference", ((logits - expected).abs().max() / expected.std()).item())
-    """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    environment.pop("PYTHONPATH", None)
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    if result.returncode:
-        raise RuntimeError(result.stderr.strip().splitlines()[-1])
-    return Measure(float(result.stdout.split("difference")[1]), 1e-6)
-
-
 # Every way of running the model gives the same result.
 
 
@@ -464,13 +355,19 @@ def bfloat16(subject: Subject) -> Measure:
         logits = model(ids, use_cache=False, **kwargs).logits.float()
         return (logits - expected).norm(dim=-1).median().item()
 
+    loaded = subject.reload(torch.bfloat16)
+    buffers = dict(subject.model.named_buffers())
+    for name, buffer in loaded.named_buffers():  # what loading leaves unset is the fault that `loaded_buffers` reports
+        if buffer.isnan().any():
+            buffer.copy_(buffers[name])
+
     with torch.no_grad():
         disturbed = copy.deepcopy(subject.model)
         for parameter in disturbed.parameters():
             parameter.mul_(torch.empty_like(parameter).uniform_(1 - 2**-7, 1 + 2**-7))
         allowed = error(disturbed)
         del disturbed  # large models would not fit twice
-        return Measure(error(subject.reload(torch.bfloat16)) / allowed, 2)
+        return Measure(error(loaded) / allowed, 2)
 
 
 # The router chooses the experts that its scores ask for.
@@ -499,6 +396,7 @@ ALL_CHECKS = (
     position_ids,
     loss_accumulation,
     tied_weights,
+    loaded_buffers,
     fresh_process,
     parameter_gradients,
     attention_backends,

@@ -85,8 +85,13 @@ class Subject:
         return folder
 
     def reload(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """Load the saved model."""
-        return type(self.model).from_pretrained(self.saved, dtype=dtype).eval()
+        """Load the saved model. What loading leaves uninitialized is NaN, instead of whatever the memory held."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)  # also fills new memory, see torch.utils.deterministic
+        try:
+            return type(self.model).from_pretrained(self.saved, dtype=dtype).eval()
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
 
     def takes(self, argument: str) -> bool:
         """Return True if the model's `forward` names this argument."""
@@ -179,9 +184,19 @@ def reduce_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a config of a few thousand parameters with the same structure.
 
     It keeps the kinds of layers, the groups of heads and of experts, the experts per token, and which ranks are used.
-    Fields are recognized by their standard names.
+    Fields are recognized by their standard names. Of a model that also reads images, it is the text model.
+
+    Raises:
+        UserError: The model has no such sizes, for example no attention.
     """
+    config = config.get_text_config()
     old = config.to_dict()
+    for name, own_name in config.attribute_map.items():  # GPT-2 calls `num_hidden_layers` `n_layer`
+        if own_name in old:
+            old[name] = old.pop(own_name)
+    for name in ("num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if name not in old:
+            raise UserError(f"a `{config.model_type}` model cannot be reduced: its config has no {name}")
     vocab_size = min(old["vocab_size"], 512)
     new = {
         **_reduced_depth(old),
@@ -229,6 +244,8 @@ def _reduced_attention(old: dict) -> dict:
     new_kv_heads = 4 if kv_heads == heads else min(kv_heads, 2)
     new_heads = new_kv_heads * heads // kv_heads
     new = {"num_attention_heads": new_heads, "num_key_value_heads": new_kv_heads, "hidden_size": 16 * new_heads}
+    if old.get("dim_model_base") is not None:  # MiniCPM divides its logits by hidden_size / dim_model_base
+        new["dim_model_base"] = max(1, round(old["dim_model_base"] * new["hidden_size"] / old["hidden_size"]))
     if old.get("kv_lora_rank") is None:
         new["head_dim"] = 16
     else:

@@ -169,6 +169,15 @@ class ForgetfulCache(Broken):
         return super().forward(*args, past_key_values=past_key_values, **kwargs)
 
 
+class UnsetWhenLoaded(Broken):
+    """A table that neither the file nor `_init_weights` sets: after loading it is what the memory was (MiniMind)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("table", torch.linspace(0.5, 1.5, config.hidden_size), persistent=False)
+        self.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output * self.table)
+
+
 class UntiedWhenLoaded(Broken):
     """After loading, the head is a copy of the embedding."""
 

@@ -8,10 +8,21 @@ import broken_models as broken
 import pytest
 import torch
 from broken_models import with_broken
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    Mamba2Config,
+    Qwen2Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 
 from buddygpt.check import CHECKS, Subject, __main__, open_subject, reduce_config, run_check
 from buddygpt.check.__main__ import main
+from buddygpt.check.advice import ADVICE
 from buddygpt.cli.errors import UserError
 from buddygpt.model import modeling_buddygpt as modeling
 from buddygpt.model.presets import PRESETS, load_config
@@ -20,6 +31,10 @@ GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
 STOCK = {
     "qwen2": reduce_config(Qwen2Config(tie_word_embeddings=True)),
     "deepseek_v3": reduce_config(DeepseekV3Config(num_mtp_layers=0)),
+    "gemma3": reduce_config(
+        Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "smollm3": reduce_config(SmolLM3Config()),
 }
 
 
@@ -77,6 +92,7 @@ BROKEN_MODELS = {
     "unscaled-accumulated-loss": (broken.MeanOfEachStep, "debug", {"loss_accumulation"}),
     "unshifted-loss": (broken.UnshiftedLoss, "debug", {"loss_accumulation", "initial_loss"}),
     "untied-after-load": (broken.UntiedWhenLoaded, "debug", {"tied_weights"}),
+    "unset-after-load": (broken.UnsetWhenLoaded, "debug", {"loaded_buffers"}),
     "unused-layer": (broken.UnusedModule, "debug", {"parameter_gradients"}),
     "wrong-in-sdpa": (
         with_broken(modeling.BuddyGPTAttention, broken.SharpOnlyInSdpa),
@@ -126,6 +142,10 @@ def test_reducing_keeps_the_structure():
     qwen = reduce_config(Qwen2Config(num_attention_heads=14, num_key_value_heads=2, num_hidden_layers=24))
     assert qwen.num_attention_heads == 7 * qwen.num_key_value_heads and len(qwen.layer_types) == 2
     assert reduce_config(DeepseekV3Config(q_lora_rank=None)).q_lora_rank is None
+    assert reduce_config(GPT2Config(n_layer=12)).n_layer == 2
+    assert reduce_config(Gemma3Config()).model_type == "gemma3_text"
+    with pytest.raises(UserError, match="`mamba2` model cannot be reduced: its config has no num_attention_heads"):
+        reduce_config(Mamba2Config())
 
 
 def test_a_check_that_raises_has_failed():
@@ -172,7 +192,9 @@ def test_exit_status_of_a_failure(monkeypatch, capsys):
     subject = Subject(reduce_config(load_config("debug")), broken.WildStart)
     monkeypatch.setattr(__main__, "open_subject", lambda *options: subject)
     assert run_command(monkeypatch, "wild", "--only", "initial_loss") == 1
-    assert "initial_loss            FAIL" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "initial_loss            FAIL" in output and output.endswith("and at whether the loss is shifted.\n")
+    assert ADVICE.keys() == CHECKS.keys()
 
 
 @pytest.mark.slow
