@@ -2,6 +2,8 @@
 
     python eval/run_eval.py --config eval/configs/quickstart.yaml
     python eval/run_eval.py --checkpoints base=DIR sft=DIR --chat sft --tasks sample_exam_text --sample_dir DIR
+    python eval/run_eval.py --checkpoints base=DIR peer=OWNER/MODEL served=http://HOST:8000/v1#MODEL --suite tiny
+    python eval/run_eval.py --checkpoints base=RUN --every_checkpoint base --suite tiny --minutes 10
 
 Writes lm-eval's own `results_TIME.json` and `samples_TASK_TIME.jsonl` to `OUTPUT/NAME/` for each checkpoint, like
 `lm_eval --output_path OUTPUT/NAME --log_samples`. `eval/report.py` turns them into a report. Checkpoints named in
@@ -13,7 +15,7 @@ import math
 import os
 import re
 import tempfile
-from dataclasses import dataclass, field
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
+import psutil
 from lm_eval import simple_evaluate
-from lm_eval.api.task import Task
+from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
@@ -36,84 +37,73 @@ import buddygpt.eval.harness  # makes lm-eval score every answer from its first 
 import buddygpt.model  # noqa: F401  registers the model with the Auto classes
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import require_quick_template
-from buddygpt.cli.errors import UserError, did_you_mean, run_script
+from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
+from buddygpt.eval.arguments import EvalArguments
 from buddygpt.eval.checkpoints import choose_device, read_checkpoints
+from buddygpt.eval.endpoints import DOCUMENT_SEPARATOR, connect, is_endpoint
+from buddygpt.eval.models import Checkpoint
+from buddygpt.eval.subsets import describe, make_entries, measure, plan
+from buddygpt.eval.task_loading import LoadedTasks, load_tasks
 
 TASKS = Path(__file__).parent / "tasks"
 
 # lm-eval's warnings about what is intended or what the report shows, by logger. They may come once per prompt.
 HARMLESS_WARNINGS = {
     "lm_eval.api.task": "Custom kwargs can be passed",
-    "lm_eval.evaluator": "chat template is not applied|Overwriting default num_fewshot of .* from None",
+    "lm_eval.evaluator": "chat template is not applied|Overwriting default num_fewshot of .* from None|"
+    "settings will update set parameters in yaml tasks",
     "lm_eval.models.huggingface": "Combined length of context|Left truncation applied",
     "lm_eval.tasks._index": "overrides existing task",
 }
 
 
-@dataclass
-class EvalArguments:
-    checkpoints: list[str] = field(metadata={"help": "One or more NAME=FOLDER."})
-    tasks: list[str] = field(metadata={"help": "Tasks or groups of eval/tasks, of include_path, or of lm-eval."})
-    output: str = field(
-        default="outputs/eval", metadata={"help": "Folder for the results, one folder per checkpoint."}
-    )
-    chat: list[str] = field(
-        default_factory=list, metadata={"help": "Names of the checkpoints to prompt through their chat template."}
-    )
-    include_path: list[str] = field(
-        default_factory=list, metadata={"help": "More folders of task files, such as eval/local_exams.py writes."}
-    )
-    sample_dir: str | None = field(default=None, metadata={"help": "Sample folder, for the sample_* tasks."})
-    heldout_text: str | None = field(default=None, metadata={"help": "jsonl file with `text`, for heldout_text."})
-    num_fewshot: int | None = field(
-        default=None, metadata={"help": "Examples before each question, if the task has a split for them."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "First N rows of each task, for a quick look."})
-    batch_size: str = field(default="16", metadata={"help": "A number, or `auto`."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, mps. None: a GPU if there is one."})
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ... auto: as in the checkpoint."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code found in a checkpoint. Ours needs none: buddygpt is installed."}
-    )
-
-    def __post_init__(self) -> None:
-        for key in ("checkpoints", "tasks", "chat", "include_path"):
-            values = getattr(self, key)
-            if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-                raise ValueError(f"{key} is {values}; give a list of names")
-        if not (self.checkpoints and self.tasks):
-            raise ValueError("give one or more checkpoints and tasks")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; give a number of rows, at least 1")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"num_fewshot is {self.num_fewshot}; give 0 or more examples")
-        if not re.fullmatch(r"[1-9]\d*|auto(:\d+)?", str(self.batch_size)):
-            raise ValueError(f"batch_size is {self.batch_size}; give a number, at least 1, or `auto`")
-        dtype = getattr(torch, self.dtype, None)
-        if self.dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype is {self.dtype}; give float32, bfloat16, float16 or auto")
-
-
 def main() -> None:
+    started = psutil.Process().create_time() if __name__ == "__main__" else time.time()  # with the imports
     (args,) = parse_arguments(EvalArguments, description=__doc__)
 
     silence_harmless_warnings()
 
     # Check everything before the first model runs: an evaluation may take hours.
     device = choose_device(args.device)
-    folders = read_checkpoints(args.checkpoints)
+    places = read_checkpoints(args.checkpoints, args.every_checkpoint, endpoints=True)
     for name in args.chat:
-        if name not in folders:
-            raise UserError(f"chat: `{name}` is not among the checkpoints ({', '.join(folders)}).")
-    model_args = {name: build_model_args(name, folder, args) for name, folder in folders.items()}
-    task_manager, tasks = load_tasks(args)
-    outputs = {name: make_output(Path(args.output) / name) for name in folders}
+        if not any(is_named(each, [name]) for each in places):
+            raise UserError(f"chat: `{name}` is not among the checkpoints ({', '.join(places)}).")
+    model_args = {
+        name: build_model_args(name, place, args) for name, place in places.items() if not is_endpoint(place)
+    }
+    loaded = load_tasks(make_task_manager(args), args.tasks, args.suite, args.skip_missing)
+    for task_name, task in loaded.tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not args.run_generated_code:
+            raise UserError(f"tasks: {task_name} runs programs that the model writes; allow it: --run_generated_code")
+    needs_likelihoods = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.tasks["tasks"].values())
+    models = {}
+    for name, place in places.items():
+        if is_endpoint(place):
+            at_once = int(args.batch_size) if args.batch_size.isdecimal() else 1
+            models[name] = connect(name, place, is_named(name, args.chat), needs_likelihoods, at_once)
+            model_args[name] = {"pretrained": place}
+    outputs = {name: make_output(Path(args.output) / name) for name in places}
 
-    for name, folder in folders.items():
-        uses_chat_template = name in args.chat
-        print(f"== {name}: {folder}{' (chat template)' if uses_chat_template else ''}", flush=True)
-        evaluate(model_args[name], device, outputs[name], uses_chat_template, task_manager, tasks, args)
+    samples, notes = None, {}
+    if args.suite:
+        notes["suite"] = {"name": args.suite, "missing": loaded.missing}
+    if args.minutes:
+        samples, notes["subset"] = choose_questions(model_args, models, device, loaded, started, args)
+    for name, place in places.items():
+        uses_chat_template = is_named(name, args.chat)
+        print(f"== {name}: {place}{' (chat template)' if uses_chat_template else ''}", flush=True)
+        evaluate(
+            models.get(name), model_args[name], device, outputs[name], uses_chat_template, loaded, samples, notes, args
+        )
+    if args.minutes:
+        print(f"the run took {(time.time() - started) / 60:.1f} of {args.minutes:g} minutes")
+
+
+def is_named(name: str, names: list[str]) -> bool:
+    """Return whether a checkpoint, or the run that it is from (NAME@STEP), is in a list."""
+    return name in names or name.partition("@")[0] in names
 
 
 def silence_harmless_warnings() -> None:
@@ -135,49 +125,32 @@ def build_model_args(name: str, folder: str, args: EvalArguments) -> dict[str, A
         raise
     except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
         raise UserError(f"checkpoints: {name}={folder} cannot be loaded: {error}") from error
-    if name in args.chat and not tokenizer.chat_template:
+    if is_named(name, args.chat) and not tokenizer.chat_template:
         raise UserError(f"chat: {name}={folder} has no chat template; leave `{name}` out of `chat`.")
 
     model_args = {"pretrained": folder, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     # The token before the first token of a document, as in training. lm-eval's default is eos, which ends a chat turn
     # here and never precedes a document in training.
-    separator = tokenizer.get_vocab().get("<|endoftext|>")
+    separator = tokenizer.get_vocab().get(DOCUMENT_SEPARATOR)
     if separator is not None:
         model_args["prefix_token_id"] = separator
     return model_args
 
 
-def load_tasks(args: EvalArguments) -> tuple[TaskManager, dict[str, Task]]:
-    """Return a task manager and the requested tasks by name; UserError if one is missing or lacks its data."""
+def make_task_manager(args: EvalArguments) -> TaskManager:
+    """Return lm-eval's index of all tasks. Those of `include_path` replace others of the same name."""
     for folder in args.include_path:
         if not Path(folder).is_dir():
             raise UserError(f"include_path: {folder} is not a folder; eval/local_exams.py writes one.")
     metadata = {"sample_dir": args.sample_dir, "heldout_text": args.heldout_text}
-    manager = TaskManager(include_path=[TASKS, *args.include_path], metadata=metadata)
-    for task in args.tasks:
-        if task not in manager.all_tasks:
-            match = did_you_mean(task, manager.all_tasks)
-            hint = f"did you mean `{match}`?" if match else "`lm_eval ls tasks` lists lm-eval's own."
-            raise UserError(f"tasks: there is no task `{task}`; {hint}")
-    try:
-        tasks = manager.load(args.tasks)["tasks"]
-    except UserError:
-        raise
-    except Exception as error:  # of any kind: task files may run code
-        raise UserError(f"tasks: {error} (benchmarks from local files: eval/README.md)") from error
-    if any("ifeval" in name for name in tasks):
-        require_punkt()
-    return manager, tasks
+    return TaskManager(include_path=[TASKS, *args.include_path], metadata=metadata)
 
 
-def require_punkt() -> None:
-    """Raise UserError if nltk's data for sentences is missing: IFEval would fail after all answers are generated."""
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError as error:
-        raise UserError("tasks: IFEval needs nltk's data: run `python -m nltk.downloader punkt_tab` once") from error
+def load_model(model_args: dict[str, Any], device: str, args: EvalArguments) -> Checkpoint:
+    """Return lm-eval's model for a checkpoint; UserError if its weights are NaN."""
+    model = Checkpoint(**model_args, backend="causal", batch_size=args.batch_size, device=device)
+    require_finite_weights(model.model, model_args["pretrained"])
+    return model
 
 
 def make_output(folder: Path) -> Path:
@@ -190,59 +163,114 @@ def make_output(folder: Path) -> Path:
     return folder
 
 
+def choose_questions(
+    model_args: dict[str, dict[str, Any]],
+    models: dict[str, LM],
+    device: str,
+    loaded: LoadedTasks,
+    started: float,
+    args: EvalArguments,
+) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Measure each kind of checkpoint, and return the rows of each task that fit into `minutes`, and notes on them.
+
+    Checkpoints whose weights have the same size, as those of one run, are measured once.
+
+    Raises:
+        UserError: The smallest run does not fit.
+    """
+    entries = make_entries(loaded.tasks, args.seed)
+    seconds: dict[Any, dict[str, float]] = {}
+    fixed, measured = 0.0, []
+    for name, of_model in model_args.items():
+        uses_chat_template = is_named(name, args.chat)
+        size = sum(file.stat().st_size for file in Path(of_model["pretrained"]).glob("*.safetensors"))
+        kind = (size or name, uses_chat_template)
+        if kind not in seconds:
+            began = time.time()
+            model = models.get(name) or load_model(of_model, device, args)
+            load_seconds = time.time() - began
+            of_entries = measure(model, entries, uses_chat_template, args.num_fewshot, args.gen_kwargs)
+            seconds[kind] = {"load": load_seconds, **of_entries}
+            del model  # before the next is loaded
+        measured.append(seconds[kind])
+        fixed += seconds[kind]["load"] + loaded.seconds
+    counts = plan(entries, args.minutes, time.time() - started, measured, fixed)
+    return describe(entries, counts, args.minutes, args.seed)
+
+
 def evaluate(
+    endpoint: LM | None,
     model_args: dict[str, Any],
     device: str,
     output: Path,
     uses_chat_template: bool,
-    task_manager: TaskManager,
-    tasks: dict[str, Task],
+    loaded: LoadedTasks,
+    samples: dict[str, list[int]] | None,
+    notes: dict[str, Any],
     args: EvalArguments,
 ) -> None:
-    """Evaluate one checkpoint, print lm-eval's table and write its results to the folder `output`.
+    """Evaluate one checkpoint or endpoint, print lm-eval's table and write its results to the folder `output`.
 
     Raises:
-        UserError: The model's weights or likelihoods are NaN, its context is too short, or the results could not be
-            written.
+        UserError: Weights or likelihoods are NaN, an endpoint stops to answer, or the results could not be written.
     """
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
-    model = HFLM(**model_args, backend="causal", batch_size=args.batch_size, device=device)
-    require_finite_weights(model.model, model_args["pretrained"])
-    require_room_for_answers(model, tasks)
-    results = simple_evaluate(
-        model=model,
-        model_args=model_args,  # for the record, with the two below
-        batch_size=args.batch_size,
-        device=device,
-        tasks=args.tasks,
-        task_manager=task_manager,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        apply_chat_template=uses_chat_template,
-        fewshot_as_multiturn=uses_chat_template,
-        evaluation_tracker=tracker,
-    )
+    model = endpoint or load_model(model_args, device, args)
+    try:
+        results = simple_evaluate(
+            model=model,
+            model_args=model_args,  # for the record, with the two below
+            batch_size=args.batch_size,
+            device=None if endpoint else device,
+            tasks=loaded.names,
+            task_manager=loaded.manager,
+            num_fewshot=args.num_fewshot,
+            gen_kwargs=args.gen_kwargs,
+            limit=args.limit,
+            samples=samples,
+            bootstrap_iters=1000 if samples else 100_000,  # lm-eval's default takes minutes for a perplexity
+            apply_chat_template=uses_chat_template,
+            fewshot_as_multiturn=uses_chat_template,
+            evaluation_tracker=tracker,
+            confirm_run_unsafe_code=args.run_generated_code,
+        )
+    except Exception as error:
+        if not endpoint or isinstance(error, UserError):
+            raise
+        raise UserError(f"checkpoints: {model_args['pretrained']} failed during the evaluation: {error}") from error
     if results is None:  # under `accelerate launch`, only rank 0 has results
         return
 
     print(make_table(results))
-    samples = results.pop("samples")
-    require_finite_likelihoods(samples, model_args)
-    results["truncated_prompts"] = {task: count_truncated(model, rows) for task, rows in samples.items()}
-    for task, count in results["truncated_prompts"].items():
-        if count:
-            print(
-                f"{task}: {count} questions had their prompt truncated to the {model.max_length} tokens of the model."
-            )
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task, rows in samples.items():
-        tracker.save_results_samples(task_name=task, samples=rows)
+    rows = results.pop("samples")
+    require_finite_likelihoods(rows, model_args)
+    results |= notes
+    if isinstance(model, Checkpoint):
+        results |= find_shortened(model, rows)
+    tracker.save_results_aggregated(results=results, samples=rows)
+    for task, of_task in rows.items():
+        tracker.save_results_samples(task_name=task, samples=of_task)
     # lm-eval only logs a warning if it cannot write.
     if not list(output.glob(f"samples_*_{tracker.date_id}.jsonl")):
         raise UserError(f"the results could not be written to {output}; see the warning above.")
 
 
-def count_truncated(model: HFLM, samples: list[dict[str, Any]]) -> int:
+def find_shortened(model: Checkpoint, samples: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Print which prompts and answers the context has shortened, and return it for the results."""
+    truncated = {task: count_truncated(model, rows) for task, rows in samples.items()}
+    for task, count in truncated.items():
+        if count:
+            print(
+                f"{task}: {count} questions had their prompt truncated to the {model.max_length} tokens of the model."
+            )
+    for task, (before, after) in model.shortened.items():
+        print(
+            f"{task}: answers had {after} tokens at most, not {before}: the model has a context of {model.max_length}."
+        )
+    return {"truncated_prompts": truncated, "shortened_answers": model.shortened}
+
+
+def count_truncated(model: Checkpoint, samples: list[dict[str, Any]]) -> int:
     """Return how many questions had a prompt that lm-eval cut on the left, because it exceeded the context."""
     truncated = set()
     for sample in samples:
@@ -258,18 +286,6 @@ def count_truncated(model: HFLM, samples: list[dict[str, Any]]) -> int:
             if len(model.tok_encode(text)) > room:
                 truncated.add(sample["doc_id"])
     return len(truncated)
-
-
-def require_room_for_answers(model: HFLM, tasks: dict[str, Task]) -> None:
-    """Raise UserError if a task may generate more tokens than the model's context has."""
-    for name, task in tasks.items():
-        if task.OUTPUT_TYPE == "generate_until":
-            length = normalize_gen_kwargs(task.config.generation_kwargs, model.max_gen_toks)["max_gen_toks"]
-            if length >= model.max_length:
-                raise UserError(
-                    f"tasks: {name} generates up to {length} tokens, but {model.pretrained} has a context of "
-                    f"{model.max_length}; set a lower `max_gen_toks` in generation_kwargs of the task"
-                )
 
 
 def require_finite_likelihoods(samples: dict[str, list[dict[str, Any]]], model_args: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ COMMANDS: dict[str, dict[str, str]] = {  # arguments that are right
     },
     "eval/report.py": {"results": "{good}/results", "output": "{out}/o.md"},
     "eval/run_eval.py": {"checkpoints": "a={good}/checkpoint", "tasks": "heldout_text", "output": "{out}/o"},
+    "eval/speed.py": {"checkpoints": "a={good}/checkpoint", "lengths": "4", "rounds": "1", "output": "{out}/o"},
     "export/from_native.py": {"checkpoint": "{good}/native", "output": "{out}/o"},
     "export/to_native.py": {"checkpoint": "{good}/checkpoint", "output": "{out}/o"},
     "runs/ask.py": {"model": "{good}/native", "questions": "a", "output": "{out}/o.json"},
@@ -176,6 +177,19 @@ NUMBERS = {
         "device": ("nosuch", "cuda:99"),
         "dtype": ("nosuch", "int8"),
         "checkpoints": ("..={good}/checkpoint", "a/b={good}/checkpoint", "a", "={good}/checkpoint", "a={bad}/loop"),
+        "minutes": ("0", "-1", "nan", "inf", "x"),
+        "suite": ("tiny", "nosuch"),  # besides tasks
+        "gen_kwargs": ("nosuch=1", "max_gen_toks=0", "{", "temperature=nan"),
+        "every_checkpoint": ("a", "b"),
+    },
+    "eval/speed.py": {
+        "checkpoints": ("x", "a={bad}/folder", "a=http://localhost/v1"),
+        "batch_sizes": ("0", "-1", "x"),
+        "lengths": ("0", "x", "64"),
+        "new_tokens": ("1", "100"),
+        "rounds": ("0",),
+        "device": ("nosuch",),
+        "dtype": ("int8",),
     },
     "tokenizer/train_tokenizer.py": {
         "vocab_size": ("0", "-1", "9" * 30),

@@ -296,17 +296,6 @@ def test_harmless_warnings_of_lm_eval_are_silent_and_others_are_not(tmp_path, ca
     assert len(caplog.records) == 1
 
 
-def test_a_task_that_generates_more_than_the_context_holds_is_refused():
-    run_eval = importlib.import_module("buddygpt.eval.run_eval")
-    model = SimpleNamespace(max_length=256, max_gen_toks=256, pretrained="model")
-    for settings in ({"max_gen_toks": 1280}, {"max_new_tokens": 256}, {}):
-        task = SimpleNamespace(OUTPUT_TYPE="generate_until", config=SimpleNamespace(generation_kwargs=settings))
-        with pytest.raises(UserError, match="own generates up to .* tokens, but model has a context of 256"):
-            run_eval.require_room_for_answers(model, {"own": task})
-    task.config.generation_kwargs = {"max_gen_toks": 32}
-    run_eval.require_room_for_answers(model, {"own": task, "exam": SimpleNamespace(OUTPUT_TYPE="multiple_choice")})
-
-
 def test_likelihoods_that_are_no_numbers_are_refused():
     run_eval = importlib.import_module("buddygpt.eval.run_eval")
     model_args = {"pretrained": "model", "dtype": "float16"}

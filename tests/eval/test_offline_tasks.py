@@ -9,7 +9,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval import run_eval
+from buddygpt.eval.task_loading import require_punkt
 
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 PROBLEM = {"problem": "What is $1+1$?", "solution": r"It is $\boxed{2}$.", "answer": "2", "subject": "Algebra"}
@@ -47,4 +47,4 @@ def test_ifeval_is_scored_from_a_local_file_and_its_missing_data_is_named(tmp_pa
 
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     with pytest.raises(UserError, match="python -m nltk.downloader punkt_tab"):
-        run_eval.require_punkt()
+        require_punkt()
