@@ -251,10 +251,16 @@ def other_kind(row: dict[str, Any], kind: str) -> str:
     matches = recognize(row)
     if not matches and row.get("prompt"):
         return f". The rows are prompts without answers to train on: {RECIPES['prompt']}"
-    if not matches or matches[0].kind == kind or recognize(row, kind):
+    if not matches and is_plain_text(row):
+        return f". The rows are plain text: {RECIPES['text']}"
+    if not matches or matches[0].kind == kind or (recognize(row, kind) and matches[0].kind != "kto"):
         return ""
     other = matches[0]
     return f". The rows are of kind {other.kind} (schema {other.name}): {RECIPES[other.kind]}"
+
+
+def is_plain_text(row: dict[str, Any]) -> bool:
+    return any(isinstance(row.get(key), str) for key in ("text", "content"))
 
 
 def require_schema(path: Path, row: Row, schema: Schema, kind: str | None = None) -> None:

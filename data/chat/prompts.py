@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import ROW_TYPES, find_files
-from buddygpt.data.chat.checker import open_benchmarks
+from buddygpt.data.chat.checker import is_plain_text, open_benchmarks
 from buddygpt.data.chat.rules import RECIPES, BadRow, check_row, special_tokens
 from buddygpt.data.chat.schemas import recognize
 from buddygpt.data.chat.turns import turn
@@ -66,7 +66,8 @@ def load_prompts(
                 _require_fit(prompt, tokenizer, max_length)
                 lacking = {name: find_need(prompt) for name, find_need in needs.items()}
                 if needs and all(lacking.values()):
-                    raise BadRow(f"the reward {' or '.join(lacking)} needs {' or '.join(lacking.values())}")
+                    need = f"the reward {' or '.join(lacking)} needs {' or '.join(lacking.values())}"
+                    raise BadRow(f"{need}; a reward model (rlhf/reward.py) judges any answer")
                 if index and (items := index.find("\n".join(each["content"] for each in prompt["prompt"]))):
                     raise BadRow(f"contains an item of {items[0].split(':')[0]}")
                 rows.append(prompt)
@@ -103,6 +104,8 @@ def read_prompt(row: Row, tokens: tuple[str, ...] = ()) -> dict[str, Any]:
     elif isinstance(content.get("messages"), list) and content["messages"]:
         prompt, answer = _split_instruction(content["messages"])
     else:
+        if is_plain_text(content):
+            raise BadRow(f"plain text, not a prompt: {RECIPES['text']}")
         raise BadRow(
             f"neither prompt nor messages; keys: {', '.join(content)}. Convert question and answer, for example, with "
             "python data/convert_chat.py --kind sft"

@@ -31,6 +31,7 @@ RECIPES = {
     "preference": "train on them with rlhf/dpo.py (or orpo.py, simpo.py, reward.py)",
     "kto": "train on them with rlhf/kto.py; the other recipes of preferences need pairs of answers",
     "prompt": "rlhf/grpo.py learns from rewards of the answers to them",  # no kind of its own: see prompts.py
+    "text": "make shards of them with data/prepare_pretrain.py, and train on these with pretrain/pretrain.py",
 }
 
 TEMPLATE_OPTIONS = "chat_template_kwargs"

@@ -72,19 +72,36 @@ def test_other_rows_are_refused_with_their_place(name, tokenizer, tmp_path, caps
 def test_rows_that_a_reward_cannot_judge_are_refused(tokenizer, tmp_path):
     needs = {"exact_match": lambda row: "" if row["answer"] else "an `answer`"}
     files = write(tmp_path / "rows.jsonl", {"prompt": "q", "answer": "a"}, {"prompt": "q"})
-    with pytest.raises(UserError, match="rows.jsonl:2: the reward exact_match needs an `answer`"):
+    with pytest.raises(UserError, match="rows.jsonl:2: the reward exact_match needs an `answer`; a reward model"):
         load_prompts(files, tokenizer, needs=needs)
     files = write(tmp_path / "bare.jsonl", {"prompt": "q"})
     with pytest.raises(UserError, match="bare.jsonl: no row has an `answer`, which the reward exact_match needs"):
         load_prompts(files, tokenizer, needs=needs | {"json": lambda row: ""})
 
 
-@pytest.mark.parametrize("kind", ["sft", "preference", "kto"])
-@pytest.mark.parametrize("row", [{"prompt": [USER], "answer": "8"}, {"prompt": "q"}], ids=["answer", "question"])
-def test_prompts_for_another_recipe_are_told_of_this_one(kind, row, tmp_path):
+# Kinds of data, and the recipe that is named if another one gets them.
+KINDS = {
+    "text": ({"text": "a page"}, "data/prepare_pretrain.py, and train on these with pretrain/pretrain.py"),
+    "instructions": (ANSWER, "train on them with sft/sft.py"),
+    "tools": (CALL_ROW, "train on them with sft/sft.py"),
+    "pairs": (PAIR, r"rlhf/dpo.py \(or orpo.py, simpo"),
+    "labels": (LABELED, "train on them with rlhf/kto.py"),
+    "prompt": ({"prompt": [USER], "answer": "8"}, "The rows are prompts .*: rlhf/grpo.py learns from rewards"),
+    "question": ({"prompt": "q"}, "The rows are prompts .*: rlhf/grpo.py learns from rewards"),
+}
+# Kinds of rows that recipes load, and the data that they take.
+TAKEN = {"sft": ("instructions", "tools"), "preference": ("pairs",), "kto": ("labels",)}
+TAKEN["prompts"] = ("instructions", "tools", "prompt", "question")
+WRONG = [(kind, data) for kind, taken in TAKEN.items() for data in KINDS if data not in taken]
+
+
+@pytest.mark.parametrize(("kind", "data"), WRONG)
+def test_data_for_another_recipe_is_told_of_that(kind, data, tokenizer, tmp_path):
+    row, recipe = KINDS[data]
     files = write(tmp_path / "rows.jsonl", row)
-    with pytest.raises(UserError, match=r"rows.jsonl:1: .*The rows are prompts .*: rlhf/grpo.py learns from rewards"):
-        load_rows(files, kind)
+    with pytest.raises(UserError, match=f"rows.jsonl:1: .*{recipe}") as error:
+        load_prompts(files, tokenizer) if kind == "prompts" else load_rows(files, kind)
+    assert "\n" not in str(error.value)
 
 
 def test_tools_are_in_the_prompt(tokenizer):
