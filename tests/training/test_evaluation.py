@@ -1,6 +1,7 @@
 """An evaluation has one result, whatever the batch size, the packing and the number of processes."""
 
 import json
+import math
 import os
 import random
 from multiprocessing import get_context
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from buddygpt.data.shards.blocks import BlockDataset
+from buddygpt.rlhf.dpo import TokenizedDPOTrainer
 from buddygpt.training.evaluation import average_over_tokens
 
 WORDS = {"<|end|>": 0, "<|pad|>": 1} | {f"w{number}": number for number in range(2, 97)}
@@ -79,7 +81,14 @@ def make_trainer(kind: str, folder: Path, batch_size: int, **options) -> Trainer
         args = SFTConfig(**options, max_length=64)
         return SFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, **data)
     reference = make_model(seed=1, **GQA)
-    return DPOTrainer(model, reference, DPOConfig(**options), train_dataset=pairs(), eval_dataset=pairs(), **data)
+    args = DPOConfig(**options, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
+    return TextDPOTrainer(model, reference, args, train_dataset=pairs(), eval_dataset=pairs(), **data)
+
+
+class TextDPOTrainer(TokenizedDPOTrainer):
+    """The trainer of rlhf/dpo.py for rows of text."""
+
+    _prepare_dataset = DPOTrainer._prepare_dataset
 
 
 def evaluate(kind: str, folder: Path, batch_size: int, **options) -> dict[str, float]:
@@ -123,12 +132,47 @@ def test_sft_is_a_mean_over_tokens(folder):
                 assert measured[key] == pytest.approx(value, rel=1e-5), (key, batch_size, packing)
 
 
+def expected_of_dpo() -> float:
+    """Sigmoid of the difference in log-probability, and half the mean over pairs of the mean over chosen tokens."""
+    models, total = (make_model(**GQA), make_model(seed=1, **GQA)), 0.0
+    tokenizer = tiny_tokenizer()
+    for row in pairs():
+        sums = []
+        start = len(tokenizer(row["prompt"]).input_ids)
+        for key in ("chosen", "rejected"):
+            ids = torch.tensor([[*tokenizer(row["prompt"] + row[key]).input_ids, tokenizer.eos_token_id]])
+            for model in models:
+                with torch.no_grad():
+                    logs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[start - 1 :]
+                sums.append(logs.sum().item())
+            if key == "chosen":
+                likelihood = sums[0] / len(logs)
+        difference = 0.1 * ((sums[0] - sums[1]) - (sums[2] - sums[3]))
+        total += math.log1p(math.exp(-difference)) - 0.5 * likelihood
+    return total / len(pairs())
+
+
 @pytest.mark.slow
 def test_dpo_is_a_mean_over_pairs_and_tokens(folder):
     whole = evaluate("dpo", folder, 13)
     assert len(whole) > 8
+    assert whole["eval_loss"] == pytest.approx(expected_of_dpo(), rel=1e-4)
     for batch_size in (1, 2, 5):
         assert evaluate("dpo", folder, batch_size) == pytest.approx(whole, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_step_of_dpo_is_the_same_however_its_pairs_are_split(folder, tmp_path):
+    """Also of the loss `sft`, whose answers have 1 to 50 tokens: it is the mean over pairs of their means."""
+    results = []
+    for size in (1, 2, 8):
+        step = dict(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1)
+        step |= dict(optim="sgd", learning_rate=0.1, max_grad_norm=0, save_strategy="no", logging_steps=1)
+        trainer = make_trainer("dpo", tmp_path, 4, **step)
+        loss = trainer.train().training_loss
+        results.append([loss, *torch.cat([each.flatten() for each in trainer.model.parameters()]).tolist()])
+    assert results[0] == pytest.approx(results[2], rel=1e-3, abs=1e-5)
+    assert results[1] == pytest.approx(results[2], rel=1e-3, abs=1e-5)
 
 
 def evaluate_in_child(rank: int, port: int, folder: Path) -> None:
