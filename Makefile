@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= quickstart
 BIN := .venv/bin
 
-.PHONY: setup quickstart alignment test check lint imports
+.PHONY: setup quickstart alignment chat test check lint imports
 
 setup: .venv/installed
 
@@ -26,6 +26,10 @@ quickstart: setup
 alignment: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash runs/alignment.sh
 
+# MODEL=FOLDER names the checkpoint; without it, the newest finished run answers.
+chat: setup
+	$(BIN)/python runs/chat_page.py $(if $(filter-out file,$(origin MODEL)),--models $(MODEL))
+
 # Two processes with one thread each: two threads gain little on the small models of the tests.
 test: setup
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadfile
@@ -40,4 +44,4 @@ lint: .venv/installed-dev
 
 # Does every import of ours exist, as an editor sees it? Half a minute, but in a new environment it may take ten.
 imports: .venv/installed-dev
-	$(BIN)/pyright --level error
+	$(BIN)/pyright --project . --level error  # a pyrightconfig.json in a folder above would win over pyproject.toml

@@ -20,7 +20,7 @@ ALLOWED = {
     "pretrain": {"cli", "data", "model", "training"},
     "sft": {"cli", "data", "model", "training"},
     "rlhf": {"cli", "data", "model", "training"},
-    "runs": {"cli", "model"},
+    "runs": {"cli", "export", "model"},
     "tools": {"check", "cli", "data", "export", "model", "pretrain", "tokenizer", "training"},
 }
 STEPS = "buddygpt.data.text.steps"

@@ -9,10 +9,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from openai import OpenAI
 from test_export import make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,6 +109,31 @@ def test_the_served_answer_is_the_greedy_answer_of_the_folder(native, server, qu
         choice = json.load(response)["choices"][0]
     assert choice["message"]["content"] == greedy(native, question) == ANSWERS[question]
     assert choice["finish_reason"] == "stop"
+
+
+def test_an_openai_client_gets_streams_stops_and_counts_of_tokens(native, server):
+    client = OpenAI(base_url=f"{server}/v1", api_key="none")
+    question, answer = next(iter(ANSWERS.items()))
+
+    def create(question: str, **options):
+        return client.chat.completions.create(
+            model=str(native), messages=chat(question), temperature=0, max_tokens=40, **options
+        )
+
+    tokenizer = AutoTokenizer.from_pretrained(native)
+    prompt = tokenizer.apply_chat_template(chat(question), add_generation_prompt=True, return_dict=False)
+    n_answer = len(tokenizer(answer).input_ids) + 1  # <|im_end|>
+    chunks = list(create(question, stream=True))
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts) == answer and sum(map(bool, texts)) > 1
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (len(prompt), n_answer)
+
+    stopped = create(question, stop=["首都"]).choices[0].message.content  # the server keeps the stop string
+    assert "首都" in stopped and answer.startswith(stopped) and stopped != answer
+
+    with ThreadPoolExecutor() as pool:  # two requests at once do not mix
+        assert [each.choices[0].message.content for each in pool.map(create, ANSWERS)] == list(ANSWERS.values())
 
 
 def test_the_chat_client_shows_the_same_answers(native, server):
