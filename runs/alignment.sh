@@ -3,7 +3,7 @@
 #     make quickstart    # first: the base model, the sample and a teacher come from outputs/quickstart
 #     make alignment
 # The quickstart's SFT knows nearly all answers, so all methods start here from a short one. docs/alignment.md shows the
-# table and says which method fits which data. Stop and repeat it at any time; to start over, delete outputs/alignment.
+# tables and says which method fits which data. Stop and repeat it at any time; to start over, delete outputs/alignment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 FROM=${FROM:-outputs/quickstart} OUT=${OUT:-outputs/alignment}
@@ -28,6 +28,16 @@ tune() {
         --output_dir "$OUT/$name" --eval_strategy no --save_steps 50 "$@"
 }
 
+# measure FOLDER DATA TASKS...: measure the models that were tuned since the last call -> $OUT/FOLDER
+measure() {
+    local folder=$1 data=$2
+    shift 2
+    stage "$folder" python eval/run_eval.py --checkpoints "${checkpoints[@]}" --chat "${methods[@]}" --tasks "$@" \
+        --sample_dir "$data" --output "$OUT/$folder" --batch_size 32 --device cpu
+    stage "$folder-report" python eval/report.py --results "$OUT/$folder" --output "$OUT/$folder/report.md"
+    methods=() checkpoints=()
+}
+
 # The start: 60 steps of SFT.
 tune sft sft/sft.py sft/configs/quickstart.yaml --model_name_or_path "$FROM/pretrain" --max_steps 60
 
@@ -35,8 +45,8 @@ tune sft sft/sft.py sft/configs/quickstart.yaml --model_name_or_path "$FROM/pret
 tune sft_more sft/sft.py sft/configs/quickstart.yaml --max_steps "$steps" --warmup_steps 10
 tune lora sft/sft.py sft/configs/quickstart-lora.yaml --max_steps "$steps"
 
-# Pairs of a better and a worse answer.
-tune dpo rlhf/dpo.py rlhf/configs/quickstart.yaml --max_steps "$steps" --learning_rate 5e-5
+# Pairs of a better and a worse answer. At 5e-5, DPO costs right answers.
+tune dpo rlhf/dpo.py rlhf/configs/quickstart.yaml --max_steps "$steps" --learning_rate 1e-5
 tune orpo rlhf/orpo.py rlhf/configs/quickstart-orpo.yaml --max_steps "$steps" --learning_rate 5e-5
 tune simpo rlhf/simpo.py rlhf/configs/quickstart-simpo.yaml --max_steps "$steps" --learning_rate 2e-5
 
@@ -45,7 +55,7 @@ for part in train eval; do
     stage "kto_$part" python data/convert_chat.py --kind kto --input "$FROM/sample/preference_$part.jsonl" \
         --output "$OUT/kto_$part.jsonl"
 done
-tune kto rlhf/kto.py rlhf/configs/quickstart-kto.yaml --max_steps "$steps" --learning_rate 5e-5 \
+tune kto rlhf/kto.py rlhf/configs/quickstart-kto.yaml --max_steps "$steps" --learning_rate 1e-5 \
     --train_files "$OUT/kto_train.jsonl" --eval_files "$OUT/kto_eval.jsonl"
 
 # Questions with an answer that can be verified.
@@ -57,8 +67,15 @@ stage teacher python tools/store_teacher.py --teacher "$FROM/sft" --train_files 
 tune distill sft/distill.py sft/configs/quickstart-distill.yaml --teacher_targets "$OUT/teacher" --max_steps "$steps" \
     --warmup_steps 10
 
-# Measure all of them, and write $OUT/table.md
-stage exam python eval/run_eval.py --checkpoints "${checkpoints[@]}" --chat "${methods[@]}" \
-    --tasks sample_qa sample_pairs --sample_dir "$FROM/sample" --output "$OUT/eval" --batch_size 32 --device cpu
-stage exam_report python eval/report.py --results "$OUT/eval" --output "$OUT/eval/report.md"
-python runs/compare.py --run "$OUT" --start sft
+measure eval "$FROM/sample" sample_qa sample_pairs
+
+# Tool calls, which no method learns from other data: SFT on chats with calls, and rewards for exactly the right calls.
+# Both start from the finished SFT.
+stage tool_sample python data/sample/make_tool_sample.py --sample "$FROM/sample" --output "$OUT/tool_sample"
+tune tools sft/sft.py sft/configs/quickstart-tools.yaml --model_name_or_path "$FROM/sft" \
+    --train_files "$OUT/tool_sample/sft_train.jsonl" --eval_files "$OUT/tool_sample/sft_eval.jsonl"
+tune tools_grpo rlhf/grpo.py rlhf/configs/quickstart-tools-grpo.yaml --model_name_or_path "$OUT/tools" \
+    --train_files "$OUT/tool_sample/calls_train.jsonl"
+measure eval-calls "$OUT/tool_sample" sample_calls
+
+python runs/compare.py --run "$OUT" # writes $OUT/table.md

@@ -111,7 +111,7 @@ def read_seconds(run: Path) -> dict[str, int]:
     path = run / "seconds.tsv"
     with reading(path):
         for line in path.read_text(encoding="utf-8").splitlines():
-            stage, value, _ = line.split("\t")
+            stage, value, *_ = line.split("\t")
             seconds[stage] = seconds.get(stage, 0) + int(value)
     return seconds
 

@@ -5,6 +5,8 @@
     sft_train.jsonl    messages          a question, calls of a calculator or a table, their results, the answer; half
                                          of the rows with thoughts, the others with `enable_thinking: false`
     sft_eval.jsonl     messages          the same, of held-out questions
+    calls_train.jsonl  prompt, answer,   the questions of sft_train.jsonl for rewards, with the calls that they need, or
+                       subject           the answer if they need none
     calls_test.jsonl   prompt, calls,    held-out questions, and the calls that they need: one, two, or none
                        subject
 
@@ -32,7 +34,7 @@ NO_THOUGHTS = {"enable_thinking": False}
 @dataclass
 class ToolSampleArguments:
     sample: str = field(metadata={"help": "Folder of data/sample/make_sample.py, for questions without tools."})
-    output: str = field(metadata={"help": "Folder to write. The three files in it are replaced."})
+    output: str = field(metadata={"help": "Folder to write. The four files in it are replaced."})
     list_tools: bool = field(
         default=False,
         metadata={"help": "Describe the tools in each row: 500 tokens for the quickstart's tokenizer."},
@@ -156,6 +158,14 @@ def build_files(args: ToolSampleArguments) -> dict[str, list[dict[str, Any]]]:
     files = {
         "sft_train.jsonl": [to_chat(task, thinks=number % 2 == 0) for number, task in enumerate(train)],
         "sft_eval.jsonl": [to_chat(task, thinks=number % 2 == 0) for number, task in enumerate(test[:100])],
+        "calls_train.jsonl": [
+            {
+                "prompt": [{"role": "user", "content": task.question}],
+                "answer": task.calls or task.answer,
+                "subject": task.subject,
+            }
+            for task in train
+        ],
         "calls_test.jsonl": [
             {
                 "prompt": [{"role": "user", "content": task.question}],

@@ -17,17 +17,22 @@ def test_the_tool_sample_can_be_trained_and_holds_out_its_questions(tmp_path, mo
     run(make_tool_sample, monkeypatch, *arguments, "--output", tmp_path / "b")
     run(make_tool_sample, monkeypatch, *arguments, "--output", tmp_path / "listed", "--list_tools", "true")
     rows = {}
-    for name in ("sft_train", "sft_eval", "calls_test"):
+    for name in ("sft_train", "sft_eval", "calls_train", "calls_test"):
         text = (tmp_path / "a" / f"{name}.jsonl").read_text(encoding="utf-8")
         assert (tmp_path / "b" / f"{name}.jsonl").read_text(encoding="utf-8") == text
         rows[name] = [json.loads(line) for line in text.splitlines()]
         listed = (tmp_path / "listed" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         assert all(json.loads(line)["tools"] for line in listed)
-    assert len(rows["sft_train"]) == 600 and len(rows["calls_test"]) == 200
+    assert len(rows["sft_train"]) == len(rows["calls_train"]) == 600 and len(rows["calls_test"]) == 200
     for row in rows["sft_train"] + rows["sft_eval"]:
         check_row(row, "sft")
         thinks = any("<think>" in turn["content"] for turn in row["messages"])
         assert thinks == (row.get("chat_template_kwargs") != {"enable_thinking": False})
+
+    for row, chat in zip(rows["calls_train"], rows["sft_train"], strict=True):
+        assert row["prompt"] == chat["messages"][:1]
+        calls = [call["function"] for call in chat["messages"][1].get("tool_calls", [])]
+        assert row["answer"] == calls or chat["messages"][-1]["content"].endswith(row["answer"])
 
     trained = {row["messages"][0]["content"] for row in rows["sft_train"]}
     calls = {
