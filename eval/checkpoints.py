@@ -34,7 +34,7 @@ def read_checkpoints(
             )
         if name in places:
             raise UserError(f"checkpoints: the name `{name}` is given twice, for {places[name]} and {place}.")
-        if place.startswith(("http://", "https://")):
+        if is_endpoint(place):
             if not endpoints:
                 raise UserError(f"checkpoints: {name}={place} is an endpoint; this command needs the weights.")
         elif (
@@ -51,6 +51,11 @@ def read_checkpoints(
         for name, place in places.items()
         for each, folder in (list_checkpoints(name, place) if name in every_checkpoint else {name: place}).items()
     }
+
+
+def is_endpoint(place: str) -> bool:
+    """Return whether a checkpoint is an address of the web and no folder or name."""
+    return place.startswith(("http://", "https://"))
 
 
 def list_checkpoints(name: str, run: str) -> dict[str, str]:

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.eval.answers import Answer
+from buddygpt.eval.models import DOCUMENT_SEPARATOR
 
 T = TypeVar("T")
-DOCUMENT_SEPARATOR = "<|endoftext|>"  # before the first token of a document, as in training
 SECONDS = 120  # for one request before the evaluation; a server may load the model first
 
 
@@ -49,11 +49,6 @@ def with_ends(outputs: dict | list[dict], texts: list[str | None]) -> list[str |
             ended = choice.get("finish_reason") == "stop"
             answers.append(text if text is None else Answer(text, ended, n_tokens))
     return answers
-
-
-def is_endpoint(place: str) -> bool:
-    """Return whether a checkpoint is an address of the web and no folder or name."""
-    return place.startswith(("http://", "https://"))
 
 
 def connect(name: str, place: str, uses_chat: bool, needs_likelihoods: bool, requests_at_once: int) -> LM:

@@ -9,6 +9,8 @@ from lm_eval.models.huggingface import HFLM
 
 from buddygpt.eval.answers import Answer, fit_to_context
 
+DOCUMENT_SEPARATOR = "<|endoftext|>"  # before the first token of a document, as in training
+
 
 class Checkpoint(HFLM):
     """lm-eval's `hf` model. Answers are [`Answer`], and `max_gen_toks` is lowered where the context is too short.

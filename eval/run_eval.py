@@ -17,7 +17,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # The libraries below read these when they are imported. Nothing waits for a network unless HF_HUB_OFFLINE=0 is set.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,9 +40,8 @@ from buddygpt.cli.checkpoints import require_quick_template
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.eval.arguments import EvalArguments
-from buddygpt.eval.checkpoints import choose_device, read_checkpoints
-from buddygpt.eval.endpoints import DOCUMENT_SEPARATOR, connect, is_endpoint
-from buddygpt.eval.models import Checkpoint
+from buddygpt.eval.checkpoints import choose_device, is_endpoint, read_checkpoints
+from buddygpt.eval.models import DOCUMENT_SEPARATOR, Checkpoint
 from buddygpt.eval.subsets import describe, make_entries, measure, plan
 from buddygpt.eval.task_loading import LoadedTasks, load_tasks
 
@@ -56,6 +55,24 @@ HARMLESS_WARNINGS = {
     "lm_eval.models.huggingface": "Combined length of context|Left truncation applied",
     "lm_eval.tasks._index": "overrides existing task",
 }
+
+
+class Run(NamedTuple):
+    """What is the same for all checkpoints.
+
+    Attributes:
+        args: As given.
+        device: For checkpoints.
+        loaded: The tasks.
+        samples: Rows of each task to ask, or None for all.
+        notes: More entries for the results.
+    """
+
+    args: EvalArguments
+    device: str
+    loaded: LoadedTasks
+    samples: dict[str, list[int]] | None
+    notes: dict[str, Any]
 
 
 def main() -> None:
@@ -73,16 +90,21 @@ def main() -> None:
     model_args = {
         name: build_model_args(name, place, args) for name, place in places.items() if not is_endpoint(place)
     }
-    loaded = load_tasks(make_task_manager(args), args.tasks, args.suite, args.skip_missing)
+    manager = make_task_manager(args)
+    given = {file.stem.lstrip("_") for folder in args.include_path for file in Path(folder).glob("*.yaml")}
+    given |= {"heldout_text"} if args.heldout_text else set()
+    loaded = load_tasks(manager, args.tasks, args.suite, args.skip_missing, given)
     for task_name, task in loaded.tasks["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not args.run_generated_code:
             raise UserError(f"tasks: {task_name} runs programs that the model writes; allow it: --run_generated_code")
     needs_likelihoods = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.tasks["tasks"].values())
-    models = {}
+    endpoints = {}
     for name, place in places.items():
         if is_endpoint(place):
+            from buddygpt.eval.endpoints import connect  # slow to import, and few runs need it
+
             at_once = int(args.batch_size) if args.batch_size.isdecimal() else 1
-            models[name] = connect(name, place, is_named(name, args.chat), needs_likelihoods, at_once)
+            endpoints[name] = connect(name, place, is_named(name, args.chat), needs_likelihoods, at_once)
             model_args[name] = {"pretrained": place}
     outputs = {name: make_output(Path(args.output) / name) for name in places}
 
@@ -90,13 +112,11 @@ def main() -> None:
     if args.suite:
         notes["suite"] = {"name": args.suite, "missing": loaded.missing}
     if args.minutes:
-        samples, notes["subset"] = choose_questions(model_args, models, device, loaded, started, args)
+        samples, notes["subset"] = choose_questions(model_args, endpoints, device, loaded, started, args)
+    run = Run(args, device, loaded, samples, notes)
     for name, place in places.items():
-        uses_chat_template = is_named(name, args.chat)
-        print(f"== {name}: {place}{' (chat template)' if uses_chat_template else ''}", flush=True)
-        evaluate(
-            models.get(name), model_args[name], device, outputs[name], uses_chat_template, loaded, samples, notes, args
-        )
+        print(f"== {name}: {place}{' (chat template)' if is_named(name, args.chat) else ''}", flush=True)
+        evaluate(run, name, endpoints.get(name), model_args[name], outputs[name])
     if args.minutes:
         print(f"the run took {(time.time() - started) / 60:.1f} of {args.minutes:g} minutes")
 
@@ -165,7 +185,7 @@ def make_output(folder: Path) -> Path:
 
 def choose_questions(
     model_args: dict[str, dict[str, Any]],
-    models: dict[str, LM],
+    endpoints: dict[str, LM],
     device: str,
     loaded: LoadedTasks,
     started: float,
@@ -187,7 +207,7 @@ def choose_questions(
         kind = (size or name, uses_chat_template)
         if kind not in seconds:
             began = time.time()
-            model = models.get(name) or load_model(of_model, device, args)
+            model = endpoints.get(name) or load_model(of_model, device, args)
             load_seconds = time.time() - began
             of_entries = measure(model, entries, uses_chat_template, args.num_fewshot, args.gen_kwargs)
             seconds[kind] = {"load": load_seconds, **of_entries}
@@ -198,37 +218,28 @@ def choose_questions(
     return describe(entries, counts, args.minutes, args.seed)
 
 
-def evaluate(
-    endpoint: LM | None,
-    model_args: dict[str, Any],
-    device: str,
-    output: Path,
-    uses_chat_template: bool,
-    loaded: LoadedTasks,
-    samples: dict[str, list[int]] | None,
-    notes: dict[str, Any],
-    args: EvalArguments,
-) -> None:
+def evaluate(run: Run, name: str, endpoint: LM | None, model_args: dict[str, Any], output: Path) -> None:
     """Evaluate one checkpoint or endpoint, print lm-eval's table and write its results to the folder `output`.
 
     Raises:
         UserError: Weights or likelihoods are NaN, an endpoint stops to answer, or the results could not be written.
     """
+    args, uses_chat_template = run.args, is_named(name, run.args.chat)
     tracker = EvaluationTracker(output_path=str(output / "results.json"))
-    model = endpoint or load_model(model_args, device, args)
+    model = endpoint or load_model(model_args, run.device, args)
     try:
         results = simple_evaluate(
             model=model,
             model_args=model_args,  # for the record, with the two below
             batch_size=args.batch_size,
-            device=None if endpoint else device,
-            tasks=loaded.names,
-            task_manager=loaded.manager,
+            device=None if endpoint else run.device,
+            tasks=run.loaded.names,
+            task_manager=run.loaded.manager,
             num_fewshot=args.num_fewshot,
             gen_kwargs=args.gen_kwargs,
             limit=args.limit,
-            samples=samples,
-            bootstrap_iters=1000 if samples else 100_000,  # lm-eval's default takes minutes for a perplexity
+            samples=run.samples,
+            bootstrap_iters=1000 if run.samples else 100_000,  # lm-eval's default takes minutes for a perplexity
             apply_chat_template=uses_chat_template,
             fewshot_as_multiturn=uses_chat_template,
             evaluation_tracker=tracker,
@@ -244,7 +255,7 @@ def evaluate(
     print(make_table(results))
     rows = results.pop("samples")
     require_finite_likelihoods(rows, model_args)
-    results |= notes
+    results |= run.notes
     if isinstance(model, Checkpoint):
         results |= find_shortened(model, rows)
     tracker.save_results_aggregated(results=results, samples=rows)

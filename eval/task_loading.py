@@ -1,6 +1,7 @@
 """Load the tasks of an evaluation, or find out before it begins that one is missing or has no data."""
 
 import time
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from lm_eval.tasks import TaskManager
@@ -27,7 +28,9 @@ class LoadedTasks(NamedTuple):
     seconds: float
 
 
-def load_tasks(manager: TaskManager, names: list[str], suite: str | None, skip_missing: bool) -> LoadedTasks:
+def load_tasks(
+    manager: TaskManager, names: list[str], suite: str | None, skip_missing: bool, given: Collection[str] = ()
+) -> LoadedTasks:
     """Return the tasks of these names or of a suite.
 
     Args:
@@ -35,12 +38,13 @@ def load_tasks(manager: TaskManager, names: list[str], suite: str | None, skip_m
         names: Tasks and groups, if there is no suite.
         suite: Name of a suite, or None.
         skip_missing: Leave out tasks of the suite whose data is not here.
+        given: Tasks whose data the user has named, so that it is not missing but wrong if it cannot be read.
 
     Raises:
-        UserError: A task does not exist or lacks its data.
+        UserError: A task does not exist, or its data is missing or wrong.
     """
     candidates = suite_tasks(suite) if suite else names
-    missing = find_missing(manager, candidates) if suite else []
+    missing = find_missing(manager, candidates, given) if suite else []
     names = [name for name in candidates if name not in missing]
     if suite and missing:
         message = explain_missing(suite, missing)
@@ -65,15 +69,21 @@ def load_tasks(manager: TaskManager, names: list[str], suite: str | None, skip_m
     return LoadedTasks(names, manager, tasks, missing, time.monotonic() - started)
 
 
-def find_missing(manager: TaskManager, names: list[str]) -> list[str]:
-    """Return the tasks that do not exist or cannot be loaded, such as those whose data would have to be downloaded."""
+def find_missing(manager: TaskManager, names: list[str], given: Collection[str]) -> list[str]:
+    """Return the tasks that do not exist or cannot be loaded, such as those whose data would have to be downloaded.
+
+    Raises:
+        UserError: A task of `given` cannot be loaded.
+    """
     missing = []
     for name in names:
         try:
             if name not in manager.all_tasks:
                 raise KeyError(name)
             manager.load([name])
-        except Exception:  # of any kind: see load_tasks
+        except Exception as error:  # of any kind: see load_tasks
+            if name in given:
+                raise UserError(f"tasks: {name}: {error}") from error
             missing.append(name)
     return missing
 

@@ -62,6 +62,8 @@ def test_missing_data_is_named_with_the_way_to_get_it_or_left_out(own_tasks, cap
     loaded = load_tasks(manager, [], "tiny", skip_missing=True)
     assert loaded.names == ["open_answers", "blimp"] and "piqa" in loaded.missing  # the local blimp counts
     assert "They are left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"tasks: piqa: .*nowhere\.jsonl"):  # the user has named its data
+        load_tasks(manager, [], "tiny", skip_missing=True, given={"blimp", "piqa"})
     nothing = TaskManager(include_path=[own_tasks / "empty"], include_defaults=False)
     with pytest.raises(UserError, match="no data here"):
         load_tasks(nothing, [], "tiny", skip_missing=True)
