@@ -5,8 +5,8 @@
     sft_train.jsonl    messages          a question, calls of a calculator or a table, their results, the answer; half
                                          of the rows with thoughts, the others with `enable_thinking: false`
     sft_eval.jsonl     messages          the same, of held-out questions
-    calls_train.jsonl  prompt, answer,   the questions of sft_train.jsonl for rewards, with the calls that they need, or
-                       subject           the answer if they need none
+    calls_train.jsonl  prompt, answer,   the questions of sft_train.jsonl for rewards, with the calls that they need,
+                       subject           or the answer if they need none
     calls_test.jsonl   prompt, calls,    held-out questions, and the calls that they need: one, two, or none
                        subject
 
