@@ -154,7 +154,7 @@ def _find_options(row: dict[str, Any]) -> list[str]:
 
 
 def read_multiple_choice(
-    file: Path, question: str = "question", answer: str = "answer"
+    file: Path, question: str = "question", answer: str = "answer", has_header: bool = True
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield line and columns of each question of a CSV file, and accept no gap.
 
@@ -162,6 +162,7 @@ def read_multiple_choice(
         file: A .csv file with the columns `question`, A, B, C, D and `answer`. Other columns are ignored.
         question: Name of the column with the question.
         answer: Name of the column with the letter of the right option.
+        has_header: The first line names the columns. Without it, as in MMLU, there are these six in this order.
 
     Raises:
         UserError: The file cannot be read, a column is missing, there are no rows, a cell is empty, or an answer is
@@ -169,7 +170,7 @@ def read_multiple_choice(
     """
     columns = (question, *LETTERS, answer)
     with _open_csv(file) as stream:
-        rows = csv.DictReader(stream)
+        rows = csv.DictReader(stream, fieldnames=None if has_header else columns)
         missing = [column for column in columns if column not in (rows.fieldnames or ())]
         if missing:
             raise UserError(f"{file}: no column {', '.join(missing)}.")
@@ -180,5 +181,5 @@ def read_multiple_choice(
             if row[answer] not in LETTERS:
                 raise UserError(f"{file}, line {rows.line_num}: the answer is `{row[answer]}`, not A, B, C or D.")
             yield rows.line_num, row
-        if rows.line_num < 2:
+        if rows.line_num < 1 + has_header:
             raise UserError(f"{file} has no rows.")
