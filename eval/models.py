@@ -40,10 +40,10 @@ class Checkpoint(HFLM):
         if self.only_full_answers:
             settings["min_new_tokens"] = max_length - context.shape[1]
         tokens = super()._model_generate(context, max_length, stop, **settings)
-        vocabulary = self.tokenizer.get_vocab()
         ends = self.model.generation_config.eos_token_id
         ends = {self.eot_token_id, *([ends] if isinstance(ends, int) else ends or [])}
-        ends |= {vocabulary[text] for text in stop if text in vocabulary}
+        special = self.tokenizer.added_tokens_encoder
+        ends |= {special[text] for text in stop if text in special}
         for row in tokens[:, context.shape[1] :].tolist():
             place = next((place for place, token in enumerate(row) if token in ends), len(row))
             self._ends.generated.append((place < len(row), place))

@@ -141,8 +141,10 @@ def build_model_args(name: str, folder: str, args: EvalArguments) -> dict[str, A
         require_all_weights(folder, args.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
         require_quick_template(tokenizer)
-    except UserError:
-        raise
+    except UserError as error:
+        if Path(folder).is_dir() or os.environ["HF_HUB_OFFLINE"] == "0":
+            raise
+        raise UserError(f"checkpoints: {name}: {error} HF_HUB_OFFLINE=0 downloads it.") from error
     except Exception as error:  # transformers and tokenizers raise many kinds for damaged files
         raise UserError(f"checkpoints: {name}={folder} cannot be loaded: {error}") from error
     if is_named(name, args.chat) and not tokenizer.chat_template:

@@ -25,7 +25,7 @@ from buddygpt.cli.errors import UserError
 from buddygpt.eval import run_eval as module
 from buddygpt.eval.checkpoints import read_checkpoints
 
-CONTEXT = 256
+CONTEXT = 192
 needs_tenacity = pytest.mark.skipif(not find_spec("tenacity"), reason="endpoints need tenacity: make setup")
 DOCUMENTS = [f"{text} {number}" for number in range(10) for text in TEXTS]
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
@@ -95,7 +95,7 @@ def test_answers_fit_the_context_and_tell_whether_they_end(native, run_eval, cap
     config.write_text("gen_kwargs: {max_new_tokens: 400}")
     out = run_eval(
         *("--config", config, "--checkpoints", f"a={native}", "--chat", "a", "--tasks", "open_answers"),
-        *("--limit", 8, "--batch_size", 5),
+        *("--limit", 6, "--batch_size", 4),
     )
     results, rows = read_results(out / "a", "open_answers")
     tokenizer, model = AutoTokenizer.from_pretrained(native), AutoModelForCausalLM.from_pretrained(native)
@@ -144,8 +144,11 @@ def test_places_without_checkpoints_are_refused(items, every, match, tmp_path):
         read_checkpoints([item.replace("FOLDER", str(tmp_path)) for item in items], every)
 
 
-def test_a_name_of_the_hub_needs_no_folder():
-    assert read_checkpoints(["a=Qwen/Qwen3-0.6B"]) == {"a": "Qwen/Qwen3-0.6B"}
+def test_a_name_of_the_hub_needs_no_folder_but_a_download(run_eval, monkeypatch):
+    assert read_checkpoints(["a=owner/model"]) == {"a": "owner/model"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="owner/model.* HF_HUB_OFFLINE=0 downloads it"):
+        run_eval("--checkpoints", "a=owner/model", "--tasks", "open_answers")
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +288,6 @@ def test_speed_is_measured_for_every_setting(native, tmp_path, monkeypatch):
         for key in ("prefill", "decode", "decode_without_cache"):
             assert 0 < row[key]["slowest"] <= row[key]["median"] <= row[key]["fastest"]
     assert (tmp_path / "speed.md").read_text().count("| a |") == 4
-    monkeypatch.setattr(sys, "argv", ["speed.py", "--checkpoints", f"a={native}", "--lengths", "250"])
-    with pytest.raises(UserError, match="has 256 positions, fewer than the 282"):
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--checkpoints", f"a={native}", "--lengths", "180"])
+    with pytest.raises(UserError, match="has 192 positions, fewer than the 212"):
         importlib.import_module("buddygpt.eval.speed").main()
