@@ -141,8 +141,12 @@ def speed(take: Callable[[], float], tokens: int, rounds: int) -> Speed:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return what the figures depend on."""
-    is_cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if is_cuda else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
     return {
         "device": str(device),
         "name": name,
