@@ -25,10 +25,19 @@ class ExportArguments:
 
 def main() -> None:
     (args,) = parse_arguments(ExportArguments, description=__doc__)
-    config = require_causal_lm(args.checkpoint)
+    export(args.checkpoint, Path(args.output))
+
+
+def export(checkpoint: str, output: Path) -> None:
+    """Write the native export of a checkpoint.
+
+    Raises:
+        UserError: It is no BuddyGPT model, no architecture equals it, or the result differs.
+    """
+    config = require_causal_lm(checkpoint)
     if not isinstance(config, BuddyGPTConfig):
-        raise UserError(f"{args.checkpoint} is a `{config.model_type}` model, not a BuddyGPT one: nothing to export")
-    convert_checkpoint(args.checkpoint, Path(args.output), native_configs(config))
+        raise UserError(f"{checkpoint} is a `{config.model_type}` model, not a BuddyGPT one: nothing to export")
+    convert_checkpoint(checkpoint, output, native_configs(config))
 
 
 if __name__ == "__main__":
