@@ -5,6 +5,7 @@
 """
 
 import csv
+import json
 import re
 import sys
 import zlib
@@ -24,10 +25,14 @@ from buddygpt.data.text.lines import CsvLines
 from buddygpt.data.text.rows import decompress, one_line, read_rows, skip_byte_order_mark
 
 BENCHMARK_TYPES = (*ROW_TYPES, ".txt")
-QUESTION_KEYS = ("question", "problem", "prompt", "query", "q_main", "instruction", "content", "text", "问题", "题目")
-CONTEXT_KEYS = ("body", "passage", "context", "article", "background", "材料", "背景", "文章", "短文")
+QUESTION_KEYS = ("question", "problem", "prompt", "query", "query_text", "q_main", "stem", "hypothesis", "sentence2")
+QUESTION_KEYS += ("instruction", "goal", "sentence", "content", "text", "input", "问题", "题目", "题干")
+CONTEXT_KEYS = ("body", "passage", "context", "context_text", "article", "paragraph", "story", "ctx", "premise")
+CONTEXT_KEYS += ("sentence1", "support", "background", "content", "text", "input", "材料", "背景", "文章", "短文")
+OPTION_LISTS = ("options", "choices", "choice", "endings", "candidates")
+NESTED = ("data", "paragraphs", "qas", "questions")  # hold the questions of a row, or what holds them (SQuAD, RACE)
 SPLITS = ("test", "val", "valid", "dev", "train", "data")
-OPTION_KEY = re.compile("(option_?|选项)?[a-h]")
+OPTION_KEY = re.compile("(option_?|选项)?[a-h]|(option|choice|ending|sol)_?[1-8]")
 LETTERS = ("A", "B", "C", "D")
 
 
@@ -44,8 +49,9 @@ def read_benchmarks(paths: list[str]) -> Iterator[BenchmarkItem]:
     """Yield the questions of benchmarks in .csv, .jsonl, .json, .parquet, or .txt files with a question per line.
 
     A row has its question in one of `QUESTION_KEYS`, the passage that it is about in one of `CONTEXT_KEYS`, and its
-    options in A, B, ..., in option_a, ..., in `options` or in `choices`. A .csv file without a header is read in
-    MMLU's form: question, options, letter of the answer. A file in another form is skipped with a warning.
+    options in A, B, ..., in option_a, ..., or in one of `OPTION_LISTS`. Several questions about one passage may be
+    nested in its row. A .csv file without a header is read in MMLU's form: question, options, letter of the answer. A
+    file in another form is skipped with a warning.
 
     Args:
         paths: A folder, file or glob for each benchmark.
@@ -57,12 +63,14 @@ def read_benchmarks(paths: list[str]) -> Iterator[BenchmarkItem]:
         has_questions = False
         for file in find_files([path], BENCHMARK_TYPES):
             count = 0
-            for number, row in _read_rows(file):
-                question = _find_text(row, QUESTION_KEYS)
-                if question:
-                    count += 1
-                    place = f"{name}/{file.name}:{number}: {question[:40]}"
-                    yield BenchmarkItem(place, question, _find_options(row), _find_text(row, CONTEXT_KEYS))
+            for number, nested in _read_rows(file):
+                for row in _flatten(nested):
+                    key, question = _find_text(row, QUESTION_KEYS)
+                    if question:
+                        count += 1
+                        place = f"{name}/{file.name}:{number}: {question[:40]}"
+                        _, context = _find_text(row, [other for other in CONTEXT_KEYS if other != key])
+                        yield BenchmarkItem(place, question, _find_options(row), context)
             if count:
                 has_questions = True
             else:
@@ -90,6 +98,9 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if file_type(file) == ".csv":
         yield from _read_csv(file)
         return
+    if rows := _read_lists(file):
+        yield from enumerate(rows, start=1)
+        return
     text_key = ["question"] if file_type(file) == ".txt" else None
     for row in read_rows(file, text_key, txt_sample_by="line"):
         is_text = not row.error.startswith("not valid UTF-8")
@@ -100,7 +111,21 @@ def _read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if row.error:
             raise UserError(f"{file}:{row.number}: {row.error}")
         content = row.content if isinstance(row.content, dict) else {"question": row.content}
-        yield row.number, {key.lower(): value for key, value in content.items()}
+        yield row.number, content
+
+
+def _read_lists(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a .json file in the form of C3, [[sentences, questions, id], ...]; else an empty list."""
+    if file_type(file) != ".json":
+        return []
+    try:
+        with open(file, "rb") as raw, decompress(raw, file.suffix.lower()) as stream:
+            if not re.match(rb"\s*\[\s*\[", stream.peek(64)):
+                return []
+            rows = json.load(stream)
+        return [{"context": row[0], "questions": row[1]} for row in rows]
+    except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException, RecursionError, TypeError, LookupError):
+        return []  # `read_rows` says what is wrong
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -110,7 +135,9 @@ def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         rows: Iterator[list[str]] = reader
         first = next(reader, [])
         header = [cell.strip().lower() for cell in first]
-        if not set(header) & set(QUESTION_KEYS):
+        letters = set(header) & set("abcdefgh")
+        is_row = len(header) > 4 and letters == {header[-1]}  # MMLU's: an option may be called `input`
+        if is_row or not set(header) & set(QUESTION_KEYS):
             # MMLU's files have no header: the first row ends with the letter of the answer.
             if not header or not re.fullmatch("[a-h]", header[-1]):
                 return
@@ -134,21 +161,47 @@ def _open_csv(file: Path) -> Iterator[CsvLines]:
         raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
 
 
-def _find_text(row: dict[str, Any], keys: Sequence[str]) -> str:
-    """Return the text in the first of these columns that has one, or an empty string."""
+def _flatten(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each question of a row, with lower-case names of columns."""
+    row = {key.lower(): value for key, value in row.items()}
+    if isinstance(row.get("question"), dict):  # {"question": {"stem": ..., "choices": [...]}}
+        row |= row.pop("question")
+    for key in NESTED:
+        items = row.get(key)
+        if not isinstance(items, list) or not items:
+            continue
+        others = {name: value for name, value in row.items() if name != key}
+        if all(isinstance(item, dict) for item in items):
+            for item in items:
+                yield from _flatten(others | item)
+            return
+        options = row.get("options")
+        if key == "questions" and isinstance(options, list) and len(options) == len(items):  # RACE as published
+            for question, choices in zip(items, options, strict=True):
+                yield others | {"question": question, "options": choices}
+            return
+    yield row
+
+
+def _find_text(row: dict[str, Any], keys: Sequence[str]) -> tuple[str, str]:
+    """Return the first of these columns that has a text, or a list of texts, and the text; else empty strings."""
     for key in keys:
-        if isinstance(row.get(key), str):
-            return row[key].strip()
-    return ""
+        value = row.get(key)
+        if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+            value = "\n".join(value)
+        if isinstance(value, str) and value.strip():
+            return key, value.strip()
+    return "", ""
 
 
 def _find_options(row: dict[str, Any]) -> list[str]:
     """Return the options of a row: those in columns of their letters, then those in a list."""
-    listed = row.get("options") or row.get("choices") or []
+    listed = next((row[key] for key in OPTION_LISTS if row.get(key)), [])
     if isinstance(listed, dict):  # {"text": [...], "label": [...]}, or {"A": ..., "B": ...}
         listed = listed.get("text") or list(listed.values())
-    if isinstance(listed, str):
+    if not isinstance(listed, list):
         listed = [listed]
+    listed = [option.get("text") if isinstance(option, dict) else option for option in listed]
     named = [row[key] for key in sorted(row) if OPTION_KEY.fullmatch(key)]
     return [str(option) for option in [*named, *listed] if option is not None]
 

@@ -16,6 +16,7 @@ from buddygpt.data.shards.mixture import collect_requests, resolve_mixture
 from buddygpt.data.text.benchmarks import BENCHMARK_TYPES
 from buddygpt.data.text.clean import load_profile
 from buddygpt.data.text.sources import Source, describe_file
+from buddygpt.data.text.steps import FINGERPRINTS
 from buddygpt.data.text.tokenize import TextTokenizer
 
 
@@ -49,7 +50,8 @@ class Plan:
 
     def digest(self) -> str:
         """Return a hash of the plan, for the name of a folder."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        content = json.dumps([FINGERPRINTS, asdict(self)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def make_plan(
@@ -192,7 +194,7 @@ def open_work_folder(partial: Path, plan: Plan, tokenizer: TextTokenizer) -> Pat
         if folder == work:
             print(f"resuming in {work}")
         elif folder.is_dir():
-            print(f"{folder} was left by a run of another config: starting from scratch")
+            print(f"{folder} was left by a run of another config or version: starting from scratch")
             shutil.rmtree(folder, ignore_errors=True)
     work.mkdir(exist_ok=True)
     if not tokenizer_file(work).exists():

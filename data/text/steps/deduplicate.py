@@ -1,6 +1,6 @@
 """Optional step: find exact copies or near-duplicates (MinHash) across all tasks and sources, and drop them.
 
-The stages are those of datatrove's MinHash deduplication, with five changes:
+The stages are those of datatrove's MinHash deduplication, with six changes:
 
 - A shingle is `SHINGLE` units of `ngrams` (Han characters or words). datatrove's word tokenizers must know the
   language and need more libraries. With these shingles, unrelated pages have a similarity of at most 0.07 in Chinese
@@ -10,9 +10,10 @@ The stages are those of datatrove's MinHash deduplication, with five changes:
   and König 2010). Two documents with Jaccard similarity s share a bucket with probability 1 - (1 - s^8)^24: 0.988 at
   0.8 (0.924 with datatrove's 14 buckets), but still 0.002 at 0.3, and a site with 1,000 pages of one layout has many
   such pairs.
+- A pair below `SURE` is compared unit by unit: documents of one template with other names are no duplicates.
 - The first document of each cluster by task and row is kept, with any executor and number of workers.
 - The index holds signatures and sketches (datatrove's has hashes only), so an append round compares its documents as
-  if all rounds were one run.
+  if all rounds were one run. Only names are not compared: the index has no units.
 
 `exact` uses the same stages with one bucket, a hash of the text, and no sketches.
 """
@@ -20,6 +21,7 @@ The stages are those of datatrove's MinHash deduplication, with five changes:
 import hashlib
 import resource
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,18 +41,21 @@ from buddygpt.cli.errors import UserError
 from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.pipeline import DocumentReader, Stage, documents_path
 from buddygpt.data.text.report import EXAMPLES, EXCERPT
-from buddygpt.data.text.steps.ngrams import hash_ngrams, hash_units
+from buddygpt.data.text.steps import FINGERPRINTS
+from buddygpt.data.text.steps.ngrams import find_units, hash_ngrams, hash_units
+from buddygpt.data.text.steps.templates import differ_in_names, pack_units
 
 Method = Literal["exact", "minhash"]
 SHINGLE = 5  # units
 BUCKETS, HASHES = 24, 8  # HASHES are those of one bucket
 SIMILAR = 0.65  # Jaccard similarity from which a pair counts as duplicates; the standard error of the estimate is 0.03
+SURE = 0.9  # from which a pair counts as duplicates whatever it differs in
 CHUNK = 256  # shingles permuted at once: as many as fit in the cache of a core
 COMPARED = 2**16  # pairs compared at once
 READ_AHEAD = 1000  # signatures of each task that a bucket reads at once
 SPARE_FILES = 100  # files that a process may open in addition to the signatures
-# Folders of the index. A new name for new hashes: fingerprints that other hashes made would match nothing.
-INDEX_FOLDERS = {"exact": "exact", "minhash": "minhash-2"}
+# Folders of the index. Fingerprints that other hashes made would match nothing.
+INDEX_FOLDERS = {"exact": "exact", "minhash": f"minhash-{FINGERPRINTS}"}
 ROWS = 2**32  # a document's number is task * ROWS + row
 
 
@@ -74,7 +79,7 @@ def duplicate_stages(method: Method, work: Path, tasks: int, index: Path | None 
     for number in range(known):
         file = index.signatures("bucket_000", number)
         if not file.is_file():
-            if (index.old / method).is_dir() and not (index.old / INDEX_FOLDERS[method]).is_dir():
+            if any(index.old.glob(f"{method}*")) and not (index.old / INDEX_FOLDERS[method]).is_dir():
                 raise UserError(
                     f"{index.old} was made by an older version, with other fingerprints: duplicates of earlier "
                     "documents cannot be found. Prepare all text again, into another `output`"
@@ -94,7 +99,11 @@ def _folder(work: Path, method: Method) -> Path:
 
 def shingles(text: str) -> np.ndarray:
     """Return a uint64 for each shingle of a text, or one hash of the text if it has no letter and no digit."""
-    grams = hash_ngrams(hash_units(text), SHINGLE)
+    return _shingles(text, hash_units(text))
+
+
+def _shingles(text: str, units: np.ndarray) -> np.ndarray:
+    grams = hash_ngrams(units, SHINGLE)
     return grams if grams.size else np.array([_hash(text.encode())], np.uint64)
 
 
@@ -130,6 +139,10 @@ class Index(NamedTuple):
         """Return the file with `BUCKETS` x `HASHES` bytes for each document of a task."""
         return self._folder(number) / "sketches" / f"{number:05d}.sketch"
 
+    def units(self, number: int) -> Path:
+        """Return the file with the units of each document of a task of this round. It is no part of the index."""
+        return self.new.parent / "units" / f"{number:05d}.units"
+
     def _folder(self, number: int) -> Path:
         return (self.old if number < self.known else self.new) / INDEX_FOLDERS[self.method]
 
@@ -144,21 +157,33 @@ class DuplicateSignature(MinhashDedupSignature):
         super().__init__(
             str(index.new / INDEX_FOLDERS[index.method] / "signatures"), _config(index.method), WhitespaceTokenizer()
         )
-        self.index, self.file = index, None
+        self.index, self.files = index, []  # sketches, units, ends of the units of each document
+        self.end = 0
         random = np.random.RandomState(self.config.seed)
         self.factors, self.offsets = random.randint(0, 2**32, (2, BUCKETS * HASHES), dtype=np.uint32)
         self.factors |= np.uint32(1)  # x -> factor x + offset permutes the numbers below 2^32 if the factor is odd
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
         number = self.index.known + rank
-        self.index.sketches(number).parent.mkdir(parents=True, exist_ok=True)
-        with open(self.index.sketches(number), "wb") as self.file:
+        sketches, units = self.index.sketches(number), self.index.units(number)
+        self.end = 0
+        with ExitStack() as stack:
+            for path in (sketches, units, ends_file(units)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.files.append(stack.enter_context(open(path, "wb")))
             super().run(data, number, world_size)
-        self.file = None
+        self.files = []
 
     def get_shingles(self, text: str) -> np.ndarray:
         """Return the [`shingles`] of a text, or for exact duplicates one hash of it."""
-        return shingles(text) if self.index.method == "minhash" else np.array([_hash(text.encode())], np.uint64)
+        if self.index.method == "exact":
+            return np.array([_hash(text.encode())], np.uint64)
+        units, is_word = find_units(text)
+        packed = pack_units(units, is_word)
+        self.files[1].write(packed.tobytes())
+        self.end += len(packed)
+        self.files[2].write(self.end.to_bytes(8, "little"))
+        return _shingles(text, units)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
         """Return for each bucket a hash of the smallest values of its permutations."""
@@ -168,7 +193,7 @@ class DuplicateSignature(MinhashDedupSignature):
         for start in range(0, len(values), CHUNK):
             permuted = values[start : start + CHUNK, None] * self.factors + self.offsets
             np.minimum(smallest, permuted.min(axis=0), out=smallest)
-        self.file.write(smallest.astype(np.uint8).tobytes())
+        self.files[0].write(smallest.astype(np.uint8).tobytes())
         return [[_hash(bucket.tobytes())] for bucket in smallest.reshape(BUCKETS, HASHES)]
 
 
@@ -229,10 +254,8 @@ class DuplicateClusters(PipelineStep):
             has_new = pairs[:, :, 0].max(axis=1) >= known  # pairs of earlier rounds have been decided
             pairs = pairs[has_new]
             if self.index.method == "minhash":
-                pairs = pairs[self._similarity(pairs) >= SIMILAR]
-            pairs = pairs.astype(np.uint64)
-            documents = pairs[:, :, 0] << np.uint64(32) | pairs[:, :, 1]
-            links = link_to_first(np.concatenate([links, documents]))
+                pairs = self._find_duplicates(pairs, links)
+            links = link_to_first(np.concatenate([links, number_documents(pairs)]))
 
         # Write the duplicates of this round to one file per task, in the order of their rows.
         links = links[links[:, 1] >> np.uint64(32) >= known]
@@ -241,6 +264,41 @@ class DuplicateClusters(PipelineStep):
         (self.folder / "removed").mkdir(exist_ok=True)
         for task, part in zip(tasks.tolist(), np.split(links, starts[1:]), strict=False):
             part.astype("<u8").tofile(removed_file(self.folder, task - known))
+
+    def _find_duplicates(self, pairs: np.ndarray, links: np.ndarray) -> np.ndarray:
+        """Return the pairs that are duplicates, and not of one template. Pairs that `links` decides are left out.
+
+        Args:
+            pairs: uint32, (pairs, 2, 2): task and row of two documents that are next to each other in one bucket.
+            links: uint64, (duplicates, 2): as [`link_to_first`] returns them.
+        """
+        similarity = self._similarity(pairs)
+        is_sure = similarity >= SURE
+        doubtful = pairs[(similarity >= SIMILAR) & ~is_sure]
+        firsts = find_first(number_documents(doubtful), links)
+        doubtful = doubtful[firsts[:, 0] != firsts[:, 1]]
+        confirmed = [not differ_in_names(*map(self._read_units, pair)) for pair in doubtful.tolist()]
+        # Documents of one template may be between two copies of another one in the bucket.
+        return np.concatenate([pairs[is_sure], doubtful[confirmed], self._pair_equal_sketches(pairs)])
+
+    def _pair_equal_sketches(self, pairs: np.ndarray) -> np.ndarray:
+        """Return pairs of the documents of `pairs` that have equal sketches."""
+        documents = np.unique(pairs.reshape(-1, 2), axis=0)
+        sketches = [self._read_sketches(part) for part in np.array_split(documents, len(documents) // COMPARED + 1)]
+        hashes = np.concatenate([hash_ngrams(each.T.astype(np.uint64), BUCKETS * HASHES)[0] for each in sketches])
+        order = np.argsort(hashes, kind="stable")
+        is_equal = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+        return np.stack([documents[order[is_equal]], documents[order[is_equal + 1]]], axis=1)
+
+    def _read_units(self, document: list[int]) -> np.ndarray:
+        """Return the packed units of a document (task, row); none for a document of an earlier round."""
+        number, row = document
+        if number < self.index.known:
+            return np.empty(0, np.uint16)
+        file = self.index.units(number)
+        ends = np.fromfile(ends_file(file), "<u8", count=min(row + 1, 2), offset=8 * max(row - 1, 0)).tolist()
+        start = ends[0] if row else 0
+        return np.fromfile(file, np.uint16, count=ends[-1] - start, offset=2 * start)
 
     def _similarity(self, pairs: np.ndarray) -> np.ndarray:
         """Estimate the Jaccard similarity of each pair as the share of equal bytes in the sketches.
@@ -263,6 +321,25 @@ class DuplicateClusters(PipelineStep):
             of_task = documents[:, 0] == number
             sketches[of_task] = file[documents[of_task, 1]]
         return sketches
+
+
+def ends_file(units: Path) -> Path:
+    """Return the file with a uint64 for each document of a file of units: the end of its units."""
+    return units.with_suffix(".ends")
+
+
+def number_documents(documents: np.ndarray) -> np.ndarray:
+    """Return the numbers, task << 32 | row, of documents that are given as uint32, (..., 2): task and row."""
+    wide = documents.astype(np.uint64)
+    return wide[..., 0] << np.uint64(32) | wide[..., 1]
+
+
+def find_first(documents: np.ndarray, links: np.ndarray) -> np.ndarray:
+    """Return the first document of the cluster of each document, by `links` as [`link_to_first`] returns them."""
+    if not len(links):
+        return documents
+    places = np.minimum(np.searchsorted(links[:, 1], documents), len(links) - 1)
+    return np.where(links[places, 1] == documents, links[places, 0], documents)
 
 
 def removed_file(folder: Path, rank: int) -> Path:

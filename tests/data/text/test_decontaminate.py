@@ -110,6 +110,40 @@ def test_an_item_with_a_passage_is_found_as_a_whole(tmp_path):
     assert index.find("She looked into the basket. How many left? Nobody could tell, and nobody asked again.") == []
 
 
+PASSAGE = "小镇的图书馆每天早上九点开门，晚上六点关门。星期三的下午，馆员给孩子们讲故事，讲完以后大家一起画画。"
+ASKED = "孩子们什么时候可以去听故事？"
+TIMES = ["星期一上午", "星期三下午", "星期五晚上", "星期天"]
+# Rows as they are published, each with one question about the passage.
+FORMS_WITH_PASSAGES = {
+    "squad.json": {"data": [{"title": "t", "paragraphs": [{"context": PASSAGE, "qas": [{"question": ASKED}]}]}]},
+    "cmrc.json": [{"context_text": PASSAGE, "title": "t", "qas": [{"query_text": ASKED, "answers": ["星期三"]}]}],
+    "race.jsonl": {"article": PASSAGE, "questions": [ASKED], "options": [TIMES], "answers": ["B"]},
+    "c3.json": [[[PASSAGE[:22], PASSAGE[22:]], [{"question": ASKED, "choice": TIMES, "answer": TIMES[1]}], "1"]],
+    "c3_flat.jsonl": {"context": [PASSAGE[:22], PASSAGE[22:]], "question": ASKED, "choice": TIMES},
+    "logiqa.jsonl": {"text": PASSAGE, "question": ASKED, "options": TIMES, "answer": 1},
+    "ocnli.jsonl": {"sentence1": PASSAGE, "sentence2": "周日下午去的孩子听不到故事。", "label": "neutral"},
+    "xnli.jsonl": {"premise": PASSAGE, "hypothesis": "周日下午去的孩子听不到故事。", "label": 1},
+    "arc.jsonl": {"question": {"stem": ASKED, "choices": [{"text": each, "label": "A"} for each in TIMES]}},
+    "copa.jsonl": {"premise": PASSAGE, "question": ASKED, "choice1": TIMES[0], "choice2": TIMES[1]},
+}
+
+
+@pytest.mark.parametrize("name", FORMS_WITH_PASSAGES)
+def test_published_forms_of_questions_about_a_passage_are_found_as_a_whole(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps(FORMS_WITH_PASSAGES[name], ensure_ascii=False), encoding="utf-8")
+    (item,) = read_benchmarks([str(tmp_path / name)])
+    assert (item.context.replace("\n", ""), item.question) == (
+        "" if name.startswith("arc") else PASSAGE,
+        "周日下午去的孩子听不到故事。" if "nli" in name else ASKED,
+    )
+    assert item.options == ([] if name[:2] in ("sq", "cm", "oc", "xn") else TIMES[: 2 if "copa" in name else 4])
+    index = build_index([str(tmp_path / name)], tmp_path / "index")
+    frame = "村里的人都说，那年的雨水比往年多，收成也好，大家聚在一起喝茶聊天。" * 40
+    whole = "\n".join([item.context, item.question, *item.options])
+    assert len(index.find(f"{frame}{opencc.OpenCC('s2tw').convert(whole)}{frame}")) == 1
+    assert index.find(f"{frame}{PASSAGE}{frame}") == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -171,6 +205,7 @@ def test_every_form_of_benchmark_is_read(tmp_path):
     letters = dict(zip("ABCD", options, strict=True))
     write_csv(tmp_path / "1.csv", [["", "Question", *"ABCD", "Answer"], ["0", question, *options, "B"]])
     write_csv(tmp_path / "2.csv", [[question, *options, "B"]])
+    write_csv(tmp_path / "9.csv", [[question, "input", *options[1:], "B"]])  # the option is no name of a column
     (tmp_path / "3.jsonl").write_text(json.dumps({"problem": question, "choices": options}), encoding="utf-8")
     (tmp_path / "4.json").write_text(json.dumps([{"question": question, "options": letters}]), encoding="utf-8")
     row = {f"option_{mark.lower()}": option for mark, option in letters.items()} | {"q_main": question}
@@ -182,8 +217,8 @@ def test_every_form_of_benchmark_is_read(tmp_path):
     (tmp_path / "8.txt").write_text(f"{question}\n", encoding="utf-8")
     (tmp_path / "settings.json").write_text('{\n "subjects": ["maths"]\n}', encoding="utf-8")
     items = list(read_benchmarks([str(tmp_path)]))
-    assert [item.question for item in items] == [question] * 8
-    assert [item.options for item in items] == [options] * 7 + [[]]
+    assert [item.question for item in items] == [question] * 9
+    assert [item.options for item in items] == [options] * 7 + [[], ["input", *options[1:]]]
 
 
 @pytest.mark.parametrize(

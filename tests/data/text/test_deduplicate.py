@@ -11,6 +11,7 @@ import pytest
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.text.pipeline import DocumentReader, Stage
+from buddygpt.data.text.steps import FINGERPRINTS
 from buddygpt.data.text.steps.deduplicate import (
     INDEX_FOLDERS,
     DuplicateFilter,
@@ -18,12 +19,13 @@ from buddygpt.data.text.steps.deduplicate import (
     link_to_first,
     shingles,
 )
-from buddygpt.data.text.steps.ngrams import PIECE, hash_ngrams, hash_units
+from buddygpt.data.text.steps.ngrams import PIECE, find_units, hash_ngrams, hash_units
+from buddygpt.data.text.steps.templates import differ_in_names, pack_units
 
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 3000)]
 WORDS = [f"{start}{end}" for start in ("con", "re", "tra", "mo", "sil", "ver") for end in ("ta", "ner", "lid", "mos")]
 
-OUTPUTS = {"signatures": ["signatures", "sketches"], "buckets": ["pairs"], "clusters": ["removed"]}
+OUTPUTS = {"signatures": ["signatures", "sketches", "units"], "buckets": ["pairs"], "clusters": ["removed"]}
 
 
 def write_documents(work: Path, tasks: list[list[str]]) -> None:
@@ -100,6 +102,44 @@ def test_documents_of_one_frame_are_kept(tmp_path):
     assert kept(tmp_path, "minhash", [pages]) == [list(range(600))]
     pairs = sum(file.stat().st_size for file in (tmp_path / "duplicates" / "minhash" / "pairs").iterdir())
     assert pairs > 0  # so the sketches were asked
+
+
+LEASE = """The owner lets the house at the old mill to {c} from the first of May, with the garden and the shed.
+The rent is due on the first day of each month, and the owner keeps a deposit until the end of the contract.
+The owner repairs the roof and the heating at her own cost, while {c} keeps the garden in order and cleans the gutters
+twice a year, before the winter and after it. Nobody may keep animals in the rooms unless the owner agrees in writing.
+If the rent is late by more than two weeks, the owner may end the contract, and {c} leaves the house within a month.
+When the keys are handed back, both look at the rooms together, and {c} gets the deposit back, less the repairs."""
+STATUTE = """{p}公园管理条例。第一条，为了加强公园的保护和管理，根据国家有关规定，结合{p}实际，制定本条例。第二条，
+本条例适用于公园的规划、建设、保护和管理。第三条，{p}人民政府应当将公园经费列入预算，保障公园的日常养护，并定期向社会公布。第四条，在
+公园内设置广告应当经过批准。第五条，游客应当爱护花草树木，不得在湖中游泳；违反规定的，处以五十元以上二百元以下罚款。第六条，
+{p}鼓励单位和个人捐资建设公园，具体办法另行规定。第七条，本条例自公布之日起施行。"""
+NEWS = """受冷空气影响，本周三起我市将出现降雨，气温下降六到八度，市民出行请注意添衣。
+农业部门提醒农户抓紧抢收，防止倒伏。
+交通部门表示，雨天路滑，司机要减速慢行，学校周边会增派人手。菜市场里，青菜价格比上周略有上涨。预计周末雨停，气温回升。"""
+
+
+def test_documents_that_fill_a_template_with_other_names_are_kept(tmp_path):
+    """Two leases and two statutes are no copies, a second copy of each is; neither are edits of a text other texts."""
+    leases = [LEASE.format(c=name) for name in ("Anna Weber", "Tom Lund")]
+    statutes = [STATUTE.format(p=place) for place in ("江州省", "宁海市")]
+    for texts in (leases, statutes):
+        first, second = (re.findall(r"[^\W_\u4e00-\u9fff]+|[\u4e00-\u9fff]", text.lower()) for text in texts)
+        assert 0.65 < jaccard(first, second) < 0.85
+    edits = [
+        NEWS + "责任编辑：小李。分享到微博，上一篇，下一篇。",
+        NEWS.replace("市民", "大家").replace("预计", "估计"),
+        NEWS[12:],
+    ]
+    dated = [
+        f"{NEWS[:90]}发布于{year}年{month}月，浏览{views}次。"
+        for year, month, views in ((2019, 3, 812), (2021, 11, 77))
+    ]
+    texts = [*leases, *statutes, *leases, *statutes, NEWS, *edits]
+    assert kept(tmp_path / "all", "minhash", [texts]) == [[0, 1, 2, 3, 8]]
+    assert kept(tmp_path / "dates", "minhash", [dated]) == [[0]]
+    pairs = [[pack_units(*find_units(text)) for text in pair] for pair in (leases, statutes, dated, [NEWS, edits[1]])]
+    assert [differ_in_names(*pair) for pair in pairs] == [True, True, False, False]
 
 
 def test_short_and_wordless_copies_are_found(tmp_path):
@@ -238,9 +278,18 @@ def test_an_incomplete_index_is_refused(tmp_path):
 def test_an_index_with_fingerprints_of_an_older_version_is_refused(tmp_path):
     kept(tmp_path / "first", "minhash", [["甲"]])
     index = tmp_path / "first" / "duplicates" / "index"
-    (index / INDEX_FOLDERS["minhash"]).rename(index / "minhash")
-    with pytest.raises(UserError, match="index was made by an older version, with other fingerprints: .* Prepare all"):
-        duplicate_stages("minhash", tmp_path / "second", 1, index, 1)
+    folder = index / INDEX_FOLDERS["minhash"]
+    for older in ("minhash", "minhash-2"):
+        folder = folder.rename(index / older)
+        message = "index was made by an older version, with other fingerprints: .* Prepare all"
+        with pytest.raises(UserError, match=message):
+            duplicate_stages("minhash", tmp_path / "second", 1, index, 1)
+
+
+def test_new_hashes_need_a_new_version():
+    """If this fails, raise FINGERPRINTS: an index of other hashes would match nothing, silently."""
+    text = "国際標準の図書館, 甚麼 in the 21st century"
+    assert (FINGERPRINTS, hash_ngrams(hash_units(text), 5)[0]) == (3, 17512226073964478763)
 
 
 def test_a_traditional_copy_of_a_text_is_a_duplicate(tmp_path):
@@ -249,6 +298,9 @@ def test_a_traditional_copy_of_a_text_is_a_duplicate(tmp_path):
     hong_kong = "那裏的綫路只有幾里長，後來發電廠爲了這件事，在台上干了甚麼，大家都説不清，只看着窗外的羣峰。"
     assert kept(tmp_path, "minhash", [[simplified, traditional], [hong_kong]]) == [[0], []]
     assert hash_units("麼么幺裡裏里著着").tolist() == hash_units("么么么里里里着着").tolist()
+    other = "甚麼祇妳牠彷彿台臺対図読気発変実黒徳沢竜戸ｶﾞＡ１"
+    assert hash_units(other).tolist() == hash_units("什么只你它仿佛台台对图读气发变实黑德泽龙户ガa1").tolist()
+    assert len(set(hash_units("他她它你您国哪那做作像象").tolist())) == 12
     assert kept(tmp_path / "exact", "exact", [[simplified, traditional]]) == [[0, 1]]
 
 
