@@ -4,12 +4,19 @@ import re
 from collections.abc import Iterable, Sequence
 
 NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
-MARKDOWN = re.compile(r"[\\`*\[\]<>|&]")
+TURNS_TEXT = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks of the direction of writing
+# An underscore inside a word, as in `sample_qa`, is no Markdown. A URL would become a link.
+MARKDOWN = re.compile(r"[\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+
+
+def one_line(text: str) -> str:
+    """Return the text as one line without control characters; marks that would turn the text show as `�`."""
+    return TURNS_TEXT.sub("\ufffd", NO_TEXT.sub(" ", text))
 
 
 def escape_markdown(text: str) -> str:
     """Return the text as one line in which nothing is Markdown or HTML."""
-    return MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", NO_TEXT.sub(" ", text))
+    return MARKDOWN.sub(lambda match: f"&#{ord(match[0])};", one_line(text))
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: Sequence[str] | None = None) -> str:

@@ -26,8 +26,8 @@ from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.eval.checkpoints import choose_device, read_checkpoints
 from buddygpt.eval.long_report import BINS, plot, to_markdown
 from buddygpt.eval.needles import CHANCE, DEPTHS, FACTS, count_found, make_texts
-from buddygpt.eval.report import proportion
 from buddygpt.eval.rows import read_rows
+from buddygpt.eval.scores import proportion
 from buddygpt.training.positions import extend_positions
 
 BATCH_TOKENS = 8192

@@ -1,40 +1,44 @@
-"""Write a report of lm-eval results: every score with its chance level and its 95% interval.
+"""Write a report of lm-eval results: what scored how much, with which certainty, and what differs.
 
     python eval/report.py --results outputs/eval --output outputs/eval/report.md
+    python eval/report.py --results outputs/eval --output outputs/eval/report.md --baseline base \\
+        --average "sft=sft-seed*" --shards outputs/shards/train
 
 Reads `RESULTS/NAME/**/results_*.json` and the samples next to it, as `eval/run_eval.py` or
 `lm_eval --output_path RESULTS/NAME --log_samples` writes them. If a task was run more than once, the newest counts.
-Writes the report, and `scores.png` and `scores.json` to the same folder. The scores also go to the run card and the
+Checkpoints `RUN@STEP` are those of one training run: they become curves, and the last of them are averaged.
+
+Writes the report, and to the same folder report.html (the report in one file, for any browser), scores.json,
+comparisons.json, scores.png and, for runs with steps, scores_by_step.png. The scores also go to the run card and the
 model card of each checkpoint that our recipes have trained.
 """
 
 import json
-import textwrap
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from scipy.stats import binomtest
-
 from buddygpt.cli.arguments import parse_arguments
-from buddygpt.cli.errors import UserError, reading, run_script
-from buddygpt.cli.files import read_json, write_atomically
-from buddygpt.cli.fonts import use_chinese_font
-from buddygpt.cli.tables import escape_markdown, markdown_table
+from buddygpt.cli.errors import UserError, did_you_mean, reading, run_script
+from buddygpt.cli.files import write_atomically
+from buddygpt.eval.comparisons import Comparison, compare_outcomes, compared_pairs, difference_table, explain
+from buddygpt.eval.examples import wrong_answers
+from buddygpt.eval.page import Block, Folded, Heading, Picture, Table, Text, to_html, to_markdown
+from buddygpt.eval.plots import plot_scores, plot_steps
+from buddygpt.eval.results import Run, by_run, leaf_tasks, read_runs, reported_tasks
+from buddygpt.eval.scores import (
+    Average,
+    TaskOutcomes,
+    TaskScores,
+    average,
+    describe_evaluation,
+    find_averages,
+    format_score,
+    read_outcomes,
+    score_all,
+    tasks_at_chance,
+)
 from buddygpt.training.model_card import add_evaluation
-
-Sample = dict[str, Any]  # one question with the model's answer, a line of lm-eval's samples_*.jsonl
-Score = dict[str, Any]  # value, n, ci95: [low, high] or None, chance: a float or None
-TaskScores = dict[str, dict[str, Score]]  # task or task/subject -> metric -> score
-Run = tuple[Path, dict[str, Any]]  # a results file and its content
-
-METRICS = {"acc": "accuracy", "acc_norm": "per character", "exact_match": "exact match"}  # in the picture
 
 
 @dataclass
@@ -42,206 +46,149 @@ class ReportArguments:
     results: str = field(default="outputs/eval", metadata={"help": "A folder with one folder per checkpoint."})
     output: str = field(
         default="outputs/eval/report.md",
-        metadata={"help": "The report. scores.png and scores.json go to the same folder."},
+        metadata={"help": "The report. report.html, scores.json and pictures go to the same folder."},
     )
+    baseline: str | None = field(
+        default=None, metadata={"help": "The checkpoint to compare all others with. Default: the first."}
+    )
+    average: list[str] = field(
+        default_factory=list,
+        metadata={"help": "LABEL=NAME,NAME,... or LABEL=PATTERN: average these checkpoints, such as several seeds."},
+    )
+    last: int = field(default=3, metadata={"help": "Average so many last checkpoints of each RUN@STEP. 0: none."})
+    shards: str | None = field(
+        default=None, metadata={"help": "Training shards: search the questions in their text, about 0.2 MB/s."}
+    )
+    examples: int = field(default=5, metadata={"help": "Wrong answers to show per task."})
+
+    def __post_init__(self) -> None:
+        for key in ("last", "examples"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key} is {getattr(self, key)}; give a number, at least 0")
+
+
+@dataclass
+class Report:
+    """Everything that a report shows.
+
+    Attributes:
+        runs: Results files by checkpoint.
+        scores: Scores by checkpoint, averages included.
+        averages: By their label.
+        steps: The checkpoints of each run with `RUN@STEP`.
+        pairs: Comparisons by (A, B).
+        shown: The checkpoints in the main table: of a run with steps the last one, then the averages.
+    """
+
+    runs: dict[str, list[Run]]
+    scores: dict[str, TaskScores]
+    averages: dict[str, Average]
+    steps: dict[str, list[str]]
+    pairs: dict[tuple[str, str], list[Comparison]]
+    shown: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """All tasks and `task/subject`."""
+        return list(dict.fromkeys(name for of_checkpoint in self.scores.values() for name in of_checkpoint))
+
+    @property
+    def tasks(self) -> list[str]:
+        return [name for name in self.names if "/" not in name]
 
 
 def main() -> None:
     (args,) = parse_arguments(ReportArguments, description=__doc__)
-    runs = read_runs(Path(args.results))
-    scores = {checkpoint: score_tasks(of_checkpoint) for checkpoint, of_checkpoint in runs.items()}
-    report = to_markdown(scores, runs)
+    report = evaluate(args)
+    blocks = build(report, args)
 
     output = Path(args.output)
-    with write_atomically(output.parent / "scores.json") as partial:
-        partial.write_text(json.dumps(scores, indent=2, ensure_ascii=False), encoding="utf-8")
-    plot(scores, runs, output.parent / "scores.png")
+    comparisons = [{"a": a, "b": b, "rows": rows} for (a, b), rows in report.pairs.items()]
+    measured = {name: report.scores[name] for name in report.runs}
+    for name, content in {"scores.json": measured, "comparisons.json": comparisons}.items():
+        with write_atomically(output.parent / name) as partial:
+            partial.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    plot_scores({name: report.scores[name] for name in report.shown}, report.runs, output.parent / "scores.png")
+    if report.steps:
+        plot_steps(report.scores, report.steps, report.runs, output.parent / "scores_by_step.png")
+    with write_atomically(output.parent / "report.html") as partial:
+        partial.write_text(to_html("Evaluation / 评测", blocks, output.parent), encoding="utf-8")
     with write_atomically(output) as partial:
-        partial.write_text(report, encoding="utf-8")
-    for checkpoint, of_checkpoint in scores.items():
-        add_evaluation(*describe_evaluation(of_checkpoint, runs[checkpoint]))
-    print(f"{output}: {len(scores)} checkpoints")
+        partial.write_text(to_markdown(blocks), encoding="utf-8")
+    for checkpoint, of_checkpoint in measured.items():
+        add_evaluation(*describe_evaluation(of_checkpoint, report.runs[checkpoint]))
+    print(f"{output}: {len(measured)} checkpoints")
 
 
-def describe_evaluation(scores: TaskScores, runs: list[Run]) -> tuple[str, dict[str, Any]]:
-    """Return the folder of a checkpoint, and what its model card tells of the evaluation: prompts, tasks, scores."""
-    path, results = runs[-1]
-    with reading(path):
-        folder = str(results["config"]["model_args"]["pretrained"])
-    prompts = "chat template" if results.get("chat_template") else "bare text"
-    tasks = {task: metrics for task, metrics in scores.items() if "/" not in task}  # without subjects
-    return folder, {"prompts": prompts, "tasks": tasks}
+def evaluate(args: ReportArguments) -> Report:
+    """Read the results, and compute scores, averages and comparisons."""
+    runs = read_runs(Path(args.results))
+    if args.baseline is not None and args.baseline not in runs:
+        match = did_you_mean(args.baseline, runs)
+        hint = f"did you mean `{match}`?" if match else f"there are {', '.join(runs)}"
+        raise UserError(f"baseline: `{args.baseline}` was not evaluated; {hint}")
+    outcomes = {name: read_outcomes(of_checkpoint) for name, of_checkpoint in runs.items()}
+    averages = {
+        label: average(outcomes, members)
+        for label, members in find_averages(list(runs), args.average, args.last).items()
+    }
+    everything: dict[str, TaskOutcomes] = outcomes | {label: each.outcomes for label, each in averages.items()}
+    scores = {name: score_all(of_checkpoint) for name, of_checkpoint in everything.items()}
+    names = [name for name in everything if everything[name]]
+    wanted = compared_pairs(list(runs), args.baseline)
+    if len(averages) > 1:  # an average is compared with other averages, and not with its own members
+        wanted += compared_pairs(list(averages))
+    pairs = {(a, b): compare_outcomes(everything[a], everything[b]) for a, b in wanted}
+    steps = by_run(runs)
+    earlier = {name for of_run in steps.values() for name in of_run[:-1]}
+    shown = [name for name in names if name not in earlier]
+    return Report(runs, scores, averages, steps, pairs, shown)
 
 
-def read_runs(results: Path) -> dict[str, list[Run]]:
-    """Return the results files of each checkpoint, oldest first; checkpoints in the order of their first run.
-
-    Raises:
-        UserError: There are no results files.
-    """
-    runs: dict[str, list[Run]] = defaultdict(list)
-    # The names contain the time, so sorting by name sorts by time.
-    for path in sorted(results.glob("*/**/results_*.json"), key=lambda path: path.name):
-        checkpoint = path.relative_to(results).parts[0]
-        runs[checkpoint].append((path, read_json(path)))
-    if not runs:
-        raise UserError(f"{results} has no NAME/results_*.json; eval/run_eval.py writes them.")
-    return dict(runs)
-
-
-def score_tasks(runs: list[Run]) -> TaskScores:
-    """Return the scores of one checkpoint by task and by `task/subject`. Later runs replace earlier ones.
-
-    The subjects of a group are its subtasks. The subjects of a single task are the values of the column `subject`, if
-    its rows have one.
-    """
-    scores: TaskScores = {}
-    for path, results in runs:
-        with reading(path):
-            for task in reported_tasks(results):
-                leaves = leaf_tasks(task, results["group_subtasks"])
-                samples = {leaf: read_samples(path, leaf, results) for leaf in leaves}
-                all_samples = [sample for of_leaf in samples.values() for sample in of_leaf]
-                scores[task] = score_samples(all_samples, dict(results["results"].get(task, {})))
-                for subject, of_subject in split_by_subject(task, samples).items():
-                    scores[f"{task}/{subject}"] = score_samples(of_subject, {})
-    return scores
-
-
-def reported_tasks(results: dict[str, Any]) -> list[str]:
-    """Return the tasks and groups of a results file. Tasks of a group are left out: they are its subjects."""
-    tasks = {*results["results"], *results.get("groups", {})}
-    for children in results["group_subtasks"].values():
-        tasks -= set(children)
-    if not tasks:
-        raise ValueError("no tasks")
-    return sorted(tasks)
-
-
-def leaf_tasks(task: str, subtasks: dict[str, list[str]]) -> list[str]:
-    """Return the tasks of a group, also those of groups inside it; for a task, the task itself."""
-    if not subtasks.get(task):
-        return [task]
-    leaves = []
-    for child in subtasks[task]:
-        leaves += leaf_tasks(child, subtasks)
-    return leaves
-
-
-def read_samples(path: Path, task: str, results: dict[str, Any]) -> list[Sample]:
-    """Return the samples of a task that belong to the results file `path`.
-
-    Raises:
-        UserError: The samples are missing, incomplete or damaged.
-    """
-    time = path.stem.removeprefix("results_")
-    path = path.with_name(f"samples_{task}_{time}.jsonl")
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; run lm_eval with --log_samples.")
-    with reading(path), path.open(encoding="utf-8") as file:
-        samples = [json.loads(line) for line in file]
-        expected = results.get("n-samples", {}).get(task, {}).get("effective")
-        found = len({sample["doc_id"] for sample in samples})
-        if not samples or (expected is not None and found != expected):
-            raise ValueError(f"{found} of {expected or 'at least 1'} questions")
-        for sample in samples:
-            len(sample["arguments"]), sample["filter"].strip(), "subject" in sample["doc"]  # used later
-            if any(sample[metric] is None for metric in sample["metrics"]):
-                raise ValueError(f"question {sample['doc_id']} has no score")
-    return samples
-
-
-def split_by_subject(task: str, samples: dict[str, list[Sample]]) -> dict[str, list[Sample]]:
-    """Return the samples of each subject, for a task or for a group of tasks; see [`score_tasks`]."""
-    is_group = list(samples) != [task]
-    if is_group:
-        return {leaf.removeprefix(f"{task}_"): of_leaf for leaf, of_leaf in samples.items()}
-    subjects: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples[task]:
-        if "subject" in sample["doc"]:
-            subjects[sample["doc"]["subject"]].append(sample)
-    return dict(sorted(subjects.items()))
-
-
-def score_samples(samples: list[Sample], aggregated: dict[str, float]) -> dict[str, Score]:
-    """Return the score of each metric over some samples.
-
-    A metric that is 0 or 1 for each question becomes a proportion with an interval. For any other (bits per byte), the
-    score is lm-eval's own figure, without an interval; it is left out if lm-eval has none.
-
-    Args:
-        samples: Samples of one task, group or subject.
-        aggregated: lm-eval's figures for the same samples, by "metric,filter".
-    """
-    # A task with several filters has one sample per question and filter.
-    by_metric: dict[tuple[str, str], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        for metric in sample["metrics"]:
-            by_metric[metric, sample["filter"]].append(sample)
-
-    scores = {}
-    for (metric, filter_name), of_metric in by_metric.items():
-        name = metric if filter_name == "none" else f"{metric},{filter_name}"
-        values = [sample[metric] for sample in of_metric]
-        if all(value in (0, 1) for value in values):
-            scores[name] = proportion(int(sum(values)), len(values), chance_level(of_metric))
-        elif f"{metric},{filter_name}" in aggregated:
-            value = float(aggregated[f"{metric},{filter_name}"])
-            scores[name] = {"value": value, "n": len(values), "ci95": None, "chance": None}
-    return scores
-
-
-def chance_level(samples: list[Sample]) -> float | None:
-    """Return the expected score of a random choice, the mean of 1 / options, or None without options."""
-    n_options = [len(sample["arguments"]) for sample in samples]
-    if min(n_options) <= 1:
-        return None
-    return sum(1 / n for n in n_options) / len(n_options)
-
-
-def proportion(successes: int, n: int, chance: float | None) -> Score:
-    """Return a proportion as a score with its 95% Wilson interval."""
-    interval = binomtest(successes, n).proportion_ci(method="wilson")
-    return {"value": successes / n, "n": n, "ci95": [float(interval.low), float(interval.high)], "chance": chance}
-
-
-def at_chance(score: Score) -> bool:
-    """Return True if the chance level lies inside the score's 95% interval."""
-    if score["chance"] is None:
-        return False
-    low, high = score["ci95"]
-    return low <= score["chance"] <= high
-
-
-def to_markdown(scores: dict[str, TaskScores], runs: dict[str, list[Run]]) -> str:
-    """Return the report: a table of all tasks, a table per task of its subjects, and the checkpoints."""
-    names = list(dict.fromkeys(name for of_checkpoint in scores.values() for name in of_checkpoint))
-    tasks = [name for name in names if "/" not in name]
-    sections = [
-        "# Evaluation",
-        "Score in percent, with its 95% Wilson interval; `(chance)`: the interval holds the chance level.",
-        score_table("task", tasks, scores),
-        "![scores](scores.png)",
+def build(report: Report, args: ReportArguments) -> list[Block]:
+    """Return the content of the report."""
+    blocks: list[Block] = [
+        Heading("Evaluation", "评测", level=1),
+        Text(
+            "Scores in percent, with their 95% interval; (chance): the interval holds the score of guessing. "
+            "分数为百分比，方括号内为 95% 置信区间；(chance) 表示区间包含随机水平。"
+        ),
     ]
-    for task in tasks:
-        subjects = [name for name in names if name.startswith(f"{task}/")]
-        if subjects:
-            sections += [
-                f"## {escape_markdown(task)} by subject",
-                score_table("subject", subjects, scores, first_metric_only=True),
-            ]
-    sections += [
-        "## Prompts",
-        "Examples before each question (few-shot), and questions whose prompt was truncated on the left to fit into "
-        "the model's context. Only `eval/run_eval.py` counts the latter.",
-        prompt_table(tasks, runs),
-        "## Checkpoints",
-        checkpoint_table(runs),
+    if useless := tasks_at_chance(report.scores):
+        blocks.append(
+            Text(
+                f"All checkpoints are at chance in {', '.join(useless)}: these scores say nothing about the models. "
+                "所有模型在上述任务上都处于随机水平，其分数不能用来比较。",
+                warning=True,
+            )
+        )
+    shown = {name: report.scores[name] for name in report.shown}
+    blocks += [
+        Heading("Scores", "得分"),
+        score_table("task", report.tasks, shown),
+        Picture("scores", "scores.png"),
+        *difference_blocks(report),
+        *step_blocks(report),
+        *average_blocks(report),
+        *subject_blocks(report, shown),
+        *wrong_blocks(report, args.examples),
     ]
-    return "\n\n".join(sections) + "\n"
+    if args.shards:
+        blocks += shard_blocks(report, Path(args.shards))
+    return [
+        *blocks,
+        Heading("Prompts", "提示"),
+        Text(
+            "Examples before each question (few-shot), and questions whose prompt was truncated on the left to fit "
+            "into the model's context. Only eval/run_eval.py counts the latter."
+        ),
+        prompt_table(report.tasks, report.runs),
+        Heading("Checkpoints", "检查点"),
+        checkpoint_table(report.runs),
+    ]
 
 
-def score_table(title: str, names: list[str], scores: dict[str, TaskScores], first_metric_only: bool = False) -> str:
+def score_table(title: str, names: list[str], scores: dict[str, TaskScores], first_metric_only: bool = False) -> Table:
     """Return a table with a row per task (or subject) and metric, and a column per checkpoint.
 
     Args:
@@ -250,8 +197,6 @@ def score_table(title: str, names: list[str], scores: dict[str, TaskScores], fir
         scores: Scores of each checkpoint.
         first_metric_only: Show only the first metric of each name.
     """
-    header = [title, "metric", "n", "chance", *map(escape_markdown, scores)]
-    align = ["---", "---", "--:", "--:"] + ["--:"] * len(scores)
     rows = []
     for name in names:
         by_checkpoint = [of_checkpoint.get(name, {}) for of_checkpoint in scores.values()]
@@ -264,25 +209,101 @@ def score_table(title: str, names: list[str], scores: dict[str, TaskScores], fir
             n = "/".join(dict.fromkeys(str(score["n"]) for score in found))
             chances = [f"{score['chance']:.1%}" for score in found if score["chance"]]
             cells = [format_score(measured.get(metric)) for measured in by_checkpoint]
-            names_of_row = map(escape_markdown, (name.rpartition("/")[2], metric))
-            rows.append([*names_of_row, n, chances[0] if chances else "", *cells])
-    return markdown_table(header, rows, align)
+            rows.append([name.partition("/")[2] or name, metric, n, chances[0] if chances else "", *cells])
+    align = ["---", "---", "--:", "--:"] + ["--:"] * len(scores)
+    return Table([title, "metric", "n", "chance", *scores], rows, align)
 
 
-def format_score(score: Score | None) -> str:
-    """Return `25.1% [20.8, 29.8] (chance)`, or a plain number for a score without interval."""
-    if score is None:
-        return ""
-    if score["ci95"] is None:
-        return f"{score['value']:.4f}"
-    low, high = score["ci95"]
-    mark = " (chance)" if at_chance(score) else ""
-    return f"{score['value']:.1%} [{100 * low:.1f}, {100 * high:.1f}]{mark}"
+def difference_blocks(report: Report) -> list[Block]:
+    """Return a table of differences for each compared pair of checkpoints."""
+    blocks: list[Block] = []
+    for (a, b), rows in report.pairs.items():
+        if rows:
+            blocks += [Heading(f"{b} against {a}", f"{b} 对比 {a}", level=3), difference_table(a, b, rows)]
+    if not blocks:
+        return []
+    return [Heading("Differences on the same questions", "同题差异"), Text(explain(report.pairs.values())), *blocks]
 
 
-def prompt_table(tasks: list[str], runs: dict[str, list[Run]]) -> str:
+def step_blocks(report: Report) -> list[Block]:
+    """Return the curves of runs with steps, and the scores of all steps."""
+    if not report.steps:
+        return []
+    blocks: list[Block] = [Heading("During training", "训练过程"), Picture("scores by step", "scores_by_step.png")]
+    for run, names in report.steps.items():
+        table = score_table("task", report.tasks, {name: report.scores[name] for name in names})
+        blocks.append(Folded(f"{run}: all steps / 各步得分", [table]))
+    return blocks
+
+
+def average_blocks(report: Report) -> list[Block]:
+    """Return the averages over checkpoints with their spread."""
+    rows = []
+    for label, each in report.averages.items():
+        for task, spreads in each.spread.items():
+            for metric, spread in spreads.items():
+                score = report.scores[label][task][metric]
+                if "/" not in task:
+                    deviation = f"{100 * spread:.1f} points" if score["kind"] == "share" else f"{spread:.3g}"
+                    rows.append([label, task, metric, str(score["n"]), format_score(score), deviation])
+    if not rows:
+        return []
+    members = "; ".join(f"{label}: {', '.join(each.members)}" for label, each in report.averages.items())
+    text = (
+        f"The interval is over the questions, the standard deviation over the checkpoints. {members}. "
+        "置信区间针对题目，标准差针对各检查点。"
+    )
+    header = ["average", "task", "metric", "n", "mean", "standard deviation"]
+    return [
+        Heading("Averages over checkpoints", "检查点平均"),
+        Text(text),
+        Table(header, rows, ["---"] * 3 + ["--:"] * 3),
+    ]
+
+
+def subject_blocks(report: Report, shown: dict[str, TaskScores]) -> list[Block]:
+    """Return a folded table of subjects for each task that has some."""
+    blocks: list[Block] = []
+    for task in report.tasks:
+        subjects = [name for name in report.names if name.startswith(f"{task}/")]
+        if subjects:
+            table = score_table("subject", subjects, shown, first_metric_only=True)
+            blocks.append(Folded(f"{task} by subject / 分科得分 ({len(subjects)})", [table]))
+    return [Heading("By subject", "分科得分"), *blocks] if blocks else []
+
+
+def wrong_blocks(report: Report, count: int) -> list[Block]:
+    """Return folded tables of wrong answers."""
+    names = [name for name in report.shown if name in report.runs]
+    blocks: list[Block] = []
+    for task in report.tasks if count else []:
+        if rows := wrong_answers(task, report.runs, names, count):
+            header = ["prompt / 题目", "right / 正确", *names]
+            blocks.append(Folded(f"{task} ({len(rows)})", [Table(header, rows, ["---"] * len(header))]))
+    return [Heading("Wrong answers", "答错的例子"), *blocks] if blocks else []
+
+
+def shard_blocks(report: Report, shards: Path) -> list[Block]:
+    """Return what part of each benchmark the training shards contain."""
+    from buddygpt.eval.contamination import describe, removed_documents, search_shards  # imports the data stage
+
+    header = ["task", "questions", "long enough to find", "found", "share", "a training document with one"]
+    table = Table(header, describe(search_shards(report.runs, shards)), ["---"] + ["--:"] * 4 + ["---"])
+    removed = removed_documents(shards)
+    text = "; ".join(f"{name}: {count}" for name, count in removed.items()) or "none"
+    return [
+        Heading("Found in the training data", "训练数据中的题目"),
+        Text(
+            f"Questions that a document of {shards} contains, by the rule of data/text/steps/decontaminate.py. "
+            f"Documents left out when the shards were made, by benchmark: {text}."
+        ),
+        table,
+    ]
+
+
+def prompt_table(tasks: list[str], runs: dict[str, list[Run]]) -> Table:
     """Return a table with a row per task, and a column per checkpoint: `5-shot, 12 truncated`."""
-    cells = {task: dict.fromkeys(runs, "") for task in tasks}
+    cells: dict[str, dict[str, str]] = {task: dict.fromkeys(runs, "") for task in tasks}
     for checkpoint, of_checkpoint in runs.items():
         for path, results in of_checkpoint:
             with reading(path):
@@ -291,14 +312,13 @@ def prompt_table(tasks: list[str], runs: dict[str, list[Run]]) -> str:
                     shots = "/".join(sorted({str(results["n-shot"][leaf]) for leaf in leaves}))
                     counts = results.get("truncated_prompts")
                     truncated = f"{sum(counts[leaf] for leaf in leaves)} truncated" if counts else "not counted"
-                    cells[task][checkpoint] = escape_markdown(f"{shots}-shot, {truncated}")
-    rows = [[escape_markdown(task), *of_task.values()] for task, of_task in cells.items()]
-    return markdown_table(["task", *map(escape_markdown, runs)], rows)
+                    cells[task][checkpoint] = f"{shots}-shot, {truncated}"
+    return Table(["task", *runs], [[task, *of_task.values()] for task, of_task in cells.items()])
 
 
-def checkpoint_table(runs: dict[str, list[Run]]) -> str:
+def checkpoint_table(runs: dict[str, list[Run]]) -> Table:
     """Return a table of each checkpoint's folder and of how it was evaluated."""
-    rows = []
+    rows: list[list[Any]] = []
     for checkpoint, of_checkpoint in runs.items():
         for path, results in of_checkpoint:
             with reading(path):
@@ -306,69 +326,12 @@ def checkpoint_table(runs: dict[str, list[Run]]) -> str:
                 folder = str(config["model_args"]["pretrained"])
                 prompts = "chat template" if results.get("chat_template") else "bare text"
                 limit = "none" if config["limit"] is None else f"first {config['limit']:g}"
-                row = [*map(escape_markdown, (checkpoint, folder)), prompts, limit]
-                row.append(escape_markdown(str(results["lm_eval_version"])))
+                limit = "fixed subset" if results.get("subset") else limit  # of --minutes
+                row = [checkpoint, folder, prompts, limit, str(results["lm_eval_version"])]
             if row not in rows:
                 rows.append(row)
     header = ["name", "folder", "prompts", "limit", "lm-eval"]
-    return markdown_table(header, rows, align=["---"] * len(header))
-
-
-def plot(scores: dict[str, TaskScores], runs: dict[str, list[Run]], path: Path) -> None:
-    """Draw every proportion of every task as a bar per checkpoint, with its interval and a dashed chance level."""
-    # One group of bars per task and metric.
-    groups: list[tuple[str, str]] = []
-    for of_checkpoint in scores.values():
-        for task, metrics in of_checkpoint.items():
-            for metric, score in metrics.items():
-                is_drawn = "/" not in task and score["ci95"]
-                if is_drawn and (task, metric) not in groups:
-                    groups.append((task, metric))
-
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.7 * len(groups)), 4), layout="constrained")
-    width = 0.8 / len(scores)
-    for place, (label, of_checkpoint) in enumerate(zip(drawable(list(scores)), scores.values(), strict=True)):
-        centers, values, below, above, chances = [], [], [], [], []
-        for x, (task, metric) in enumerate(groups):
-            score = of_checkpoint.get(task, {}).get(metric)
-            if score is None or not score["ci95"]:
-                continue
-            low, high = score["ci95"]
-            centers.append(x - 0.4 + width * (place + 0.5))
-            values.append(100 * score["value"])
-            below.append(100 * (score["value"] - low))
-            above.append(100 * (high - score["value"]))
-            if score["chance"]:
-                chances.append((x, 100 * score["chance"]))
-        axes.bar(centers, values, width, yerr=[below, above], capsize=3, label=label)
-        for x, chance in chances:
-            axes.hlines(chance, x - 0.45, x + 0.45, colors="black", linestyles="dashed", linewidth=1)
-    axes.set_xticks(range(len(groups)), drawable([bar_title(group, groups, runs) for group in groups]), fontsize=9)
-    axes.set(ylim=(0, 102), ylabel="score in %, with 95% interval\n(dashed: chance)")
-    figure.legend(loc="outside upper center", ncols=len(scores))
-    with write_atomically(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
-
-
-def bar_title(group: tuple[str, str], groups: list[tuple[str, str]], runs: dict[str, list[Run]]) -> str:
-    """Return the `task_alias` of a task in short lines, and the metric if several metrics of the task are drawn."""
-    task, metric = group
-    title = task
-    for of_checkpoint in runs.values():
-        for path, results in of_checkpoint:
-            with reading(path):
-                title = str(results["results"].get(task, {}).get("alias", title))
-    if sum(other == task for other, _ in groups) > 1:
-        title += f" ({METRICS.get(metric, metric)})"
-    return textwrap.fill(title.replace("_", " ").strip(), 18)
-
-
-def drawable(labels: list[str]) -> list[str]:
-    """Return labels that matplotlib can draw: without a Chinese font, a number instead of other than ASCII."""
-    if all(label.isascii() for label in labels) or use_chinese_font():
-        return labels
-    return [label if label.isascii() else f"no. {number}" for number, label in enumerate(labels, 1)]
+    return Table(header, rows, align=["---"] * len(header))
 
 
 if __name__ == "__main__":
