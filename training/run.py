@@ -28,6 +28,7 @@ from buddygpt.training.model_losses import add_model_losses
 from buddygpt.training.optimizers import use_optimizer
 from buddygpt.training.origin import (
     describe_changed_arguments,
+    describe_settings,
     describe_state,
     require_no_other_model,
     require_same_origin,
@@ -108,6 +109,7 @@ def run_training(
     # Resume only from a run with the same inputs.
     start = start or find_start(args, trainer.model)
     run_card["origin"] |= describe_state(trainer)
+    run_card["origin"]["settings"] = describe_settings(trainer, run_card["arguments"])
     require_no_other_model(Path(args.output_dir), start.checkpoint)
     if start.checkpoint:
         require_same_origin(start, run_card["origin"])

@@ -139,6 +139,7 @@ def describe_run(recipe: str, args: TuningArguments, model_args: ModelConfig) ->
         "base_sha256": checkpoint_sha256(model_args.model_name_or_path),
         "optimizer": args.optimizer,
         "data_sha256": [file_sha256(path) for path in find_files(args.train_files, ROW_TYPES)],
+        "eval_data_sha256": [file_sha256(path) for path in find_files(args.eval_files, ROW_TYPES)],
     }
     if model_args.use_peft:
         prefixes = ("lora_", "use_", "load_in_")
