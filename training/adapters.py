@@ -1,9 +1,10 @@
 """LoRA: check its settings before data is read, say what it trains, merge it into the weights of the base model."""
 
+import json
+import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ from transformers import (
     PreTrainedModel,
     Trainer,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig, get_peft_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from buddygpt.cli.errors import UserError, did_you_mean
+from buddygpt.training.zero3 import zero3_off
 
 ALL = "all-linear"  # peft's name for all linear layers except the output head
 
@@ -133,19 +134,11 @@ def _endings(names: Iterable[str], parts: int) -> list[str]:
     return list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names if name))
 
 
-@contextmanager
-def zero3_off(args: Args) -> Iterator[None]:
-    """Create models whole on this process: under ZeRO-3, transformers divides them among all processes."""
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if args.deepspeed_plugin is not None:
-            args.deepspeed_plugin.set_deepspeed_weakref()
-
-
 def start_lora(trainer: Trainer) -> None:
-    """Say what LoRA trains, and let adapters name their base model so that it is found from every folder."""
+    """Say what LoRA trains, and note where the base model is, whatever the working directory.
+
+    Saved adapters name it in another way, see [`make_adapter_movable`].
+    """
     model = trainer.model
     settings, base = model.peft_config["default"], model.base_model.model.name_or_path
     if Path(base).is_dir():
@@ -202,3 +195,24 @@ def save_merged(trainer: Trainer, adapter: Path, folder: Path) -> None:
     if base.can_generate():
         merged.generation_config = base.generation_config
     merged.save_pretrained(folder)
+
+
+def make_adapter_movable(adapter: Path, place: Path) -> None:
+    """Name the base model of a saved adapter by its path from the adapter's own folder, if it is a folder.
+
+    Both can then be moved or published together, and nobody reads where they were. peft opens such a path from the
+    working directory: `PeftModel.from_pretrained(BASE, ADAPTER)` always works, `AutoPeftModelForCausalLM` in `place`.
+
+    Args:
+        adapter: Folder of the adapter; nothing happens if it holds none.
+        place: Where that folder will be.
+    """
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        return
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    base = settings["base_model_name_or_path"]
+    if base and Path(base).is_absolute():
+        path = os.path.relpath(base, os.path.realpath(place))
+        text = json.dumps(settings | {"base_model_name_or_path": Path(path).as_posix()}, indent=2)
+        file.write_text(f"{text}\n", encoding="utf-8")

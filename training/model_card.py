@@ -120,6 +120,7 @@ def render(folder: Path, card: dict[str, Any]) -> str:
         "sources": sources,
         "scores": _scores(card.get("evaluation", {})),
         "base": base,
+        "local_base": f"`{Path(loaded).name}`" if adapter and loaded else None,
         "hub_base": loaded if loaded and HUB_NAME.fullmatch(loaded) and not Path(loaded).exists() else None,
         "kind": KINDS.get(card["recipe"], KINDS["sft"]),
         "chat": card["recipe"] != "pretrain",

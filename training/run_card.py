@@ -15,6 +15,7 @@ from transformers import Trainer
 from buddygpt.cli.files import write_atomically
 from buddygpt.model.parameters import count_parameters
 from buddygpt.training.model_card import write_model_card
+from buddygpt.training.zero3 import number_of_parameters, zero3_off
 
 # With at least two parts, and not within a word, a relative path or a URL.
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/[\w.@+-]+(?:/[\w.@+-]+)+")
@@ -30,12 +31,13 @@ def write_run_card(trainer: Trainer, facts: dict[str, Any]) -> None:
         facts: Further entries; values that JSON does not have are written as strings.
     """
     args, state = trainer.args, trainer.state
-    count = count_parameters(trainer.model.config)
+    with zero3_off(args):
+        count = count_parameters(trainer.model.config)
     card = {
         **facts,
         "training_arguments": args.to_dict(),
         "model_config": trainer.model.config.to_dict(),
-        "parameters": trainer.model.num_parameters(),
+        "parameters": number_of_parameters(trainer.model),
         "non_embedding_parameters": count.non_embedding,
         "active_parameters": count.active,
         "steps": state.global_step,

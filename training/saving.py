@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from buddygpt.cli.checkpoints import finish_checkpoint
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
-from buddygpt.training.adapters import save_merged
+from buddygpt.training.adapters import make_adapter_movable, save_merged
 from buddygpt.training.finished_folder import bring_training_state_back, set_training_state_aside
 
 CHECKSUMS = "checksums.json"
@@ -90,6 +90,7 @@ def save_checkpoints_atomically(trainer: Trainer) -> None:
             _name_best_checkpoint(trainer, written, run_dir)
             if trainer.args.should_save:
                 finish_checkpoint(written)
+                make_adapter_movable(written, run_dir / written.name)
                 write_checksums(written)
                 _move_into_place(written, run_dir / written.name)
         finally:
@@ -140,7 +141,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def _move_into_place(written: Path, folder: Path) -> None:
-    if folder.exists():  # a damaged checkpoint, or one saved twice at the same step
+    if os.path.lexists(folder):  # a damaged checkpoint, one saved twice at the same step, or a link to nothing
         folder.rename(written.with_name("replaced"))
     written.rename(folder)
     descriptor = os.open(folder.parent, os.O_RDONLY)  # so that the rename survives a power failure
@@ -181,6 +182,7 @@ def _final_folder(trainer: Trainer) -> Iterator[Path]:
                 for file in partial.rglob(name):
                     file.unlink()
             finish_checkpoint(partial)
+            make_adapter_movable(partial / "adapter", output_dir / "adapter")
             for path in list(partial.rglob("*")):
                 if path.is_file():
                     target = output_dir / path.relative_to(partial)

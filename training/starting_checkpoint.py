@@ -5,14 +5,20 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from buddygpt.cli.checkpoints import end_of_answer_token, load_tokenizer, require_causal_lm
+from buddygpt.cli.checkpoints import (
+    end_of_answer_token,
+    load_tokenizer,
+    require_causal_lm,
+    require_quick_template,
+)
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.weights import require_all_weights
-from buddygpt.training.adapters import prepare_lora, zero3_off
+from buddygpt.training.adapters import prepare_lora
 from buddygpt.training.hardware import require_hardware
 from buddygpt.training.liger import register_liger
 from buddygpt.training.limits import require_limits
 from buddygpt.training.positions import extend_positions, parse_model_kwargs, require_positions
+from buddygpt.training.zero3 import zero3_off
 
 
 def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfig) -> PreTrainedTokenizerBase:
@@ -43,6 +49,7 @@ def prepare_for_trl(model_args: ModelConfig, training_args: SFTConfig | DPOConfi
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     if path := getattr(training_args, "chat_template_path", None):
         tokenizer.chat_template = _read_template(Path(path))  # rows are tokenized before TRL sets it
+        require_quick_template(tokenizer)
     if tokenizer.chat_template is None:
         raise UserError(f"{model_args.model_name_or_path} has no chat template: add a chat_template.jinja to it")
     stop_at_end_of_answer(tokenizer)

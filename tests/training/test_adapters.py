@@ -129,9 +129,9 @@ LORA = ["--use_peft", "true", "--lora_r", 4, "--learning_rate", 0.02]
 
 
 @pytest.mark.slow
-def test_experts_are_trained_and_merged(workspace, tmp_path, capsys):
+def test_experts_are_trained_merged_and_moved_with_their_base(workspace, tmp_path, monkeypatch, capsys):
     """In bfloat16, from weights in float32."""
-    base, output = tmp_path / "base", tmp_path / "lora"
+    base, output = tmp_path / "both" / "base", tmp_path / "both" / "lora"
     pretrain = [*pretrain_arguments(workspace), "--model_config", "debug-mla-moe", "--max_steps", 1]
     run("pretrain/pretrain.py", *pretrain, "--output_dir", base)
     experts = ["--lora_target_parameters", *EXPERTS, "--lora_dropout", 0, "--dtype", "bfloat16"]
@@ -139,9 +139,28 @@ def test_experts_are_trained_and_merged(workspace, tmp_path, capsys):
     assert ", experts.gate_up_proj, experts.down_proj.\n" in capsys.readouterr().out
     check_merged(base, output)
     merged = logits(AutoModelForCausalLM.from_pretrained(output))
-    for folder in ("adapter", "checkpoint-6"):  # each names its base so that it is found from any folder
-        adapter = AutoPeftModelForCausalLM.from_pretrained(output / folder, dtype=torch.float32)
+
+    # Each adapter names its base by a path from its own folder: both folders may be moved.
+    moved = tmp_path / "moved"
+    (tmp_path / "both").rename(moved)
+    for folder in ("adapter", "checkpoint-6"):
+        monkeypatch.chdir(moved / "lora" / folder)
+        adapter = AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.float32)
         torch.testing.assert_close(logits(adapter), merged, atol=1e-4, rtol=1e-4)
+    for file in [*(moved / "lora").glob("*"), *(moved / "lora" / "adapter").glob("*")]:
+        if file.suffix in (".json", ".md"):
+            assert str(tmp_path) not in file.read_text(encoding="utf-8"), file
+    card = (moved / "lora/adapter/README.md").read_text(encoding="utf-8")
+    assert "trained on, `base`; `adapter_config.json` has its path" in card and "基座 `base`；" in card
+    # The moved run goes on, and the next stages take the merged model.
+    more = [*sft_arguments(workspace, moved / "base"), *LORA, *experts, "--max_steps", 7, "--output_dir"]
+    run("sft/sft.py", *more, moved / "lora")
+    run("export/to_native.py", "--checkpoint", moved / "lora", "--output", tmp_path / "native")
+    with pytest.raises(UserError, match="holds a LoRA adapter, not a whole model; use the merged model one folder up"):
+        run("export/to_native.py", "--checkpoint", moved / "lora/adapter", "--output", tmp_path / "other")
+    shutil.copytree(moved / "lora/adapter", tmp_path / "alone")
+    with pytest.raises(UserError, match="not a whole model; merge it as its README.md shows"):
+        run("rlhf/dpo.py", *dpo_arguments(workspace, tmp_path / "alone"), "--output_dir", tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -191,11 +210,15 @@ def test_a_quantized_base_is_merged_in_float(workspace, base, chat_model, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed builds its CPU communication with g++")
-def test_zero2_in_bfloat16_merges_in_float32(workspace, base, tmp_path):
-    config = config_with(tmp_path, "zero2.yaml", num_processes=2, use_cpu=True)
+def test_zero3_in_bfloat16_merges_in_float32(workspace, base, tmp_path):
+    """Only the first process writes the run card and merges, so neither may need the others' share of the weights."""
+    config = config_with(tmp_path, "zero3.yaml", num_processes=2, use_cpu=True)
     rows = [*sft_arguments(workspace, base), "--per_device_train_batch_size", 1, "--bf16", "true"]
     command = ["accelerate", "launch", "--config_file", config, "sft/sft.py", *rows, *LORA]
-    result = launch([*command, "--output_dir", tmp_path / "lora"], timeout=900)
+    steps = ["--max_steps", 3, "--eval_strategy", "no", "--eval_files", "null"]
+    result = launch([*command, *steps, "--output_dir", tmp_path / "lora"], timeout=900)
     assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / "lora/run.json").read_text())["hardware"]["parameters"] == "bfloat16"
+    card = json.loads((tmp_path / "lora/run.json").read_text())
+    assert card["hardware"]["distributed_type"] == "DEEPSPEED ZeRO-3 (DeepSpeedEngine)"
+    assert card["hardware"]["parameters"] == "bfloat16" and card["parameters"] > card["non_embedding_parameters"]
     check_merged(base, tmp_path / "lora")

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 from buddygpt.training.flops import flops_per_token, peak_flops
+from buddygpt.training.zero3 import zero3_off
 
 
 class ThroughputCallback(TrainerCallback):
@@ -149,8 +150,9 @@ def find_flops(trainer: Trainer) -> Callable[[int], float] | None:
     if isinstance(trainer.model, PeftModel) or hasattr(trainer, "ref_model") or hasattr(trainer, "teacher_model"):
         return None
     # The formula is linear in the length, and rows of chat differ in length from log to log.
-    fixed = flops_per_token(trainer.model.config, 0)
-    slope = flops_per_token(trainer.model.config, 1) - fixed
+    with zero3_off(trainer.args):
+        fixed = flops_per_token(trainer.model.config, 0)
+        slope = flops_per_token(trainer.model.config, 1) - fixed
     return lambda length: fixed + slope * length
 
 
