@@ -2,17 +2,21 @@
 
 import hashlib
 import json
-import signal
+import os
 import sys
-import threading
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import psutil
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_sha256
+
+if sys.platform != "win32":
+    import resource
 
 MAX_LAYERS = 10_000
 
@@ -20,7 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-TEMPLATE_SECONDS = 5  # a usual template takes milliseconds
+TEMPLATE_SECONDS = 2  # of a CPU; a usual template takes milliseconds
+TEMPLATE_BYTES = 2**29
+TEMPLATE_TURNS = 8  # a loop in a loop over the turns of a chat shows
 
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
@@ -45,29 +51,52 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
 
 
 def require_quick_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raise UserError if the chat template fails, or takes longer than any should: a nested loop may never end."""
-    can_stop = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-    if not tokenizer.chat_template or not can_stop:  # Windows has no such signal
+    """Raise UserError if the chat template fails, or takes more time or memory than any should.
+
+    Nested loops may never end, and `{{ 'x' * 10**9 }}` fills the memory. No signal interrupts a single operation such
+    as `10 ** 10 ** 9`, so a forked child renders the template, with limits.
+    """
+    if not tokenizer.chat_template or not hasattr(os, "fork"):  # Windows has neither forks nor limits
         return
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # the child starts no thread
+        child = os.fork()
+    if child == 0:
+        os.close(read_end)
+        _render_in_child(tokenizer, write_end)
+    os.close(write_end)
+    with open(read_end, encoding="utf-8") as pipe:
+        refusal = pipe.read()  # ends when the child does
+    _, status = os.waitpid(child, 0)
+    name = f"the chat template of {tokenizer.name_or_path}"
+    if os.WIFSIGNALED(status):
+        raise UserError(f"{name} takes over {TEMPLATE_SECONDS} s for a short chat; fix it")
+    if refusal:
+        raise UserError(f"{name} fails on a short chat: {refusal}; fix it")
 
-    def stop(*_: object) -> None:
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} takes over {TEMPLATE_SECONDS} s for one question; fix it"
-        )
 
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(TEMPLATE_SECONDS)
+def _render_in_child(tokenizer: "PreTrainedTokenizerBase", write_end: int) -> NoReturn:
+    """Render two chats and exit. What a template must not do is written to the pipe; to refuse a chat is its right."""
+    refusal = ""
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "question"}], tokenize=False)
-    except UserError:
-        raise
-    except (ArithmeticError, TypeError, RecursionError, MemoryError) as error:
-        raise UserError(f"the chat template of {tokenizer.name_or_path} fails on a question: {error}") from error
-    except Exception:  # it refuses the question, which those who use it report
-        pass
+        memory = psutil.Process().memory_info().vms + TEMPLATE_BYTES
+        for limit, value in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, TEMPLATE_SECONDS)):
+            hard = resource.getrlimit(limit)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(limit, (value, hard))
+        question = {"role": "user", "content": "question"}
+        for chat in ([question], [question, {"role": "assistant", "content": "answer"}] * TEMPLATE_TURNS):
+            try:
+                tokenizer.apply_chat_template(chat, tokenize=False)
+            except MemoryError:
+                refusal = f"it needs over {TEMPLATE_BYTES // 2**20} MiB of memory"
+            except (ArithmeticError, TypeError, RecursionError) as error:
+                refusal = refusal or _first_line(error)
+            except Exception:  # of the template: those who use it report it
+                pass
+        os.write(write_end, refusal.encode(errors="replace")[:1000])
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+        os._exit(0)
 
 
 def _warn_if_class_overrides_file(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -183,7 +212,9 @@ def require_causal_lm(name_or_path: str, trust_remote_code: bool = False) -> "Pr
         raise UserError(f"no such checkpoint folder: {name_or_path}")
     if folder.is_dir() and not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
-            raise UserError(f"{folder} holds a LoRA adapter, not a whole model; use the merged model one folder up")
+            is_merged = (folder.absolute().parent / "config.json").exists()
+            remedy = "use the merged model one folder up" if is_merged else "merge it as its README.md shows"
+            raise UserError(f"{folder} holds a LoRA adapter, not a whole model; {remedy}")
         raise UserError(f"{folder} is not a checkpoint: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
