@@ -116,7 +116,10 @@ def file_sha256(path: str | Path, flush: bool = False) -> str:
 
 
 def require_output(path: Path) -> None:
-    """Raise UserError if nothing can be written at `path`: it has no name, is a device or pipe, or is below a file."""
+    """Raise UserError if nothing can be written at `path`: it has no name, is no file or folder, or is below none.
+
+    A link to nothing is refused, too: it is likely that of a disk that is not there.
+    """
     if not path.name:
         raise UserError(f"{path} cannot be replaced; name a new file or folder")
     with file_system_errors():
@@ -127,6 +130,12 @@ def require_output(path: Path) -> None:
         if kind not in (stat.S_IFREG, stat.S_IFDIR):
             raise UserError(f"{path} is a device, a pipe or the like, and cannot be replaced; name a file or folder")
         parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        for place in (path, parent):
+            if place.is_symlink() and not place.exists():
+                raise UserError(
+                    f"{place} is a link to {os.readlink(place)}, which does not exist; make that, or name another "
+                    "file or folder"
+                )
         if not stat.S_ISDIR(os.stat(parent).st_mode):
             raise UserError(f"{path} cannot be written, because {parent} is no folder")
         try:
@@ -155,6 +164,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f"{name}{os.getpid()}.", suffix=".partial", dir=path.parent) as work:
         partial = Path(work) / path.name
         yield partial
+        if partial.is_dir() != path.is_dir() and path.exists():
+            raise UserError(f"{path} is a {'file; name a folder' if partial.is_dir() else 'folder; name a file'}")
         if partial.is_dir() and path.is_dir():
             os.replace(path, Path(work) / "replaced")
         os.replace(partial, path)

@@ -126,6 +126,7 @@ def make_bad_files(folder: Path) -> None:
     folder.mkdir()
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to(folder / "loop")
+    (folder / "dangling").symlink_to("none/o")
     os.mkfifo(folder / "pipe")
     (folder / "file").write_text("a file\n")
     for suffix, contents in {"json": BAD_JSON, "yaml": BAD_YAML}.items():
@@ -225,6 +226,8 @@ BAD_TEMPLATES = {
     "range": "{% for n in range(10 ** 8) %}x{% endfor %}",
     "endless": "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}{% endfor %}"
     "{% endfor %}{% endfor %}",
+    "giant": "{{ 'x' * 10 ** 9 }}",
+    "doubling": "{% set n = namespace(t='x') %}{% for _ in range(40) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
     "divide": "{{ 1 / 0 }}",
     "type": "{{ messages + 1 }}",
     "attribute": "{{ ''.__class__.__mro__ }}",

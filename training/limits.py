@@ -143,6 +143,11 @@ def require_writable_folder(key: str, name: str) -> None:
     existing = Path(name)
     while not os.path.lexists(existing):
         existing = existing.parent
+    if existing.is_symlink() and not existing.exists():
+        raise UserError(
+            f"`{key}` is {name}, but {existing} is a link to {os.readlink(existing)}, which does not exist; make that "
+            "folder, or name another"
+        )
     if not existing.is_dir():
         raise UserError(f"`{key}` is {name}, but {existing} is a file; name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -71,15 +71,25 @@ def test_writing_touches_no_folder_of_the_user_and_leaves_nothing_behind(tmp_pat
 
 def test_what_a_link_names_is_replaced_and_the_link_stays(tmp_path):
     fill(tmp_path, "disk/old")
-    for target, name in (("disk", "out"), ("disk/new", "new")):  # a folder, and a folder yet to be made
-        (tmp_path / name).symlink_to(target)
-        with write_atomically(tmp_path / name) as partial:
-            fill(partial, "file")
-        assert (tmp_path / name).is_symlink()
-    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("file")) == [
-        "disk/file",
-        "disk/new/file",
-    ]
+    (tmp_path / "out").symlink_to("disk")
+    with write_atomically(tmp_path / "out") as partial:
+        fill(partial, "file")
+    assert (tmp_path / "out").is_symlink() and [*(tmp_path / "disk").iterdir()] == [tmp_path / "disk/file"]
+
+
+def test_an_output_of_another_kind_or_a_link_to_nothing_stays_as_it_is(tmp_path):
+    fill(tmp_path, "file", "folder/old")
+    (tmp_path / "link").symlink_to("nothing")
+    for name, made, message in [
+        ("file", "new/file", "file is a file; name a folder"),
+        ("folder", "", "folder is a folder; name a file"),
+        ("link", "", "link is a link to nothing, which does not exist; make that, or name another"),
+        ("link/below", "", "link is a link to nothing, which does not exist"),
+    ]:
+        with pytest.raises(UserError, match=message), write_atomically(tmp_path / name) as partial:
+            fill(partial, made) if made else partial.write_text("new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "link", "old"]
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):

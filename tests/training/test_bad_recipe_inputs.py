@@ -289,7 +289,10 @@ OUTPUTS = {
     "empty": ("", "`output_dir` is empty"),
     "space": (" ", "`output_dir` is empty"),
     "long": (f"IN/{LONG}", "`output_dir` has a name of 300 characters"),
-    "dangling link": ("IN/link", "link is a file; name a folder"),
+    "dangling link": ("IN/link", "link is a link to /nowhere/else, which does not exist; make that"),
+    "below a dangling link": ("IN/link/a", "link is a link to /nowhere/else"),
+    "link to a file": ("IN/link_to_file", "is a file; name a folder"),
+    "link to a model": ("IN/link_to_model", "holds a finished model or tokenizer (config.json)"),
     "a device": ("/dev/null", "/dev/null is a file"),
     "a file system without folders": ("/proc/none/out", "/proc"),
 }
@@ -299,7 +302,12 @@ OUTPUTS = {
 @pytest.mark.parametrize("recipe", ["pretrain", "sft"])
 def test_output_folders_that_cannot_be_written(recipe, name, refuse):
     path, message = OUTPUTS[name]
-    refuse(recipe, ["--output_dir", path], message, lambda folder: os.symlink("/nowhere/else", folder / "link"))
+
+    def make_links(folder: Path) -> None:
+        for link, target in {"link": "/nowhere/else", "link_to_file": "chats.jsonl", "link_to_model": "model"}.items():
+            os.symlink(target, folder / link)
+
+    refuse(recipe, ["--output_dir", path], message, make_links)
 
 
 @pytest.mark.parametrize("key", ["train_data", "eval_data", "tokenizer", "model_config"])
