@@ -160,8 +160,9 @@ def explain(pairs: Iterable[list[Comparison]]) -> str:
     """Return how to read the verdicts of some tables."""
     text = (
         f"Verdicts hold for all tests of a table together: of those that are not “{UNSURE}”, at most 5% are expected "
-        "to be wrong (Benjamini-Hochberg). Intervals are 95% for each difference alone, in points for percentages. "
-        "判定已对同一表中的多重比较作校正；区间为单项差异的 95% 置信区间。"
+        "to be wrong (Benjamini-Hochberg). Intervals are 95% for each difference alone, in points for percentages: "
+        "one that just misses 0 is not yet a verdict. "
+        "判定已对同一表中的多重比较作校正；区间为单项差异的 95% 置信区间，仅略不含 0 尚不足以下结论。"
     )
     if any(not row["paired"] for rows in pairs for row in rows):
         text += (

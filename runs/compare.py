@@ -20,6 +20,7 @@ from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, reading, run_script
 from buddygpt.cli.files import read_json, write_atomically
 from buddygpt.cli.tables import markdown_table
+from buddygpt.eval.intervals import wilson
 
 Z = NormalDist().inv_cdf(0.975)
 Row = dict[str, Any]
@@ -144,10 +145,7 @@ def with_interval(values: list[float]) -> list[float]:
 
 def proportion(successes: list[bool]) -> list[float]:
     """Return the share of successes and its 95% Wilson interval."""
-    n, share = len(successes), mean(successes)
-    centre, half = share + Z**2 / (2 * n), Z * (share * (1 - share) / n + Z**2 / (4 * n**2)) ** 0.5
-    scale = 1 + Z**2 / n
-    return [share, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+    return [mean(successes), *wilson(sum(successes), len(successes))]
 
 
 def read_seconds(path: Path) -> dict[str, int]:

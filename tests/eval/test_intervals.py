@@ -30,7 +30,7 @@ def test_mcnemar_is_exact_and_the_interval_is_newcombes():
 def test_differences_at_the_edges(cells, p):
     found = compare_proportions(*cells)
     assert found.p == pytest.approx(p) and found.low <= found.value <= found.high
-    assert -1 <= found.low and found.high <= 1 and (found.low < 0 or p < 1)
+    assert found.low >= -1 and found.high <= 1 and (found.low < 0 or p < 1)
 
 
 def test_scores_without_answers_are_compared_as_newcombe_published():
