@@ -131,6 +131,8 @@ for script in COMMANDS:
             "below a file": "{bad}/file/o",
             "in a loop": "{bad}/loop/o",
             "loop": "{bad}/loop",
+            "dangling": "{bad}/dangling",
+            "below dangling": "{bad}/dangling/o",
             "pipe": "{bad}/pipe",
             "long name": "{out}/" + "n" * 300,
             "empty": "",
@@ -272,7 +274,8 @@ for script in ("data/doctor.py", "export/to_native.py"):
     arguments, kind = {**TOKENIZING, **LOADING}[script]
     for name, template in bad_files.BAD_TEMPLATES.items():
         damage = copy_of(kind, lambda folder, text=template: (folder / "chat_template.jinja").write_text(text))
-        add(f"{script} template {name}", Case(script, arguments, damage, may_work=name != "endless"))
+        may_work = name not in ("endless", "giant", "doubling")
+        add(f"{script} template {name}", Case(script, arguments, damage, may_work=may_work))
 
 
 # --- rows ---
