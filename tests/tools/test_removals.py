@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from conftest import ROOT, run
+from conftest import run
 
 from buddygpt.cli.errors import UserError
 
