@@ -291,7 +291,8 @@ def build_our_task(name: str, benchmark: Benchmark, files: dict[str, dict[str, P
         for ours, split in splits.items()
     }
     settings = load_yaml(task, resolve_func=False).get("dataset_kwargs", {})
-    return {"include": str(task), "task": name, "dataset_kwargs": settings | {"files": by_split}}
+    config = {"include": str(task), "task": name, "dataset_kwargs": settings | {"files": by_split}}
+    return config if by_split["dev"] else config | {"num_fewshot": 0}
 
 
 def write_tasks(tasks: dict[str, dict[str, Any]], output: Path) -> None:

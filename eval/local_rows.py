@@ -259,9 +259,12 @@ def shuffle_options(dataset: Dataset) -> Dataset:
     would grade the answers by another order than the one it asked for.
     """
 
+    def clean(text: str) -> str:  # as lm-eval
+        return text.strip().replace(" [title]", ". ").replace("  ", " ")
+
     def shuffle(row: dict[str, Any]) -> dict[str, str]:
-        right = row["Correct Answer"].strip()
-        options = [right, *(row[f"Incorrect Answer {number}"].strip() for number in (1, 2, 3))]
+        right = clean(row["Correct Answer"])
+        options = [right, *(clean(row[f"Incorrect Answer {number}"]) for number in (1, 2, 3))]
         seed = hashlib.sha256(row["Question"].encode()).digest()
         random.Random(seed).shuffle(options)
         named = {f"choice{number}": option for number, option in enumerate(options, start=1)}

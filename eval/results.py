@@ -9,6 +9,7 @@ from typing import Any
 from buddygpt.cli.errors import UserError, reading
 from buddygpt.cli.files import read_json
 from buddygpt.cli.tables import one_line
+from buddygpt.eval.subjects import categories_of
 
 Sample = dict[str, Any]  # one question with the model's answer, a line of samples_*.jsonl
 Run = tuple[Path, dict[str, Any]]  # a results file and its content
@@ -109,11 +110,22 @@ def options_of(sample: Sample) -> list[list[Any]]:
 
 
 def split_by_subject(task: str, samples: dict[str, list[Sample]]) -> dict[str, dict[str, list[Sample]]]:
-    """Return the samples of each subject by task.
+    """Return the samples of each subject by task, after those of each category of subjects (STEM, humanities, ...).
 
     The subjects of a group are its tasks. The subjects of a single task are the values of the column `subject`, if its
-    rows have one.
+    rows have one. `subjects.yaml` knows the categories.
     """
+    subjects = _subjects(task, samples)
+    categories: dict[str, dict[str, list[Sample]]] = {}
+    for subject, of_subject in subjects.items():
+        for category in categories_of(task, subject):
+            of_category = categories.setdefault(category, {})
+            for leaf, of_leaf in of_subject.items():
+                of_category[leaf] = of_category.get(leaf, []) + of_leaf
+    return categories | subjects
+
+
+def _subjects(task: str, samples: dict[str, list[Sample]]) -> dict[str, dict[str, list[Sample]]]:
     is_group = list(samples) != [task]
     if is_group:
         return {leaf.removeprefix(f"{task}_"): {leaf: of_leaf} for leaf, of_leaf in samples.items()}

@@ -5,6 +5,7 @@
 A report can so add up subjects, also of lm-eval's own tasks, whose rows do not name a category.
 """
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,11 @@ def categories_of(task: str, subject: str) -> list[str]:
     """Return the categories of a subject: several for C-Eval's hard and CMMLU's Chinese subjects, none if unknown.
 
     Args:
-        task: `ceval`, `cmmlu` or `mmlu`, or the name of a task that begins so.
+        task: `ceval`, `cmmlu` or `mmlu`, or a task over all its subjects, such as `ceval-valid` or `mmlu_cloze`.
         subject: As in the name of lm-eval's task: `college_physics`.
     """
-    for benchmark, categories in read_subjects().items():
-        if task.startswith(benchmark):
-            return [category for category, subjects in categories.items() if subject in subjects]
-    return []
+    categories = read_subjects().get(re.sub("(-valid)?(_cloze|_ppl|_gen)?$", "", task), {})
+    return [category for category, subjects in categories.items() if subject in subjects]
 
 
 def chinese_name(subject: str) -> str:

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 
 from buddygpt.cli.errors import UserError
 from buddygpt.eval import exams, livecodebench, local_exams, local_rows
+from buddygpt.eval.results import split_by_subject
 from buddygpt.eval.subjects import categories_of, read_subjects, subjects_of
 
 pytestmark = pytest.mark.slow
@@ -164,9 +165,17 @@ def test_the_letter_of_an_answer_is_found(answer, letter):
 
 def test_examples_come_from_dev_of_the_same_subject(tasks):
     manager = TaskManager(include_path=[ROOT / "eval/tasks", tasks], include_defaults=False)
-    loaded = manager.load(["ceval-valid_ppl", "cmmlu_cloze", "gsm8k", "piqa", "ceval-valid_law", "ceval-valid_logic"])[
-        "tasks"
-    ]
+    loaded = manager.load(
+        [
+            "ceval-valid_ppl",
+            "cmmlu_cloze",
+            "gsm8k",
+            "piqa",
+            "ceval-valid_law",
+            "ceval-valid_logic",
+            "arc_zh_cloze",
+        ]
+    )["tasks"]
     ppl, cloze = loaded["ceval-valid_ppl"], loaded["cmmlu_cloze"]
     law, logic = ppl.eval_docs[0], ppl.eval_docs[1]
     assert [law["subject"], logic["subject"]] == ["law", "logic"] and law["categories"] == ["humanities"]
@@ -184,6 +193,7 @@ def test_examples_come_from_dev_of_the_same_subject(tasks):
     for name in ("piqa", "ceval-valid_logic"):  # lm-eval would take examples from the questions
         assert loaded[name].config.num_fewshot == 0
     assert loaded["ceval-valid_law"].config.num_fewshot is None
+    assert loaded["arc_zh_cloze"].config.num_fewshot == 0 and cloze.config.num_fewshot is None  # no validation file
 
 
 def test_the_twins_read_the_same_rows_from_the_hub(tasks, monkeypatch):
@@ -225,6 +235,26 @@ def test_subjects_have_the_names_of_lm_evals_tasks_and_categories():
     assert sizes == {"ceval": [20, 10, 11, 11, 8], "cmmlu": [17, 13, 22, 15, 15], "mmlu": [19, 12, 13, 13]}
     assert categories_of("ceval-valid_ppl", "college_physics") == ["STEM", "hard"]
     assert categories_of("mmlu", "no_such") == categories_of("arc_easy", "law") == []
+    assert categories_of("cmmlu", "law") == categories_of("mmlu_pro", "philosophy") == []
+
+
+def test_a_report_adds_up_the_categories_of_subjects(evaluated):
+    group = {name: evaluated["samples"][name] for name in ("mmlu_anatomy", "mmlu_philosophy")}
+    parts = split_by_subject("mmlu", group)
+    assert list(parts) == ["STEM", "humanities", "anatomy", "philosophy"]
+    assert parts["STEM"] == {"mmlu_anatomy": group["mmlu_anatomy"]} == parts["anatomy"]
+    parts = split_by_subject("cmmlu_cloze", {"cmmlu_cloze": evaluated["samples"]["cmmlu_cloze"]})
+    assert {name: len(part["cmmlu_cloze"]) for name, part in parts.items()} == {
+        "other": 5,
+        "STEM": 5,
+        "agronomy": 5,
+        "anatomy": 5,
+    }
+    assert list(split_by_subject("ceval-valid_ppl", {"ceval-valid_ppl": evaluated["samples"]["ceval-valid_ppl"]})) == [
+        "humanities",
+        "law",
+        "logic",
+    ]
 
 
 def test_options_of_gpqa_stay_in_the_order_that_was_asked(tasks):
