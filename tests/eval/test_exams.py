@@ -362,10 +362,21 @@ def test_a_pickled_object_is_not_loaded():
         local_rows.TextUnpickler(local_rows.io.BytesIO(local_rows.pickle.dumps(Attack()))).load()
 
 
-def test_the_tasks_without_local_files_or_permission_say_what_to_do():
+def test_programs_need_local_files_and_permission(tasks, tmp_path, monkeypatch):
     manager = TaskManager(include_path=[ROOT / "eval/tasks"], include_defaults=False)
     with pytest.raises(UserError, match="livecodebench is read from local files: .* --livecodebench FILE"):
         manager.load("livecodebench")
+
+    run_eval = importlib.import_module("buddygpt.eval.run_eval")
+    local = TaskManager(include_path=[ROOT / "eval/tasks", tasks], include_defaults=False)
+    monkeypatch.setattr(run_eval, "make_task_manager", lambda args: local)
+    monkeypatch.setattr(run_eval, "build_model_args", lambda *_: {})
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["--checkpoints", f"a={tmp_path}", "--tasks", "livecodebench", "--output", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", ["run_eval.py", *arguments])
+    with pytest.raises(UserError, match="livecodebench runs programs that the model writes; .* --run_generated_code"):
+        run_eval.main()
+    assert not (tmp_path / "results").exists()
 
 
 def write(options, folder) -> None:
