@@ -39,8 +39,8 @@ training/callbacks/alarms.py      Trainer._tr_loss                      read    
 pretrain/stream_trainer.py        Trainer._get_train_sampler            override  starts at the current step
 pretrain/stream_trainer.py        Trainer._load_rng_state               override  postponed: the loader draws a number
 pretrain/stream_trainer.py        Trainer.get_batch_samples             override  restores it after the first fetch
-rlhf/dpo.py                       DPOTrainer._prepare_dataset           override  the rows are tokenized already
-rlhf/dpo.py                       DPOTrainer._compute_loss              override  the loss `sft` is a mean over pairs
+rlhf/dpo_trainer.py               DPOTrainer._prepare_dataset           override  the rows are tokenized already
+rlhf/dpo_trainer.py               DPOTrainer._compute_loss              override  the loss `sft` is a mean over pairs
 rlhf/kto.py                       KTOTrainer._prepare_dataset           override  the rows are tokenized already
 rlhf/reward.py                    RewardTrainer._set_signature_columns_if_needed override keeps the column `source`
 rlhf/reward.py                    RewardTrainer._signature_columns      set       keeps the column `source`

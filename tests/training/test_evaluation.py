@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from buddygpt.data.shards.blocks import BlockDataset
-from buddygpt.rlhf.dpo import TokenizedDPOTrainer
+from buddygpt.rlhf.dpo_trainer import TokenizedDPOTrainer
 from buddygpt.training.evaluation import average_over_tokens
 
 WORDS = {"<|end|>": 0, "<|pad|>": 1} | {f"w{number}": number for number in range(2, 97)}
@@ -86,7 +86,7 @@ def make_trainer(kind: str, folder: Path, batch_size: int, **options) -> Trainer
 
 
 class TextDPOTrainer(TokenizedDPOTrainer):
-    """The trainer of rlhf/dpo.py for rows of text."""
+    """The trainer of rlhf/dpo.py, for rows of text."""
 
     _prepare_dataset = DPOTrainer._prepare_dataset
 
