@@ -21,7 +21,7 @@ from buddygpt.cli.files import read_json, write_atomically
 from buddygpt.eval.comparisons import Comparison, compare_outcomes, compare_scores, difference_table, explain
 from buddygpt.eval.page import Block, Heading, Table, Text, to_html, to_markdown
 from buddygpt.eval.results import leaf_tasks, read_runs, reported_tasks
-from buddygpt.eval.scores import TaskOutcomes, TaskScores, read_outcomes, score_all
+from buddygpt.eval.scores import TaskOutcomes, TaskScores, equalize_kinds, read_outcomes, score_all
 
 
 @dataclass
@@ -59,6 +59,7 @@ def main() -> None:
             if name in models:
                 raise UserError(f"results: `{name}` is in two of them; give LABEL=PATH, such as new={item}")
             models[name] = model
+    equalize_kinds(model.outcomes for model in models.values() if model.outcomes is not None)
     baseline = choose_baseline(args.baseline, list(models))
     pairs = {name: compare(models[baseline], model, args.tasks) for name, model in models.items() if name != baseline}
     if not any(pairs.values()):

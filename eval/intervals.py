@@ -36,7 +36,7 @@ def wilson(successes: int, n: int) -> Interval:
 
 
 def ratio_interval(numerators: Sequence[float], weights: Sequence[float]) -> tuple[float, float, float] | None:
-    """Return sum(numerators) / sum(weights) and its 95% interval; no interval (None) for a single question.
+    """Return sum(numerators) / sum(weights) and its 95% interval; None for one question, or if nothing varies.
 
     Args:
         numerators: One number per question.
@@ -46,7 +46,7 @@ def ratio_interval(numerators: Sequence[float], weights: Sequence[float]) -> tup
         return None
     ratio = sum(numerators) / sum(weights)
     half = _half_width(_residuals(numerators, weights))
-    return ratio, ratio - half, ratio + half
+    return (ratio, ratio - half, ratio + half) if half > 1e-12 * abs(ratio) else None
 
 
 def compare_proportions(both: int, only_a: int, only_b: int, neither: int) -> Difference:

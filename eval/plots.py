@@ -17,7 +17,13 @@ from buddygpt.cli.fonts import use_chinese_font
 from buddygpt.eval.results import Run, split_step
 from buddygpt.eval.scores import Score, TaskScores
 
-METRICS = {"acc": "accuracy", "acc_norm": "per character", "exact_match": "exact match", "bits_per_byte": "bits/byte"}
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "per character",
+    "acc_bytes": "per byte",
+    "exact_match": "exact match",
+    "bits_per_byte": "bits/byte",
+}
 BARS = 3  # groups of bars in a row of the picture
 WIDTH = 6.0  # inches: letters stay readable when a phone shows the whole picture
 Group = tuple[str, str]  # task and metric
@@ -115,9 +121,9 @@ def draw_curve(axes: Any, points: Sequence[tuple[int | None, Score]], label: str
     steps = [step for step, _ in points]
     values = [scale * score["value"] for _, score in points]
     (line,) = axes.plot(steps, values, marker="o", markersize=3, label=label)
-    if all(score["ci95"] for _, score in points):
-        low, high = zip(*[[scale * bound for bound in score["ci95"]] for _, score in points], strict=True)
-        axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+    bounds = [score["ci95"] or [score["value"]] * 2 for _, score in points]
+    low, high = ([scale * bound for bound in column] for column in zip(*bounds, strict=True))
+    axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
 
 
 def drawn_groups(scores: dict[str, TaskScores], kinds: tuple[str, ...]) -> list[Group]:

@@ -32,6 +32,7 @@ from buddygpt.eval.scores import (
     TaskScores,
     average,
     describe_evaluation,
+    equalize_kinds,
     find_averages,
     format_score,
     read_outcomes,
@@ -128,6 +129,7 @@ def evaluate(args: ReportArguments) -> Report:
         hint = f"did you mean `{match}`?" if match else f"there are {', '.join(runs)}"
         raise UserError(f"baseline: `{args.baseline}` was not evaluated; {hint}")
     outcomes = {name: read_outcomes(of_checkpoint) for name, of_checkpoint in runs.items()}
+    equalize_kinds(outcomes.values())
     averages = {
         label: average(outcomes, members)
         for label, members in find_averages(list(runs), args.average, args.last).items()
@@ -157,8 +159,8 @@ def build(report: Report, args: ReportArguments) -> list[Block]:
     if useless := tasks_at_chance(report.scores):
         blocks.append(
             Text(
-                f"All checkpoints are at chance in {', '.join(useless)}: these scores say nothing about the models. "
-                "所有模型在上述任务上都处于随机水平，其分数不能用来比较。",
+                f"The accuracy of all checkpoints is at chance in {', '.join(useless)}: it says nothing about the "
+                "models. 所有模型在上述任务上的准确率都处于随机水平，不能用来比较。",
                 warning=True,
             )
         )

@@ -3,6 +3,7 @@
 import fnmatch
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import stdev
 from typing import Any
@@ -164,13 +165,29 @@ def chance_level(samples: list[Sample]) -> float | None:
     return sum(1 / n for n in n_options) / len(n_options)
 
 
+def equalize_kinds(outcomes: Iterable[TaskOutcomes]) -> None:
+    """Let a metric have one kind in all checkpoints: numbers may happen to be 0 or 1 for all questions of one."""
+    kinds: dict[tuple[str, str], set[str]] = defaultdict(set)
+    every = [
+        (task.partition("/")[0], metric, measured)
+        for of_checkpoint in outcomes
+        for task, metrics in of_checkpoint.items()
+        for metric, measured in metrics.items()
+    ]
+    for task, metric, measured in every:
+        kinds[task, metric].add(measured.kind)
+    for task, metric, measured in every:
+        if kinds[task, metric] == {"share", "number"}:
+            measured.kind = "number"
+
+
 def score_all(outcomes: TaskOutcomes) -> TaskScores:
     """Return the score of every task and metric."""
     return {task: {name: score(each) for name, each in metrics.items()} for task, metrics in outcomes.items()}
 
 
 def score(outcomes: Outcomes) -> Score:
-    """Return a score with its 95% interval: value, n, ci95, chance, kind."""
+    """Return a score with its 95% interval: value, n, ci95, chance, kind. Equal numbers have no interval."""
     n = len(outcomes.values)
     if outcomes.is_binary:
         return proportion(int(sum(value for value, _ in outcomes.values.values())), n, outcomes.chance)

@@ -12,7 +12,7 @@ from buddygpt.cli.errors import UserError
 from buddygpt.eval import plots, report
 from buddygpt.eval.page import to_markdown
 from buddygpt.eval.results import read_runs
-from buddygpt.eval.scores import read_outcomes, score_all
+from buddygpt.eval.scores import equalize_kinds, read_outcomes, score_all
 
 
 def test_few_shot_and_truncated_prompts_are_shown_by_task_and_checkpoint(tmp_path):
@@ -122,6 +122,16 @@ def test_a_figure_that_the_questions_do_not_give_has_no_interval(tmp_path):
         assert score["value"] == pytest.approx(figure) and bool(score["ci95"]) == ci95
 
 
+def test_numbers_that_happen_to_be_0_or_1_are_no_shares(tmp_path):
+    write_results(tmp_path / "base", {"one": [0.5, 1, 0.9]}, metric="distinct")
+    write_results(tmp_path / "sft", {"one": [1, 1, 1]}, metric="distinct")
+    outcomes = {name: read_outcomes(runs) for name, runs in read_runs(tmp_path).items()}
+    equalize_kinds(outcomes.values())
+    base, sft = (score_all(outcomes[name])["one"]["distinct"] for name in ("base", "sft"))
+    assert (base["kind"], sft["kind"]) == ("number", "number") and base["ci95"][0] < 0.8 < base["ci95"][1]
+    assert (sft["value"], sft["ci95"]) == (1, None)  # nothing varies, so nothing is known
+
+
 def test_options_asked_without_their_question_are_no_options(tmp_path):
     requests = [{"arg_0": prompt, "arg_1": answer} for prompt in ("2+2=", "") for answer in "45"]
     write_results(tmp_path / "base", {"one": [1, 0]}, rows={"arguments": dict(enumerate(requests))})
@@ -146,7 +156,7 @@ def test_steps_of_a_run_become_curves_and_averages(tmp_path, monkeypatch):
     text, page, comparisons = make_report(tmp_path, monkeypatch, "--average", "sft=sft-seed*", "--last", 2)
     assert "| base (mean of last 2) | one | acc | 10 | 80.0% [" in text and "| 28.3 points |" in text
     assert "| sft (mean of 2) | one | acc | 10 | 75.0% [" in text and "| 7.1 points |" in text
-    assert "All checkpoints are at chance in two:" in text
+    assert "The accuracy of all checkpoints is at chance in two:" in text
     assert "| task | metric | n | chance | base@900 | base@1000 | base@1100 |" in text  # by number, not by name
     assert [pair["b"] for pair in comparisons if pair["a"] == "base@1100"][:2] == ["sft-seed1", "sft-seed2"]
     assert not any("base@900" in (pair["a"], pair["b"]) for pair in comparisons)
@@ -199,6 +209,7 @@ def test_hostile_answers_break_no_page(tmp_path, monkeypatch):
     assert len(rows) == 3 and all(row.startswith("| ") and row.endswith(" |") for row in rows)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_averaged_or_compared_is_one_line(tmp_path, monkeypatch):
     for name in ("base", "sft"):
         write_results(tmp_path / "results" / name, {"one": [1, 0]})
