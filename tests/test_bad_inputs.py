@@ -24,6 +24,14 @@ COMMANDS: dict[str, dict[str, str]] = {  # arguments that are right
         "output": "{out}/o",
     },
     "data/sample/make_sample.py": {"output": "{out}/o"},
+    "eval/compare.py": {"results": "{good}/results", "output": "{out}/o.md"},
+    "eval/judge.py": {
+        "a": "{good}/results",
+        "b": "{good}/results",
+        "model": "a",
+        "url": "http://127.0.0.1:9/v1",
+        "output": "{out}/o",
+    },
     "eval/local_exams.py": {"cmmlu": "{good}/cmmlu", "output": "{out}/o"},
     "eval/long_context.py": {
         "checkpoints": "a={good}/checkpoint",
@@ -213,7 +221,16 @@ NUMBERS = {
         "accelerate_config": ("{bad}/list.yaml", "{bad}/folder", "{bad}/binary.yaml", "{bad}/large.yaml", "/dev/zero"),
     },
     "eval/local_exams.py": {"cmmlu": ("{bad}/folder", "{bad}/file", "{bad}/loop", "n" * 300)},
-    "eval/report.py": {"results": ("{bad}/folder", "{bad}/file", "{bad}/loop", "n" * 300)},
+    "eval/compare.py": {"results": ("{bad}/folder", "{bad}/file", "a={bad}/loop", "a=" + "n" * 300)},
+    "eval/judge.py": {
+        "a": ("{bad}/folder", "{bad}/file", "{bad}/loop", "n" * 300),
+        "url": ("", "localhost", "file:///etc/passwd"),
+        "workers": ("0", "x"),
+    },
+    "eval/report.py": {
+        "results": ("{bad}/folder", "{bad}/file", "{bad}/loop", "n" * 300),
+        "shards": ("{bad}/folder", "{bad}/file"),
+    },
     "runs/summarize.py": {"run": ("{bad}/folder", "{bad}/file", "{bad}/loop", "n" * 300, "")},
     "runs/ask.py": {"model": ("{bad}/folder", "{bad}/file", "n" * 300), "timeout": ("0", "-1"),
                     "max_tokens": ("0", "-1")},
