@@ -181,5 +181,6 @@ def test_peak_memory_does_not_grow_with_tokens():
         command = [sys.executable, ROOT / "tools/benchmarks/loss_head.py", "--cell", head, *sizes]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["peak_mib"]
 
-    assert peak("buddygpt", 2048) < 1.1 * peak("buddygpt", 512)
-    assert peak("full", 1024) > 5 * peak("buddygpt", 2048)
+    ours = peak("buddygpt", 2048)
+    assert ours < 1.1 * peak("buddygpt", 512)
+    assert peak("full", 1024) > 5 * ours
