@@ -170,6 +170,8 @@ def find_files(benchmark: Benchmark, path: Path) -> dict[str, dict[str, Path]]:
         folder, found = path, match_files(path, pattern)
     else:
         folder = path.parent
+        if "/" in pattern.removeprefix("**/"):
+            raise UserError(f"{benchmark.option}: {path} is a file; give the folder that holds {pattern}.")
         subject = re.fullmatch(as_regex(pattern), path.name)
         if benchmark.task and "{subject}" in pattern and not subject:
             raise UserError(f"{benchmark.option}: {path} is not {pattern}, whose name tells its task.")

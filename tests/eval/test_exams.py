@@ -295,6 +295,12 @@ PROBLEM = exam_files.PROBLEMS[0]
 BAD = {  # option, file, content, message
     "no such file": ("gpqa", None, b"", "gpqa: .* does not exist; where to get it: ask for access at huggingface.co"),
     "name of gpqa": ("gpqa", "rows.csv", b"a\n", "is not gpqa_{subject}.csv, whose name tells its task"),
+    "file of an exam": (
+        "ceval",
+        "law_val.csv",
+        b"",
+        "law_val.csv is a file; give the folder that holds val/{subject}_val",
+    ),
     "unknown gpqa": ("gpqa", "gpqa_x.csv", ",".join(GPQA[:5]).encode() + b"\n1,2,3,4,5\n", "lm-eval has no task"),
     "column": (
         "gsm8k",
