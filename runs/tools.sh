@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Teach the model of a finished quickstart to call a calculator and a table, with and without thoughts, and count the
-# exact calls. About five minutes on two CPU cores, without network:
+# exact calls. It takes about eight minutes of CPU time, without network:
 #     make quickstart
 #     bash runs/tools.sh
 # docs/tools.md shows the result. Stop and repeat it at any time; to start over, delete outputs/tools.
