@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +26,11 @@ from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import ROW_TYPES, find_files, write_atomically
-from buddygpt.data.chat.checker import RowChecker, SchemaError, find_schema, require_schema
+from buddygpt.data.chat.checker import ROWS_TO_RECOGNIZE, RowChecker, SchemaError, find_schema, require_schema
 from buddygpt.data.chat.rules import count_remarks, fill_placeholders, select_turns, special_tokens
 from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
 from buddygpt.data.chat.trees import join_replies
-from buddygpt.data.text.rows import progress_bar, read_rows
+from buddygpt.data.text.rows import Row, progress_bar, read_rows
 
 
 @dataclass
@@ -116,7 +117,7 @@ def main() -> None:
 def find_schemas(paths: list[Path], args: ConvertArguments) -> dict[Path, Schema]:
     """Return the schema of every file. All must be of one kind."""
     for path in paths if args.map else ():
-        row = next((row for row in read_rows(path) if not row.error and row.content), None)
+        row = first_good_row(path)
         missing = [column for column in args.mapped_columns().values() if row and column not in row.content]
         if row and missing:
             raise UserError(f"{path}: no column `{missing[0]}`; there are: {', '.join(row.content)}. Fix --map")
@@ -133,9 +134,15 @@ def find_schemas(paths: list[Path], args: ConvertArguments) -> dict[Path, Schema
     return schemas
 
 
+def first_good_row(path: Path) -> Row | None:
+    """Return the first row of a file that can be read. Only as many rows as recognition looks at are tried."""
+    rows = islice(read_rows(path), ROWS_TO_RECOGNIZE)
+    return next((row for row in rows if not row.error and row.content), None)
+
+
 def kind_to_read(path: Path, kind: str | None) -> str | None:
     """Return the kind of a file that becomes rows of `kind`: a pair can become a good and a bad answer."""
-    row = next((row for row in read_rows(path) if not row.error and row.content), None)
+    row = first_good_row(path)
     if kind == "kto" and row and not recognize(row.content, "kto") and recognize(row.content, "preference"):
         return "preference"
     return kind

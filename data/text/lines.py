@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 CHUNK = 2**16  # bytes or characters to read at once, where a row may be longer
 LONGEST_ROW = 2**28  # bytes; a process takes up to five times as much memory for it
+MOST_VALUES = 2**24  # in a JSON row; each takes up to 64 bytes
 BLANK = re.compile(r"\s*$")
 
 
@@ -17,6 +18,13 @@ def check_length(length: int) -> None:
     """Raise ValueError if a row is too long."""
     if length > LONGEST_ROW:
         raise ValueError(f"a row is longer than {LONGEST_ROW:,} bytes; split it")
+
+
+def check_values(row: bytes | str) -> None:
+    """Raise ValueError if a JSON row may hold so many values that they do not fit into memory: by its commas."""
+    comma = b"," if isinstance(row, bytes) else ","
+    if len(row) > MOST_VALUES and row.count(comma) > MOST_VALUES:
+        raise ValueError(f"a row has more than {MOST_VALUES:,} commas, so it holds too many values; split it")
 
 
 def read_lines(stream: BinaryIO) -> Iterator[bytes]:

@@ -30,7 +30,7 @@ from buddygpt.cli.encoding import marked_encoding, not_utf8
 from buddygpt.cli.errors import UserError
 from buddygpt.cli.files import file_type
 from buddygpt.data.text.json_forms import is_conversation, is_message, rows_of_object
-from buddygpt.data.text.lines import CHUNK, LONGEST_ROW, CsvLines, check_length, split_documents
+from buddygpt.data.text.lines import CHUNK, LONGEST_ROW, CsvLines, check_length, check_values, split_documents
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -238,6 +238,7 @@ def _tell(message: str) -> None:
 def _continues(line: bytes) -> bool:
     """Return True if a line is the beginning of an object that ends on another line."""
     try:
+        check_values(line)
         json.loads(line)
     except json.JSONDecodeError as error:
         return line.endswith((b"{", b"[", b",", b":")) and error.pos >= len(error.doc) - 1
@@ -272,6 +273,7 @@ def _read_values(stream: BinaryIO, text: str, number: int, decode: Callable[[byt
                     yield Row(number, None, reason)
                 return
             text = text[start:] + decode(more)
+            check_values(text)
             start = 0
             continue
         error = _encoding_error(text[start:end])
@@ -292,6 +294,10 @@ def _json_lines(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _parse_line(number: int, data: bytes) -> Row:
+    try:
+        check_values(data)
+    except ValueError as error:
+        return Row(number, None, str(error))
     row = _decode(number, data)
     if row.error:
         return row
@@ -331,6 +337,7 @@ def _read_array(stream: BinaryIO) -> Iterator[Row]:
                 reason = _encoding_error(text) or f"not valid JSON: {getattr(error, 'msg', error)}"
                 raise ValueError(f"row {number}: {reason}") from error
             text = text[start:] + decode(more)
+            check_values(text)
             start = 0
             continue
         if number == 1 and is_message(content):  # the array is no list of rows but a row: a list of messages

@@ -160,6 +160,8 @@ def test_the_held_out_split_is_stable_and_keeps_one_question_on_one_side(tmp_pat
             r'a.jsonl:1: fits several schemas \(prompt_response, messages\): {"prompt": "q"',
         ),
         (b'{"instruction": "q\x00", "output": "a"}\n', "a.jsonl:1: not valid JSON"),
+        # A billion numbers are not read to the end.
+        (b"[" + b"0, " * 150 + b"broken", "a.jsonl:1: the row is not an object but int"),
         (b'{"q": "q", "a": "a"}\n{"q": "q", "a": "a\\u0000"}\n', "a.jsonl:2: the text contains a NUL character"),
         ('{"q": "q", "a": "a"}\n'.encode("utf-16"), "a.jsonl: cannot be read: it is UTF-16"),
         (

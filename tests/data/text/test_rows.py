@@ -338,6 +338,28 @@ def test_a_row_above_the_bound_is_refused_before_it_is_in_memory(name, begin, pi
     assert peak < 12 * 2**20
 
 
+@pytest.mark.parametrize("name", ["lines.jsonl", "array.json", "pretty.json", "nested.json"])
+def test_a_row_of_too_many_values_is_refused_before_it_is_parsed(name, tmp_path, monkeypatch):
+    """A list takes many times the memory of its text: 24 times if it holds empty lists."""
+    monkeypatch.setattr(lines, "MOST_VALUES", 100_000)
+    begin, end = {"lines": ("", ""), "array": ("[", "]"), "pretty": ("\n", ""), "nested": ("[[", "]]")}[
+        name.split(".")[0]
+    ]
+    row = '{"text": "a", "ids":' + ("\n" if name == "pretty.json" else "") + " [" + "[]," * 1_000_000 + "0]}"
+    (tmp_path / name).write_text(begin + row + end, encoding="utf-8")
+    tracemalloc.start()
+    try:
+        rows = list(read_rows(tmp_path / name, ["text"]))
+        assert len(rows) == 1
+        message = rows[0].error
+    except UserError as error:
+        message = str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "a row has more than 100,000 commas, so it holds too many values; split it" in message
+    assert peak < 32 * 2**20
+
+
 READ_PARQUET = """
 import sys
 from pathlib import Path
