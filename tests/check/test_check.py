@@ -59,9 +59,9 @@ def test_stock_architectures_pass(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["debug", "debug-mla-moe"])
-def test_flex_attention_passes(name):
-    assert run_check("attention_backends", open_subject(name, reduced=True)).status == "pass"
+def test_flex_attention_passes():
+    """Of one kind of attention, as it takes long to compile; tests/model has both."""
+    assert run_check("attention_backends", open_subject("debug", reduced=True)).status == "pass"
 
 
 BROKEN_MODELS = {

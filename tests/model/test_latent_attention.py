@@ -40,8 +40,11 @@ def calls(monkeypatch) -> list[str]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("q_lora_rank", [None, 20])
-@pytest.mark.parametrize("backend", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("q_lora_rank", "backend"),
+    [(None, "eager"), (None, "sdpa"), (20, "eager"), (20, "sdpa")]
+    + [pytest.param(20, "flex_attention", marks=pytest.mark.slow)],
+)
 @torch.no_grad()
 def test_a_step_in_latent_space_equals_the_expanded_one(calls, monkeypatch, q_lora_rank, backend):
     model, ids = make_model(**MLA | dict(q_lora_rank=q_lora_rank), attn_implementation=backend), random_ids(2, 12)
