@@ -32,7 +32,7 @@ def first_call(monkeypatch, workspace, folder, *options):
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(BuddyGPTForCausalLM, "forward", spy)
-    steps = ["--max_steps", 1, "--eval_strategy", "no", "--output_dir", folder]
+    steps = ["--max_steps", 1, "--eval_strategy", "no", "--eval_data", "null", "--output_dir", folder]
     run("pretrain/pretrain.py", *pretrain_arguments(workspace), *steps, *options)
     monkeypatch.setattr(BuddyGPTForCausalLM, "forward", forward)
     return calls[0]
@@ -108,7 +108,8 @@ def test_the_recipe_passes_the_bounds_to_flash_attention_only(workspace, tmp_pat
 @pytest.mark.slow
 def test_switches_run_and_learn_the_same(workspace, tmp_path):
     def losses(name, *options):
-        steps = ["--max_steps", 3, "--logging_steps", 1, "--eval_strategy", "no", "--output_dir", tmp_path / name]
+        steps = ["--max_steps", 3, "--logging_steps", 1, "--eval_strategy", "no", "--eval_data", "null"]
+        steps += ["--output_dir", tmp_path / name]
         run("pretrain/pretrain.py", *pretrain_arguments(workspace), *steps, *options)
         return [row["loss"] for row in history(tmp_path / name) if "loss" in row]
 
