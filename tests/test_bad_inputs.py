@@ -64,7 +64,13 @@ COMMANDS: dict[str, dict[str, str]] = {  # arguments that are right
     },
     "tools/to_gguf.py": {"checkpoint": "{good}/native", "output": "{out}/o"},
 }
-OTHERS = ("data/doctor.py", "data/inspect_shards.py", "buddygpt.check", "buddygpt.model.parameters")
+OTHERS = (
+    "data/doctor.py",
+    "data/inspect_shards.py",
+    "export/publish.py",
+    "buddygpt.check",
+    "buddygpt.model.parameters",
+)
 LOADING = {  # commands that load a model, with their arguments for the checkpoint {out}/c, and what it is a copy of
     "export/to_native.py": (["--checkpoint", "{out}/c", "--output", "{out}/o"], "checkpoint"),
     "export/from_native.py": (["--checkpoint", "{out}/c", "--output", "{out}/o"], "native"),
