@@ -158,6 +158,12 @@ def prepare_on_policy(
         "force": args.train_on_unfit_data,
     }
     rows = load_prompts(args.train_files, **options)
+    batch = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
+    if len(rows) < batch:  # TRL's sampler would give no batch at all
+        raise UserError(
+            f"there are {len(rows)} rows, fewer than the {batch} questions of a step: add rows, or lower "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
     eval_rows = load_prompts(args.eval_files, **options) if args.eval_files else None
     more = {"train_dataset": rows, "eval_dataset": eval_rows, "teacher_model": name}
     return OnPolicyTrainer, more, {"teacher_sha256": checkpoint_sha256(name)}

@@ -184,6 +184,8 @@ def test_mistakes_are_refused_in_one_line(workspace, teachers, targets, base, tm
     difference = r"another vocabulary than the student .* 1 differ, first '<\|new\|>'"
     with pytest.raises(UserError, match=difference):
         on_policy(workspace, base, other, tmp_path / "run")
+    with pytest.raises(UserError, match="rows, fewer than the 4096 questions of a step"):  # TRL would take no step
+        on_policy(workspace, base, teachers["qwen3"], tmp_path / "run", "--per_device_train_batch_size", 4096)
     with pytest.raises(UserError, match=difference):
         store(workspace, other, tmp_path / "new", "--tokenizer", base)
     with pytest.raises(UserError, match="exists: delete it"):
