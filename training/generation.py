@@ -26,7 +26,10 @@ def room_for_prompts(
         if config.model_type == "buddygpt":
             raise UserError("use_vllm: vLLM does not know BuddyGPT; train the native form (export/to_native.py)")
         if not find_spec("vllm"):
-            raise UserError("use_vllm: true needs vLLM: pip install vllm, or set use_vllm: false")
+            raise UserError(
+                "use_vllm: true needs vLLM 0.22 to 0.31, and 0.31 needs transformers below 5.18, older than here; set "
+                "use_vllm: false"
+            )
     changes = training_args.model_init_kwargs or {}
     limit = changes.get("max_position_embeddings") or getattr(config, "max_position_embeddings", None)
     require_positions("max_completion_length", length, limit)
