@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -20,8 +20,10 @@ from buddygpt.cli.errors import UserError, reading
 from buddygpt.data.shards.format import MANIFEST, TokenShards
 from buddygpt.data.text.benchmarks import QUESTION_KEYS
 from buddygpt.data.text.counts import RowCounts, sum_counts
-from buddygpt.data.text.steps.decontaminate import BenchmarkIndex, build_index
 from buddygpt.eval.results import Run, leaf_tasks, read_samples, reported_tasks
+
+if TYPE_CHECKING:
+    from buddygpt.data.text.steps.decontaminate import BenchmarkIndex
 
 BATCH = 256  # documents to decode at once
 
@@ -48,6 +50,8 @@ def search_shards(runs: dict[str, list[Run]], shards: Path) -> dict[str, Found]:
     Raises:
         UserError: The shards or their tokenizer cannot be read.
     """
+    from buddygpt.data.text.steps.decontaminate import build_index  # an optional step
+
     tokens = TokenShards(shards)
     tokenizer = load_tokenizer(tokens.manifest["tokenizer"])
     tokens.check_tokenizer(tokenizer)
@@ -111,7 +115,7 @@ def _row_number(place: str) -> int:
     return int(place.split(":", 2)[1])
 
 
-def _search(shards: TokenShards, tokenizer: Any, index: BenchmarkIndex) -> dict[int, str]:
+def _search(shards: TokenShards, tokenizer: Any, index: "BenchmarkIndex") -> dict[int, str]:
     """Return a document that contains it for each question, by number; none for the questions of no document."""
     found: dict[int, str] = {}
     with tqdm(total=shards.documents, desc="searching the training documents", unit="doc", leave=False) as bar:

@@ -299,6 +299,7 @@ def summarize(requests: list[Request], verdicts: dict[str, str | None]) -> dict[
 def build(result: dict[str, Any], args: JudgeArguments) -> list[Block]:
     """Return the result as a page."""
     names = [Path(place).stem if Path(place).is_file() else Path(place).name for place in (args.a, args.b)]
+    place = args.url.partition("://")[2]
     verdict = UNSURE
     if result["p"] < ALPHA:
         verdict = "better" if result["wins"] > result["losses"] else "worse"
@@ -314,7 +315,7 @@ def build(result: dict[str, Any], args: JudgeArguments) -> list[Block]:
     ]
     blocks: list[Block] = [
         Heading("Pairwise judgment", "两两评判", level=1),
-        Text(f"Judge: {args.model} at {args.url}. Without a favored position, the last row is near 50%."),
+        Text(f"Judge: {args.model} at {place}. Without a favored position, the last row is near 50%."),
         Table(["", "result"], rows, ["---", "---"]),
     ]
     if 2 * result["invalid"] > result["questions"]:

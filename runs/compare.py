@@ -14,13 +14,14 @@ from pathlib import Path
 from statistics import NormalDist, mean, stdev
 from typing import Any, NamedTuple
 
+from scipy.stats import binomtest
+
 import buddygpt.model  # noqa: F401  registers the model, so that its tokenizer loads without a question
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, reading, run_script
 from buddygpt.cli.files import read_json, write_atomically
 from buddygpt.cli.tables import markdown_table
-from buddygpt.eval.intervals import wilson
 
 Z = NormalDist().inv_cdf(0.975)
 Row = dict[str, Any]
@@ -145,7 +146,8 @@ def with_interval(values: list[float]) -> list[float]:
 
 def proportion(successes: list[bool]) -> list[float]:
     """Return the share of successes and its 95% Wilson interval."""
-    return [mean(successes), *wilson(sum(successes), len(successes))]
+    interval = binomtest(sum(successes), len(successes)).proportion_ci(method="wilson")
+    return [mean(successes), float(interval.low), float(interval.high)]
 
 
 def read_seconds(path: Path) -> dict[str, int]:
