@@ -40,8 +40,8 @@ from scipy.sparse.csgraph import connected_components
 from buddygpt.cli.errors import UserError
 from buddygpt.data.text.counts import RowCounts
 from buddygpt.data.text.pipeline import DocumentReader, Stage, documents_path
+from buddygpt.data.text.plan import FINGERPRINTS
 from buddygpt.data.text.report import EXAMPLES, EXCERPT
-from buddygpt.data.text.steps import FINGERPRINTS
 from buddygpt.data.text.steps.ngrams import find_units, hash_ngrams, hash_units
 from buddygpt.data.text.steps.templates import differ_in_names, pack_units
 

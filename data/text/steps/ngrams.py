@@ -3,7 +3,7 @@
 A unit is one character of a script without spaces (Han, kana, Hangul, ...), or a run of other letters and digits.
 Case, width (NFKC), spaces and punctuation make no difference, and neither do variants of a Chinese character:
 Traditional ones, of Taiwan and Hong Kong too, and those of Japan, as OpenCC converts each of them, and `VARIANTS`. All
-computations are on arrays of code points. If the hashes change, so must `FINGERPRINTS`.
+computations are on arrays of code points. If the hashes change, so must `FINGERPRINTS` of `plan`.
 """
 
 import unicodedata

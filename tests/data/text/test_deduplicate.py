@@ -11,7 +11,7 @@ import pytest
 
 from buddygpt.cli.errors import UserError
 from buddygpt.data.text.pipeline import DocumentReader, Stage
-from buddygpt.data.text.steps import FINGERPRINTS
+from buddygpt.data.text.plan import FINGERPRINTS
 from buddygpt.data.text.steps.deduplicate import (
     INDEX_FOLDERS,
     DuplicateFilter,
