@@ -69,14 +69,14 @@ tune distill sft/distill.py sft/configs/quickstart-distill.yaml --teacher_target
 
 measure eval "$FROM/sample" sample_qa sample_pairs
 
-# Tool calls, which no method learns from other data: SFT on chats with calls, from the finished SFT. From there, more SFT
-# and rewards for exactly the right calls.
+# Tool calls, which no method learns from other data: SFT on chats with calls, from the finished SFT, in two runs. Then
+# rewards for exactly the right calls; they teach nothing after the first run, which makes too few of them.
 stage tool_sample python data/sample/make_tool_sample.py --sample "$FROM/sample" --output "$OUT/tool_sample"
 tune tools sft/sft.py sft/configs/quickstart-tools.yaml --model_name_or_path "$FROM/sft" \
     --train_files "$OUT/tool_sample/sft_train.jsonl" --eval_files "$OUT/tool_sample/sft_eval.jsonl"
 tune tools_more sft/sft.py sft/configs/quickstart-tools.yaml --model_name_or_path "$OUT/tools" --max_steps 500 --seed 1 \
     --train_files "$OUT/tool_sample/sft_train.jsonl" --eval_files "$OUT/tool_sample/sft_eval.jsonl"
-tune tools_grpo rlhf/grpo.py rlhf/configs/quickstart-tools-grpo.yaml --model_name_or_path "$OUT/tools" \
+tune tools_grpo rlhf/grpo.py rlhf/configs/quickstart-tools-grpo.yaml --model_name_or_path "$OUT/tools_more" \
     --train_files "$OUT/tool_sample/calls_train.jsonl"
 measure eval-calls "$OUT/tool_sample" sample_calls
 

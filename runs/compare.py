@@ -48,7 +48,7 @@ COMPARISONS = {
     "calls": Comparison(
         "eval-calls",
         "sample_calls",
-        "tools",
+        "tools_more",
         {"exact_match": "exact calls", "gain": "gain, points", "tokens": "tokens"}
         | {"ends": "end", "cpu_seconds": "CPU seconds"},
     ),

@@ -14,7 +14,7 @@ from buddygpt.cli.errors import UserError
 
 SCORE = {"value": 0.5, "n": 4, "ci95": [0.15, 0.85]}
 ANSWERS = {"sft": ["a", "no", "no", "no"], "dpo": ["a", "b", "no no no no no", "x " * 16]}
-CALLS = {"tools": ["a", "no", "no", "no"], "tools_grpo": ["a", "b", "b", "no"]}
+CALLS = {"tools_more": ["a", "no", "no", "no"], "tools_grpo": ["a", "b", "b", "no"]}
 
 
 def make_run(folder):
@@ -32,7 +32,7 @@ def make_run(folder):
             lines = "\n".join(map(json.dumps, rows))
             (folder / results / name / f"samples_{task}_2026.jsonl").write_text(lines)
         (folder / results / "scores.json").write_text(json.dumps(scores))
-    lines = ["sft\t5\tdone\t4", "dpo\t10\tstopped\t8", "dpo\t20\tdone\t15", "tools\t9\tdone\t7"]
+    lines = ["sft\t5\tdone\t4", "dpo\t10\tstopped\t8", "dpo\t20\tdone\t15", "tools_more\t9\tdone\t7"]
     (folder / "seconds.tsv").write_text("\n".join(lines) + "\n")
 
 
@@ -48,8 +48,8 @@ def test_the_table_of_methods(tmp_path, capsys):
     assert rows["sft"]["ends"][1:] == pytest.approx([0.51, 1], abs=0.01)  # the Wilson interval of 4 of 4
     assert (rows["sft"]["cpu_seconds"], rows["dpo"]["cpu_seconds"]) == (4, 23)
     calls = {row["method"]: row for row in written["calls"]}
-    assert list(calls) == ["tools", "tools_grpo"] and calls["tools_grpo"]["gain"][0] == 0.5
-    assert (calls["tools"]["cpu_seconds"], calls["tools_grpo"]["cpu_seconds"]) == (7, None)
+    assert list(calls) == ["tools_more", "tools_grpo"] and calls["tools_grpo"]["gain"][0] == 0.5
+    assert (calls["tools_more"]["cpu_seconds"], calls["tools_grpo"]["cpu_seconds"]) == (7, None)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out and "| dpo | 50.0% [15.0%, 85.0%] | +25.0 [-24.0, +74.0] |" in table
     assert "| method | exact calls (n = 4) | gain, points | tokens | end | CPU seconds |" in table
