@@ -47,8 +47,7 @@ def run_check(name: str, subject: Subject) -> Row:
     try:
         measure = CHECKS[name](subject)
         status = "pass" if measure.holds else "FAIL"
-        if status == "FAIL":
-            note = measure.note
+        note = measure.note if status == "FAIL" else measure.remark
     except NotApplicable as reason:
         status = "n/a"
         note = str(reason)
@@ -296,21 +295,28 @@ def attention_backends(subject: Subject) -> Measure:
     if subject.takes("position_ids"):
         inputs.append({"position_ids": packed_positions(2)})
 
+    from torch._dynamo.exc import BackendCompilerFailed  # imports the compiler
+
     used = model.config._attn_implementation
     logits = {}
+    remark = ""
     torch._dynamo.reset()  # torch 2.13 fails on the CPU if flex_attention was compiled for another model's shapes
     try:
         for name in names:
             model.set_attn_implementation(name)
-            logits[name] = [subject.logits(ids, **kwargs) for kwargs in inputs]
+            try:
+                logits[name] = [subject.logits(ids, **kwargs) for kwargs in inputs]
+            except BackendCompilerFailed:  # a limit of torch on this machine, not a fault of the model
+                remark = f"without {name}, which torch cannot compile here"
     finally:
         model.set_attn_implementation(used)
+    require(len(logits) > 1, remark)
 
     largest = 0.0
-    for name in names[1:]:
+    for name in logits.keys() - {"eager"}:
         for found, expected in zip(logits[name], logits["eager"], strict=True):
             largest = max(largest, difference(found, expected))
-    return Measure(largest, SAME)
+    return Measure(largest, SAME, remark=remark)
 
 
 def experts_backends(subject: Subject) -> Measure:

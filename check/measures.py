@@ -18,13 +18,14 @@ SAME = 1e-4  # tolerance for results that differ only by the order of float32 su
 class Measure:
     """Result of a check. It passes if `value` is at most `tolerance`, or with `at_least` if it is at least that.
 
-    `note` says where the value was measured.
+    `note` says where the value was measured, and is shown if the check fails; `remark` is shown if it passes.
     """
 
     value: float
     tolerance: float
     at_least: bool = False
     note: str = ""
+    remark: str = ""
 
     @property
     def holds(self) -> bool:

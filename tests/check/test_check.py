@@ -8,6 +8,7 @@ import broken_models as broken
 import pytest
 import torch
 from broken_models import with_broken
+from torch._inductor.exc import InductorError
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -61,7 +62,8 @@ def test_stock_architectures_pass(name):
 @pytest.mark.slow
 def test_flex_attention_passes():
     """Of one kind of attention, as it takes long to compile; tests/model has both."""
-    assert run_check("attention_backends", open_subject("debug", reduced=True)).status == "pass"
+    row = run_check("attention_backends", open_subject("debug", reduced=True))
+    assert (row.status, row.note) == ("pass", "")  # no backend was left out
 
 
 BROKEN_MODELS = {
@@ -155,6 +157,20 @@ def test_a_check_that_raises_has_failed():
 
     row = run_check("loss_accumulation", Subject(reduce_config(load_config("debug")), Unable))
     assert row.status == "FAIL" and row.note.startswith("TypeError") and "labels" in row.note
+
+
+def test_a_backend_that_torch_cannot_compile_is_left_out(monkeypatch):
+    subject = Subject(STOCK["qwen2"])
+    logits = subject.logits
+
+    def without_compiler(ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        if subject.model.config._attn_implementation == "flex_attention":
+            raise InductorError(RuntimeError("C++ compile error"), None)
+        return logits(ids, **kwargs)
+
+    monkeypatch.setattr(subject, "logits", without_compiler)
+    row = run_check("attention_backends", subject)
+    assert row.status == "pass" and row.note == "without flex_attention, which torch cannot compile here"
 
 
 def test_a_model_with_nan_logits_fails_every_check_of_them():
