@@ -1,4 +1,7 @@
-"""DPO, KTO, ORPO, SimPO and reward models: what carries loss, which models train, resume, and what is refused."""
+"""DPO, KTO, ORPO, SimPO and reward models: losses, LoRA, evaluation, and what is refused.
+
+test_every_recipe.py compares what they compute with losses computed by hand, on every kind of model.
+"""
 
 import json
 import math
@@ -14,21 +17,18 @@ import yaml
 from conftest import history, run
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import GQA, MLA, MOE, SIGMOID, make_model
+from tiny_models import GQA, MLA, MOE, SIGMOID, make_model, same_weights
 from tiny_tokenizer import TEXTS, train_tiny_tokenizer
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Trainer,
 )
 from trl import DPOTrainer, KTOTrainer
 
 from buddygpt.cli.errors import UserError
 from buddygpt.rlhf.dpo import CHOICES
-from buddygpt.rlhf.pairs import TokenizedORPOTrainer
 
 MIXTURE = MLA | MOE | SIGMOID | dict(scoring_func="sigmoid", aux_loss_alpha=0.05, z_loss_coef=0.01)
 RECIPES = {"dpo": "pairs", "kto": "labels", "orpo": "pairs", "simpo": "pairs", "reward": "pairs"}
@@ -111,87 +111,7 @@ def train(recipe: str, folder: Path, output: Path, model: str = "dense", **optio
     return json.loads((output / "run.json").read_text())["metrics"]
 
 
-def same_weights(first: Path, second: Path) -> bool:
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (first, second))
-    return weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
-
-
-# --- what carries loss ---
-
-
-def marked_rows(batch: dict[str, torch.Tensor]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the tokens of each sequence of a batch, and those of them that carry loss."""
-    if "chosen_labels" in batch:
-        for key in ("chosen", "rejected"):
-            names = ("input_ids", "labels", "attention_mask")
-            for ids, labels, mask in zip(*(batch[f"{key}_{name}"] for name in names), strict=True):
-                yield ids[mask.bool()].tolist(), labels[labels != -100].tolist()
-        return
-    for prefix in ("", "KL_"):
-        if f"{prefix}input_ids" in batch:
-            names = ("input_ids", "completion_mask", "attention_mask")
-            for ids, answer, mask in zip(*(batch[prefix + name] for name in names), strict=True):
-                yield ids[mask.bool()].tolist(), ids[answer.bool()].tolist()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dpo", "kto", "orpo", "simpo"])
-def test_the_answer_and_its_end_mark_carry_loss(recipe, folder, tmp_path, monkeypatch):
-    batches, training_step = [], Trainer.training_step
-
-    def record(trainer, model, inputs, *args, **kwargs):
-        batches.append(inputs)
-        return training_step(trainer, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "training_step", record)
-    train(recipe, folder, tmp_path / "run", max_steps=3)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
-    rows = [json.loads(line) for line in (folder / "pairs.jsonl").open(encoding="utf-8")]
-    rows += [json.loads(line) for line in (folder / "more_pairs.jsonl").open(encoding="utf-8")]
-    answers = {row[key][0]["content"] for row in rows for key in ("chosen", "rejected")}
-    seen = 0
-    for batch in batches:
-        for ids, marked in marked_rows(batch):
-            text, loss = tokenizer.decode(ids), tokenizer.decode(marked)
-            assert loss.endswith("<|im_end|>") and text.endswith(loss)
-            assert loss.removesuffix("<|im_end|>") in answers
-            assert text.removesuffix(loss).endswith("<|im_start|>assistant\n")
-            seen += 1
-    assert seen == (24 if recipe == "kto" else 20)  # 12 answers, 12 to other questions; or all 10 pairs
-
-
-@pytest.mark.slow
-def test_the_likelihood_of_orpo_is_that_of_the_chosen_answers(folder, tmp_path, monkeypatch):
-    seen, forward = [], TokenizedORPOTrainer.concatenated_forward
-
-    def record(trainer, model, batch):
-        seen.append((batch, forward(trainer, model, batch)[4].item()))
-        return forward(trainer, model, batch)
-
-    monkeypatch.setattr(TokenizedORPOTrainer, "concatenated_forward", record)
-    train("orpo", folder, tmp_path / "run", max_steps=1)
-    model, means = AutoModelForCausalLM.from_pretrained(folder / "dense"), []
-    (batch, likelihood), *_ = seen
-    for ids, labels in zip(batch["chosen_input_ids"], batch["chosen_labels"], strict=True):
-        logs = model(ids[None]).logits[0, :-1].log_softmax(-1)
-        answer = labels[1:] != -100
-        means.append(-logs[answer, labels[1:][answer]].mean().item())
-    assert likelihood == pytest.approx(sum(means) / len(means), rel=1e-4)
-
-
-# --- models and losses ---
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_model_trains_and_resumes_bit_for_bit(recipe, folder, tmp_path):
-    for model in ("dense", "qwen3", "mixture"):
-        metrics = train(recipe, folder, tmp_path / model, model)
-        assert math.isfinite(metrics["loss"]) and not same_weights_as_start(folder / model, tmp_path / model)
-    resumed = tmp_path / "resumed"
-    shutil.copytree(tmp_path / "mixture" / "checkpoint-2", resumed / "checkpoint-2")
-    train(recipe, folder, resumed, "mixture")
-    assert same_weights(resumed, tmp_path / "mixture")
+# --- losses ---
 
 
 def same_weights_as_start(start: Path, trained: Path) -> bool:
