@@ -18,10 +18,10 @@ from typing import Any
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, did_you_mean, reading, run_script
 from buddygpt.cli.files import read_json, write_atomically
-from buddygpt.eval.comparisons import Comparison, compare_outcomes, compare_scores, difference_table, explain
-from buddygpt.eval.page import Block, Heading, Table, Text, to_html, to_markdown
-from buddygpt.eval.results import leaf_tasks, read_runs, reported_tasks
-from buddygpt.eval.scores import TaskOutcomes, TaskScores, equalize_kinds, read_outcomes, score_all
+from buddygpt.eval.reporting.comparisons import Comparison, compare_outcomes, compare_scores, difference_table, explain
+from buddygpt.eval.reporting.page import Block, Heading, Table, Text, to_html, to_markdown
+from buddygpt.eval.reporting.results import leaf_tasks, read_runs, reported_tasks
+from buddygpt.eval.reporting.scores import TaskOutcomes, TaskScores, equalize_kinds, read_outcomes, score_all
 
 
 @dataclass

@@ -32,11 +32,11 @@ from tqdm import tqdm
 from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.errors import UserError, reading, run_script
 from buddygpt.cli.files import require_output, write_atomically
-from buddygpt.eval.comparisons import ALPHA, UNSURE, VERDICTS
-from buddygpt.eval.examples import first_text
-from buddygpt.eval.page import Block, Heading, Table, Text, to_markdown
-from buddygpt.eval.results import arguments_of
-from buddygpt.eval.scores import Score, format_score, proportion
+from buddygpt.eval.reporting.comparisons import ALPHA, UNSURE, VERDICTS
+from buddygpt.eval.reporting.examples import first_text
+from buddygpt.eval.reporting.page import Block, Heading, Table, Text, to_markdown
+from buddygpt.eval.reporting.results import arguments_of
+from buddygpt.eval.reporting.scores import Score, format_score, proportion
 
 ORDERS = ("ab", "ba")
 VERDICT = re.compile(r"\[\[([ABC])\]\]")

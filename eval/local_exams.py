@@ -23,7 +23,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
-from buddygpt.eval.local_rows import read_files
+from buddygpt.eval.benchmarks.local_rows import read_files
 
 OUR_TASKS = Path(__file__).parent / "tasks"
 STOCK_TASKS = Path(str(importlib.resources.files("lm_eval"))) / "tasks"
@@ -35,7 +35,7 @@ class Benchmark:
 
     Attributes:
         option: The option that names its file or folder.
-        reader: How a file is read, a key of `buddygpt.eval.local_rows.READERS`.
+        reader: How a file is read, a key of `buddygpt.eval.benchmarks.local_rows.READERS`.
         files: Split of the task -> pattern of names of files, possibly with {subject}. The first is evaluated.
         task: lm-eval's task file, with {subject} if each subject is a task; None if it has none.
         group: lm-eval's file of the group of all subjects.

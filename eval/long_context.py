@@ -23,11 +23,11 @@ from buddygpt.cli.checkpoints import load_tokenizer, require_causal_lm
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
+from buddygpt.eval.benchmarks.needles import CHANCE, DEPTHS, FACTS, count_found, make_texts
+from buddygpt.eval.benchmarks.rows import read_rows
 from buddygpt.eval.checkpoints import choose_device, read_checkpoints
-from buddygpt.eval.long_report import BINS, plot, to_markdown
-from buddygpt.eval.needles import CHANCE, DEPTHS, FACTS, count_found, make_texts
-from buddygpt.eval.rows import read_rows
-from buddygpt.eval.scores import proportion
+from buddygpt.eval.reporting.long_report import BINS, plot, to_markdown
+from buddygpt.eval.reporting.scores import proportion
 from buddygpt.training.positions import extend_positions
 
 BATCH_TOKENS = 8192

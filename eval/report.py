@@ -21,12 +21,12 @@ from typing import Any
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, did_you_mean, reading, run_script
 from buddygpt.cli.files import write_atomically
-from buddygpt.eval.comparisons import Comparison, compare_outcomes, compared_pairs, difference_table, explain
-from buddygpt.eval.examples import wrong_answers
-from buddygpt.eval.page import Block, Folded, Heading, Picture, Table, Text, to_html, to_markdown
-from buddygpt.eval.plots import plot_scores, plot_steps
-from buddygpt.eval.results import Run, by_run, leaf_tasks, read_runs, reported_tasks
-from buddygpt.eval.scores import (
+from buddygpt.eval.reporting.comparisons import Comparison, compare_outcomes, compared_pairs, difference_table, explain
+from buddygpt.eval.reporting.examples import wrong_answers
+from buddygpt.eval.reporting.page import Block, Folded, Heading, Picture, Table, Text, to_html, to_markdown
+from buddygpt.eval.reporting.plots import plot_scores, plot_steps
+from buddygpt.eval.reporting.results import Run, by_run, leaf_tasks, read_runs, reported_tasks
+from buddygpt.eval.reporting.scores import (
     Average,
     TaskOutcomes,
     TaskScores,
@@ -287,7 +287,11 @@ def wrong_blocks(report: Report, count: int) -> list[Block]:
 
 def shard_blocks(report: Report, shards: Path) -> list[Block]:
     """Return what part of each benchmark the training shards contain."""
-    from buddygpt.eval.contamination import describe, removed_documents, search_shards  # imports the data stage
+    from buddygpt.eval.reporting.contamination import (  # imports the data stage
+        describe,
+        removed_documents,
+        search_shards,
+    )
 
     header = ["task", "questions", "long enough to find", "found", "share", "a training document with one"]
     table = Table(header, describe(search_shards(report.runs, shards)), ["---"] + ["--:"] * 4 + ["---"])

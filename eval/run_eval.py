@@ -39,11 +39,11 @@ from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import require_quick_template
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
-from buddygpt.eval.arguments import EvalArguments
 from buddygpt.eval.checkpoints import choose_device, is_endpoint, read_checkpoints
-from buddygpt.eval.models import DOCUMENT_SEPARATOR, Checkpoint
-from buddygpt.eval.subsets import describe, make_entries, measure, plan
-from buddygpt.eval.task_loading import LoadedTasks, load_tasks
+from buddygpt.eval.running.arguments import EvalArguments
+from buddygpt.eval.running.models import DOCUMENT_SEPARATOR, Checkpoint
+from buddygpt.eval.running.subsets import describe, make_entries, measure, plan
+from buddygpt.eval.running.task_loading import LoadedTasks, load_tasks
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -101,7 +101,7 @@ def main() -> None:
     endpoints = {}
     for name, place in places.items():
         if is_endpoint(place):
-            from buddygpt.eval.endpoints import connect  # slow to import, and few runs need it
+            from buddygpt.eval.running.endpoints import connect  # slow to import, and few runs need it
 
             at_once = int(args.batch_size) if args.batch_size.isdecimal() else 1
             endpoints[name] = connect(name, place, is_named(name, args.chat), needs_likelihoods, at_once)

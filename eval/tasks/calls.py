@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from buddygpt.data.chat.calls import TAGGED_CALL, read_call
 from buddygpt.data.chat.rules import BadRow
+from buddygpt.eval.benchmarks.rows import read_rows
 from buddygpt.eval.harness import Task
-from buddygpt.eval.rows import read_rows
 
 
 class Calls(Task):

@@ -19,8 +19,8 @@ from typing import Any
 from datasets import Dataset
 
 from buddygpt.data.text.measures import language
+from buddygpt.eval.benchmarks.rows import read_rows
 from buddygpt.eval.harness import Task
-from buddygpt.eval.rows import read_rows
 
 PROMPTS = Path(__file__).parent / "open_answers.jsonl"
 HAN = r"\u3400-\u9fff\uf900-\ufaff"
@@ -42,7 +42,7 @@ def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]
     """Return the scores of an answer, for lm-eval."""
     answer = results[0]
     scores = score(answer, doc["language"])
-    if hasattr(answer, "ended"):  # see buddygpt.eval.answers.Answer
+    if hasattr(answer, "ended"):  # see buddygpt.eval.running.answers.Answer
         scores["ended"] = float(answer.ended)
         if answer.n_tokens is not None:
             scores["n_tokens"] = float(answer.n_tokens)

@@ -13,8 +13,8 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 
 from buddygpt.data.text.benchmarks import LETTERS, read_multiple_choice
+from buddygpt.eval.benchmarks.rows import read_rows
 from buddygpt.eval.harness import Task
-from buddygpt.eval.rows import read_rows
 
 
 class Dialogue(Task):

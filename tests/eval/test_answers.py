@@ -5,7 +5,7 @@ from conftest import ROOT
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from buddygpt.eval.answers import Answer, fit_to_context, read_gen_kwargs
+from buddygpt.eval.running.answers import Answer, fit_to_context, read_gen_kwargs
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_open_answers_are_scored_by_hand_counts(language, text, expected, open_a
 
 
 def test_ends_of_answers_survive_the_order_in_which_lm_eval_generates():
-    from buddygpt.eval.models import Ends
+    from buddygpt.eval.running.models import Ends
 
     ends = Ends()
     for prompt, text, ended in [("long", "a", True), ("b", "a", False), ("b", "a", True), ("b", "c", True)]:

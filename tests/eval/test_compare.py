@@ -7,9 +7,9 @@ from conftest import run
 from result_files import TIME, write_results
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval.comparisons import compare_outcomes, compared_pairs
-from buddygpt.eval.results import read_runs
-from buddygpt.eval.scores import read_outcomes
+from buddygpt.eval.reporting.comparisons import compare_outcomes, compared_pairs
+from buddygpt.eval.reporting.results import read_runs
+from buddygpt.eval.reporting.scores import read_outcomes
 
 
 def outcomes(folder):

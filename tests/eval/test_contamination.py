@@ -7,8 +7,8 @@ from conftest import run
 from result_files import write_results
 from tiny_tokenizer import train_tiny_tokenizer, write_jsonl
 
-from buddygpt.eval.contamination import describe, removed_documents, search_shards
-from buddygpt.eval.results import read_runs
+from buddygpt.eval.reporting.contamination import describe, removed_documents, search_shards
+from buddygpt.eval.reporting.results import read_runs
 
 pytestmark = pytest.mark.slow
 QUESTIONS = [

@@ -308,7 +308,7 @@ def test_likelihoods_that_are_no_numbers_are_refused():
 
 
 def test_interval_is_wilsons_and_chance_inside_it_is_marked():
-    scores = importlib.import_module("buddygpt.eval.scores")
+    scores = importlib.import_module("buddygpt.eval.reporting.scores")
     score = scores.proportion(8, 10, 0.25)
     assert score["ci95"] == pytest.approx([0.4901625, 0.9433178], abs=1e-6)  # Wilson (1927) for 8 of 10
     assert not scores.at_chance(score) and scores.at_chance(scores.proportion(3, 10, 0.25))

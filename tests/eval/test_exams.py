@@ -20,9 +20,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval import exams, livecodebench, local_exams, local_rows
-from buddygpt.eval.results import split_by_subject
-from buddygpt.eval.subjects import categories_of, read_subjects, subjects_of
+from buddygpt.eval import local_exams
+from buddygpt.eval.benchmarks import exams, livecodebench, local_rows
+from buddygpt.eval.reporting.results import split_by_subject
+from buddygpt.eval.reporting.subjects import categories_of, read_subjects, subjects_of
 
 pytestmark = pytest.mark.slow
 

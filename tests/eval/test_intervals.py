@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from buddygpt.eval.intervals import (
+from buddygpt.eval.reporting.intervals import (
     adjust,
     compare_proportions,
     compare_ratios,

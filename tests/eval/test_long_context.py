@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import ModelOutput
 
 from buddygpt.cli.errors import UserError
+from buddygpt.eval.benchmarks.needles import ANSWER_TOKENS, DEPTHS, count_found, make_texts, number_in
 from buddygpt.eval.long_context import bits_per_byte_by_position, list_variants, require_plain_head, token_losses
-from buddygpt.eval.needles import ANSWER_TOKENS, DEPTHS, count_found, make_texts, number_in
 
 MODELS = {
     "dense": lambda: make_model(**GQA, use_qk_norm=True),

@@ -9,7 +9,7 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval.task_loading import require_punkt
+from buddygpt.eval.running.task_loading import require_punkt
 
 STOCK = Path(lm_eval.__file__).parent / "tasks"
 PROBLEM = {"problem": "What is $1+1$?", "solution": r"It is $\boxed{2}$.", "answer": "2", "subject": "Algebra"}

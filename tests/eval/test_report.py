@@ -9,10 +9,11 @@ from markdown_it import MarkdownIt
 from result_files import write_results
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval import plots, report
-from buddygpt.eval.page import to_markdown
-from buddygpt.eval.results import read_runs
-from buddygpt.eval.scores import equalize_kinds, read_outcomes, score_all
+from buddygpt.eval import report
+from buddygpt.eval.reporting import plots
+from buddygpt.eval.reporting.page import to_markdown
+from buddygpt.eval.reporting.results import read_runs
+from buddygpt.eval.reporting.scores import equalize_kinds, read_outcomes, score_all
 
 
 def test_few_shot_and_truncated_prompts_are_shown_by_task_and_checkpoint(tmp_path):

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval import sandbox
-from buddygpt.eval.sandbox import run_program
+from buddygpt.eval.benchmarks import sandbox
+from buddygpt.eval.benchmarks.sandbox import run_program
 
 try:
     sandbox.require_sandbox()
@@ -133,7 +133,8 @@ def test_a_program_reads_its_input_and_may_use_threads_and_files():
 
 
 def test_the_program_ends_with_the_process_that_runs_it():
-    code = "from buddygpt.eval.sandbox import run_program; run_program('import time; time.sleep(4321)', seconds=60)"
+    program = "import time; time.sleep(4321)"
+    code = f"from buddygpt.eval.benchmarks.sandbox import run_program; run_program('{program}', seconds=60)"
     process = subprocess.Popen([sys.executable, "-c", code])
     wait_until(
         lambda: [c for c in psutil.Process(process.pid).children(recursive=True) if "program.py" in c.cmdline()]

@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import pytest
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval.subsets import MIN_QUESTIONS, Entry, choose_rows, describe, make_entries, order_questions, plan
+from buddygpt.eval.running.subsets import (
+    MIN_QUESTIONS,
+    Entry,
+    choose_rows,
+    describe,
+    make_entries,
+    order_questions,
+    plan,
+)
 
 
 def entry(name, sizes):

@@ -6,8 +6,8 @@ from conftest import ROOT
 from lm_eval.tasks import TaskManager
 
 from buddygpt.cli.errors import UserError
+from buddygpt.eval.running.task_loading import load_tasks
 from buddygpt.eval.suites import SUITES, explain_missing, load_rows, suite_tasks, to_markdown
-from buddygpt.eval.task_loading import load_tasks
 
 STOCK = ROOT / lm_eval.__path__[0] / "tasks"
 FOLDERS = "arc aclue belebele blimp ceval cmmlu global_piqa hellaswag lambada okapi openbookqa piqa sciq super_glue"

@@ -9,8 +9,8 @@ from statistics import stdev
 from typing import Any
 
 from buddygpt.cli.errors import UserError, reading
-from buddygpt.eval.intervals import ratio_interval, wilson
-from buddygpt.eval.results import (
+from buddygpt.eval.reporting.intervals import ratio_interval, wilson
+from buddygpt.eval.reporting.results import (
     Run,
     Sample,
     by_run,

@@ -4,8 +4,8 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from buddygpt.cli.errors import reading
-from buddygpt.eval.results import Run, Sample, leaf_tasks, options_of, read_samples, reported_tasks
-from buddygpt.eval.scores import Question
+from buddygpt.eval.reporting.results import Run, Sample, leaf_tasks, options_of, read_samples, reported_tasks
+from buddygpt.eval.reporting.scores import Question
 
 EXCERPT = 200  # characters
 

@@ -9,7 +9,7 @@ from typing import Any
 from buddygpt.cli.errors import UserError, reading
 from buddygpt.cli.files import read_json
 from buddygpt.cli.tables import one_line
-from buddygpt.eval.subjects import categories_of
+from buddygpt.eval.reporting.subjects import categories_of
 
 Sample = dict[str, Any]  # one question with the model's answer, a line of samples_*.jsonl
 Run = tuple[Path, dict[str, Any]]  # a results file and its content

@@ -15,9 +15,9 @@ from typing import Any
 from datasets import Dataset
 
 from buddygpt.cli.errors import UserError
+from buddygpt.eval.benchmarks.local_rows import read_files
+from buddygpt.eval.benchmarks.sandbox import require_sandbox, run_program
 from buddygpt.eval.harness import Task
-from buddygpt.eval.local_rows import read_files
-from buddygpt.eval.sandbox import require_sandbox, run_program
 
 SECONDS = 6  # for each test, as in lcb_runner
 # lcb_runner also lets programs use these modules without importing them.

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 from buddygpt.cli.files import write_atomically
 from buddygpt.cli.fonts import plot_labels
 from buddygpt.cli.tables import escape_markdown, markdown_table
-from buddygpt.eval.needles import CHANCE, DEPTHS
-from buddygpt.eval.scores import Score, format_score, proportion
+from buddygpt.eval.benchmarks.needles import CHANCE, DEPTHS
+from buddygpt.eval.reporting.scores import Score, format_score, proportion
 
 BINS = 8  # ranges of positions
 Results = dict[str, dict[str, Any]]  # model -> bits_per_byte, needles, positions, stretched

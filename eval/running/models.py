@@ -7,7 +7,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from buddygpt.eval.answers import Answer, fit_to_context
+from buddygpt.eval.running.answers import Answer, fit_to_context
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"  # before the first token of a document, as in training
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from buddygpt.eval.answers import read_gen_kwargs
+from buddygpt.eval.running.answers import read_gen_kwargs
 from buddygpt.eval.suites import SUITES, suite_tasks
 
 

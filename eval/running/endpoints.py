@@ -16,8 +16,8 @@ from openai import OpenAI
 from transformers import AutoTokenizer
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval.answers import Answer
-from buddygpt.eval.models import DOCUMENT_SEPARATOR
+from buddygpt.eval.running.answers import Answer
+from buddygpt.eval.running.models import DOCUMENT_SEPARATOR
 
 T = TypeVar("T")
 SECONDS = 120  # for one request before the evaluation; a server may load the model first

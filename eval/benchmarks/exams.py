@@ -16,9 +16,9 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 
 from buddygpt.cli.errors import UserError
+from buddygpt.eval.benchmarks.local_rows import read_files
 from buddygpt.eval.harness import Task
-from buddygpt.eval.local_rows import read_files
-from buddygpt.eval.subjects import categories_of, chinese_name, subjects_of
+from buddygpt.eval.reporting.subjects import categories_of, chinese_name, subjects_of
 
 LETTERS = "ABCD"
 # The letter that an answer names, the surest form first.
@@ -38,7 +38,7 @@ class Exam(NamedTuple):
         test: The split that is evaluated.
         dev: The split of the examples.
         read: Turns a row of the Hub into question, choices and the number of the right one.
-        reader: Reads local files as rows of the Hub; a key of `buddygpt.eval.local_rows.READERS`.
+        reader: Reads local files as rows of the Hub; a key of `buddygpt.eval.benchmarks.local_rows.READERS`.
         subset: The part of the repository; None: one for each subject.
     """
 

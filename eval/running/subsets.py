@@ -16,7 +16,7 @@ from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from buddygpt.cli.errors import UserError
-from buddygpt.eval.models import Checkpoint
+from buddygpt.eval.running.models import Checkpoint
 
 MIN_QUESTIONS = 20  # of every task; of a group with more subtasks than that, one of each
 RESERVE = 0.15  # of the time, for what is not measured: other programs, metrics, writing results

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from buddygpt.eval.intervals import Difference, adjust, compare_proportions, compare_ratios, compare_unpaired
-from buddygpt.eval.page import Table
-from buddygpt.eval.results import by_run
-from buddygpt.eval.scores import FROM_RATIO, Outcomes, TaskOutcomes, TaskScores, format_numbers
+from buddygpt.eval.reporting.intervals import Difference, adjust, compare_proportions, compare_ratios, compare_unpaired
+from buddygpt.eval.reporting.page import Table
+from buddygpt.eval.reporting.results import by_run
+from buddygpt.eval.reporting.scores import FROM_RATIO, Outcomes, TaskOutcomes, TaskScores, format_numbers
 
 ALPHA = 0.05
 UNSURE = "cannot tell"

@@ -20,7 +20,7 @@ from buddygpt.cli.errors import UserError, reading
 from buddygpt.data.shards.format import MANIFEST, TokenShards
 from buddygpt.data.text.benchmarks import QUESTION_KEYS
 from buddygpt.data.text.counts import RowCounts, sum_counts
-from buddygpt.eval.results import Run, leaf_tasks, read_samples, reported_tasks
+from buddygpt.eval.reporting.results import Run, leaf_tasks, read_samples, reported_tasks
 
 if TYPE_CHECKING:
     from buddygpt.data.text.steps.decontaminate import BenchmarkIndex

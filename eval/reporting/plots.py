@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt
 from buddygpt.cli.errors import reading
 from buddygpt.cli.files import write_atomically
 from buddygpt.cli.fonts import use_chinese_font
-from buddygpt.eval.results import Run, split_step
-from buddygpt.eval.scores import Score, TaskScores
+from buddygpt.eval.reporting.results import Run, split_step
+from buddygpt.eval.reporting.scores import Score, TaskScores
+from buddygpt.eval.suites import load_rows
 
 METRICS = {
     "acc": "accuracy",
@@ -73,7 +74,7 @@ def draw_bars(axes: Any, groups: list[Group], scores: dict[str, TaskScores], nam
 def plot_steps(
     scores: dict[str, TaskScores], of_runs: dict[str, list[str]], runs: dict[str, list[Run]], path: Path
 ) -> None:
-    """Draw the scores of training runs by step: a panel per task and metric, with intervals as bands.
+    """Draw the scores of training runs by step: a panel per task, of its main metric, with intervals as bands.
 
     Args:
         scores: Scores by checkpoint.
@@ -82,7 +83,7 @@ def plot_steps(
         path: The picture.
     """
     drawn = {name: scores[name] for names in of_runs.values() for name in names}
-    groups = drawn_groups(drawn, ("share", "number", "bits_per_byte"))
+    groups = main_groups(drawn_groups(drawn, ("share", "number", "bits_per_byte")))
     titles = drawable([bar_title(group, [group] * 2, runs, width=34) for group in groups])  # with the metric
     labels = drawable(list(of_runs))
     n_rows = -(-len(groups) // 2)
@@ -135,6 +136,19 @@ def drawn_groups(scores: dict[str, TaskScores], kinds: tuple[str, ...]) -> list[
                 if "/" not in task and score["ci95"] and score["kind"] in kinds:
                     groups[task, metric] = None
     return list(groups)
+
+
+def main_groups(groups: list[Group]) -> list[Group]:
+    """Keep one metric of each task: the one that eval/suites.yaml says to read, or bits per byte, or the first."""
+    to_read = {row.task: row.metric for row in load_rows()}
+    by_task: dict[str, list[str]] = {}
+    for task, metric in groups:
+        by_task.setdefault(task, []).append(metric)
+    kept = []
+    for task, metrics in by_task.items():
+        wanted = [to_read.get(task), "bits_per_byte", metrics[0]]
+        kept.append((task, next(metric for metric in wanted if metric in metrics)))
+    return kept
 
 
 def _has(scores: dict[str, TaskScores], name: str, task: str, metric: str) -> bool:

@@ -1,0 +1,1 @@
+"""From results of lm-eval to scores, comparisons and pages."""

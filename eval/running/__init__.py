@@ -1,0 +1,1 @@
+"""Run lm-eval: options, tasks, models, subsets of questions."""
