@@ -18,7 +18,7 @@ stage() {
     echo "=== $current: $*"
     cpu_seconds
     started=$SECONDS cpu_started=$cpu
-    trap 'record stopped' EXIT
+    trap 'record stopped; echo "stopped in $current: the same command continues there" >&2' EXIT
     "$@"
     trap - EXIT
     record "done"

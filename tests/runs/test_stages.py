@@ -23,6 +23,7 @@ def run_chain(folder):
 def test_a_chain_resumes_at_the_stage_that_stopped(tmp_path):
     stopped = run_chain(tmp_path)
     assert stopped.returncode == 1 and not (tmp_path / "third-ran").exists()
+    assert "stopped in second: the same command continues there" in stopped.stderr
     (tmp_path / "first-ran").unlink()
     (tmp_path / "allowed").touch()
 
