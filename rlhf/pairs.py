@@ -35,9 +35,21 @@ class TokenizedORPOTrainer(ORPOTrainer):
 
 
 class TokenizedCPOTrainer(CPOTrainer):
+    """CPO and SimPO whose likelihood term is a mean over pairs. TRL's is one over the tokens of a micro-batch."""
+
     @staticmethod
     def tokenize_row(row: dict[str, Any]) -> dict[str, Any]:
         return row
+
+    def concatenated_forward(self, model, batch: dict[str, Any]) -> tuple:
+        chosen, rejected, chosen_logits, rejected_logits, likelihood, *balance = super().concatenated_forward(
+            model, batch
+        )
+        if self.cpo_alpha:
+            tokens = (batch["chosen_labels"][:, 1:] != IGNORED).sum(1)
+            is_mean = self.loss_type in ("ipo", "simpo")  # of each answer already; a sum for the other losses
+            likelihood = -(chosen if is_mean else chosen / tokens).mean()
+        return chosen, rejected, chosen_logits, rejected_logits, likelihood, *balance
 
 
 def train_on_pairs(

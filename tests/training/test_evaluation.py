@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from buddygpt.data.shards.blocks import BlockDataset
 from buddygpt.rlhf.dpo_trainer import TokenizedDPOTrainer
+from buddygpt.rlhf.pairs import CPOConfig, TokenizedCPOTrainer, join_answers
 from buddygpt.training.evaluation import average_over_tokens
 
 WORDS = {"<|end|>": 0, "<|pad|>": 1} | {f"w{number}": number for number in range(2, 97)}
@@ -68,6 +69,14 @@ def pairs() -> Dataset:
     )
 
 
+def tokenized_pairs() -> Dataset:
+    tokenizer = tiny_tokenizer()
+    return pairs().map(
+        lambda row: {f"{key}_ids": tokenizer(row[key]).input_ids for key in ("prompt", "chosen", "rejected")},
+        remove_columns=["prompt", "chosen", "rejected"],
+    )
+
+
 def make_trainer(kind: str, folder: Path, batch_size: int, **options) -> Trainer:
     options = OPTIONS | dict(output_dir=str(folder), per_device_eval_batch_size=batch_size) | options
     model = make_model(**GQA)
@@ -80,6 +89,13 @@ def make_trainer(kind: str, folder: Path, batch_size: int, **options) -> Trainer
         rows = labeled_rows()
         args = SFTConfig(**options, max_length=64)
         return SFTTrainer(model, args, train_dataset=rows, eval_dataset=rows, **data)
+    if kind.startswith("cpo "):
+        args = CPOConfig(**options, loss_type=kind.split()[1], simpo_gamma=1.0, cpo_alpha=0.5, max_length=64)
+        args.remove_unused_columns = False
+        rows = join_answers(tokenized_pairs(), 64)
+        return TokenizedCPOTrainer(
+            model, args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer()
+        )
     reference = make_model(seed=1, **GQA)
     args = DPOConfig(**options, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
     return TextDPOTrainer(model, reference, args, train_dataset=pairs(), eval_dataset=pairs(), **data)
@@ -161,14 +177,42 @@ def test_dpo_is_a_mean_over_pairs_and_tokens(folder):
         assert evaluate("dpo", folder, batch_size) == pytest.approx(whole, rel=1e-4, abs=1e-5)
 
 
+def expected_of_cpo(loss_type: str) -> float:
+    """A sigmoid of the difference in log-probability (of SimPO: per token), and half the likelihood as above."""
+    model, total = make_model(**GQA), 0.0
+    for row in tokenized_pairs():
+        means, sums = [], []
+        for key in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([row["prompt_ids"] + row[key]])
+            with torch.no_grad():
+                logs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(row[key]) :]
+            means.append(logs.mean().item())
+            sums.append(logs.sum().item())
+        compared, margin = (means, 1.0) if loss_type == "simpo" else (sums, 0.0)
+        total += math.log1p(math.exp(-(0.1 * (compared[0] - compared[1]) - margin))) - 0.5 * means[0]
+    return total / len(pairs())
+
+
 @pytest.mark.slow
-def test_a_step_of_dpo_is_the_same_however_its_pairs_are_split(folder, tmp_path):
-    """Also of the loss `sft`, whose answers have 1 to 50 tokens: it is the mean over pairs of their means."""
+def test_cpo_and_simpo_with_likelihood_are_means_over_pairs(folder):
+    for loss_type in ("sigmoid", "simpo"):
+        for batch_size in (1, 5, 13):
+            measured = evaluate(f"cpo {loss_type}", folder, batch_size)
+            assert measured["eval_loss"] == pytest.approx(expected_of_cpo(loss_type), rel=1e-4), (
+                loss_type,
+                batch_size,
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "cpo simpo"])
+def test_a_step_on_pairs_is_the_same_however_they_are_split(kind, folder, tmp_path):
+    """Also of the likelihood of chosen answers of 1 to 50 tokens: it is the mean over pairs of their means."""
     results = []
     for size in (1, 2, 8):
         step = dict(per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1)
         step |= dict(optim="sgd", learning_rate=0.1, max_grad_norm=0, save_strategy="no", logging_steps=1)
-        trainer = make_trainer("dpo", tmp_path, 4, **step)
+        trainer = make_trainer(kind, tmp_path, 4, **step)
         loss = trainer.train().training_loss
         results.append([loss, *torch.cat([each.flatten() for each in trainer.model.parameters()]).tolist()])
     assert results[0] == pytest.approx(results[2], rel=1e-3, abs=1e-5)
