@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -38,6 +39,13 @@ llama-cli -m {file}
 ollama create NAME -f Modelfile
 ```
 """
+
+
+# What training/model_card.md.jinja says of an adapter whose base model is a folder, after "`BASE_MODEL` is ...".
+FOLDER_OF_BASE = re.compile(
+    r", `[^`]*`; `adapter_config\.json` has its path from this folder, so that both can be moved together"
+    r"| `[^`]*`；`adapter_config\.json` 中是它相对本文件夹的路径，两者可以一起移动"
+)
 
 
 class Parcel(NamedTuple):
@@ -118,7 +126,8 @@ def _name_base(config: Path, base: str) -> None:
     _replace(config, json.dumps(read_json(config) | {"base_model_name_or_path": base}, indent=2) + "\n")
     file = config.with_name("README.md")
     if file.is_file():
-        card = ModelCard(file.read_text(encoding="utf-8").replace("BASE_MODEL", base))
+        text = FOLDER_OF_BASE.sub("", file.read_text(encoding="utf-8"))
+        card = ModelCard(text.replace("BASE_MODEL", base))
         card.data.base_model = base
         _replace(file, str(card))
 

@@ -15,6 +15,7 @@ from test_export import make_checkpoint
 
 from buddygpt.export import publish
 from buddygpt.training.finished_folder import set_training_state_aside
+from buddygpt.training.model_card import write_model_card
 
 CARD = "---\nlicense: other\ntags: [buddygpt]\n---\n# tiny\n\n`AutoModel.from_pretrained('USER/NAME')`\n"
 FILES = {
@@ -23,6 +24,22 @@ FILES = {
     "model.safetensors": bytes(range(256)) * 400,
     "modeling_buddygpt.py": b"# code\n",
     "run.json": b"{}",
+}
+RUN_CARD = {
+    "recipe": "sft",
+    "base_model": "base",
+    "parameters": 1000,
+    "non_embedding_parameters": 500,
+    "active_parameters": 1000,
+    "steps": 12,
+    "throughput": {},
+    "device": "cpu",
+    "arguments": {"train_files": ["data/chat.jsonl"]},
+    "training_arguments": {"learning_rate": 0.004, "max_length": 64},
+    "origin": {"global_batch": 4},
+    "model_config": dict.fromkeys(("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"), 8)
+    | {"model_type": "buddygpt", "architectures": ["BuddyGPTForCausalLM"]},
+    "metrics": {},
 }
 CLIENTS = {"hf": HuggingFace, "modelscope": ModelScope}
 
@@ -176,8 +193,7 @@ def test_adapters_name_a_base_that_others_find(run, tmp_path, monkeypatch, capsy
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     settings = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-
-    (adapter / "README.md").write_text("---\nlicense: other\n---\n# lora\n\nfrom_pretrained('BASE_MODEL')\n")
+    write_model_card(adapter, RUN_CARD)
 
     assert call(monkeypatch, adapter, "--to", "hf:me/lora", "--yes") == 2
     assert f"is an adapter of {tmp_path / 'base'}, a folder that others do not have" in capsys.readouterr().err
@@ -187,7 +203,9 @@ def test_adapters_name_a_base_that_others_find(run, tmp_path, monkeypatch, capsy
     files = sent.pop()
     card = ModelCard(files["README.md"].decode())
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == card.data.base_model == "me/base"
-    assert "from_pretrained('me/base')" in card.text
+    assert 'base = AutoModelForCausalLM.from_pretrained("me/base", trust_remote_code=True)' in card.text
+    assert "`me/base` is the model that this adapter was trained on. " in card.text
+    assert "`me/base` 是训练此适配器所用的基座。" in card.text and "adapter_config" not in card.text
     assert json.loads((adapter / "adapter_config.json").read_text()) == settings
 
 
