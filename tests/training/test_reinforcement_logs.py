@@ -77,6 +77,23 @@ def test_collapsing_exploding_and_cut_answers_are_told(alarms):
     assert "60% of the answers do not end" in alarms.texts[2][1]
 
 
+def test_answers_that_become_alike_are_told(alarms):
+    """As with a reward model alone, and not with answers that vary, or that were as alike at the start."""
+    collapse = [(0.99, 0.15), (1.57, 0.05), (0.42, 0.3), (0.09, 0.1), (0.088, 0.6), (0.046, 0.5)]
+    for step, (entropy, equal) in enumerate(collapse):
+        alarms._check_variety(step, entropy, equal)
+    ((step, text),) = alarms.texts
+    assert step == 4 and text.startswith(
+        "the entropy of the answers is 0.088, at the start 0.990; the share of groups"
+    )
+
+    alarms.texts.clear()
+    alarms.first_variety = None
+    for step, (entropy, equal) in enumerate([(0.107, 0.45), (0.088, 0.75), (0.137, 0.4), (0.094, 0.7)]):
+        alarms._check_variety(step, entropy, equal)
+    assert not alarms.texts
+
+
 def test_the_loss_of_reinforcement_learning_has_no_spikes(alarms):
     """It is near 0 on average, whatever the model learns."""
     alarms.trainer.accelerator = SimpleNamespace(reduce=lambda tensor, _: tensor)

@@ -31,13 +31,16 @@ FLAT_LOGS = 3
 # Answers are short or long if their mean length is below or above these shares of that at the start, and cut if this
 # share of them ends at `max_completion_length`.
 SHORT_ANSWERS, LONG_ANSWERS, CUT_ANSWERS = 0.25, 4, 0.5
+# Answers have become alike if their entropy is below this share of that at the start, and more groups than there have
+# equal rewards.
+LOW_ENTROPY = 0.1
 
 
 class AlarmCallback(TrainerCallback):
     """Warns if a loss or gradient norm is not finite or both are 0, and about spikes, dead experts and stalls.
 
     In reinforcement learning, also about rewards that no answer gets, groups whose answers all get the same, and
-    answers that become much shorter or longer.
+    answers that become much shorter, longer or more alike.
 
     A state that lasts is reported once. `Trainer` logs the mean loss of many steps and the gradient norm of the last
     one only. To name the step that went wrong, this callback records both for every step on the device, and reads them
@@ -71,6 +74,7 @@ class AlarmCallback(TrainerCallback):
         self.dead_experts: set[tuple[int, int]] = set()
         self.flat_logs: Counter[str] = Counter()  # logs in a row in which a reward taught nothing
         self.first_length: float | None = None  # mean of the answers in the first log
+        self.first_variety: tuple[float, float] | None = None  # entropy and share of equal groups in the first log
         self.stalled_logs = -1  # the first log does not count: it includes the start of the data loader's workers
         self._record_results(trainer)
 
@@ -125,6 +129,8 @@ class AlarmCallback(TrainerCallback):
         if "reward" in logs:
             self._check_rewards(last, logs)
             self._check_lengths(last, logs["completions/mean_length"], logs["completions/clipped_ratio"])
+            if "entropy" in logs:  # not with Liger's loss
+                self._check_variety(last, logs["entropy"], logs["frac_reward_zero_std"])
 
     def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -188,6 +194,16 @@ class AlarmCallback(TrainerCallback):
         if self._begins("cut answers", cut > CUT_ANSWERS):
             text = f"{cut:.0%} of the answers do not end within max_completion_length"
             self._warn(step, f"{text}: raise it, or reward short answers (`length`)")
+
+    def _check_variety(self, step: int, entropy: float, equal: float) -> None:
+        """Check the entropy in nats per token, and the share of questions whose answers all got the same reward."""
+        self.first_variety = self.first_variety or (entropy, equal)
+        first_entropy, first_equal = self.first_variety
+        if self._begins("alike answers", entropy < LOW_ENTROPY * first_entropy and equal > first_equal):
+            change = f"the entropy of the answers is {entropy:.3f}, at the start {first_entropy:.3f}"
+            groups = f"the share of groups with equal rewards {equal:.0%}, at the start {first_equal:.0%}"
+            advice = "look whether all questions get the same answer (`log_completions: true`)"
+            self._warn(step, f"{change}; {groups}: {advice}; if so, add another reward or raise beta")
 
     def _lasts(self, state: str, holds: bool) -> bool:
         """Return True if a state has held in `FLAT_LOGS` logs in a row, once."""
