@@ -126,7 +126,7 @@ def collect(samples: dict[str, list[Sample]], results: dict[str, Any], task: str
         direction = (results.get("higher_is_better") or {}).get(of_metric[0][0]) or {}
         measured.higher_is_better = direction.get(metric, True if measured.kind == "share" else None)
         if metric in LENGTHS:
-            measured.higher_is_better = None  # lm-eval knows no metric without direction
+            measured.higher_is_better = None  # also in older results, which call longer answers better
         if metric == "perplexity":  # of the mean log-likelihood, as in lambada
             measured.kind = "perplexity"
         if measured.values or figure is not None:

@@ -73,6 +73,13 @@ def test_prompts_are_balanced_and_rendered_for_chats_and_as_beginnings(open_answ
     assert open_answers["open_answers_sampled"].config.generation_kwargs["temperature"] == 0.8
 
 
+def test_lengths_alone_have_no_direction(open_answers):
+    for task in open_answers.values():
+        directions = task.higher_is_better()
+        assert {name for name, is_better in directions.items() if is_better is None} == {"n_chars", "n_tokens"}
+        assert [name for name, is_better in directions.items() if is_better is False] == ["loop"]
+
+
 @pytest.mark.parametrize(
     ("language", "text", "expected"),
     [
