@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -115,20 +115,24 @@ def file_sha256(path: str | Path, flush: bool = False) -> str:
     return digest.hexdigest()
 
 
-def require_output(path: Path) -> None:
+def require_output(path: Path, kind: Literal["file", "folder"] | None = None) -> None:
     """Raise UserError if nothing can be written at `path`: it has no name, is no file or folder, or is below none.
 
-    A link to nothing is refused, too: it is likely that of a disk that is not there.
+    A link to nothing is refused, too: it is likely that of a disk that is not there. With `kind`, so is an existing
+    path of the other kind: a command that computes for long calls this before it begins.
     """
     if not path.name:
         raise UserError(f"{path} cannot be replaced; name a new file or folder")
     with file_system_errors():
         try:
-            kind = stat.S_IFMT(os.stat(path).st_mode)
+            found = stat.S_IFMT(os.stat(path).st_mode)
         except (FileNotFoundError, NotADirectoryError):
-            kind = stat.S_IFREG  # to be made
-        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            found = None  # to be made
+        names = {None: kind, stat.S_IFREG: "file", stat.S_IFDIR: "folder"}
+        if found not in names:
             raise UserError(f"{path} is a device, a pipe or the like, and cannot be replaced; name a file or folder")
+        if kind and names[found] != kind:
+            raise UserError(f"{path} is a {names[found]}; name a {kind}")
         parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
         for place in (path, parent):
             if place.is_symlink() and not place.exists():
@@ -164,8 +168,7 @@ def write_atomically(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f"{name}{os.getpid()}.", suffix=".partial", dir=path.parent) as work:
         partial = Path(work) / path.name
         yield partial
-        if partial.is_dir() != path.is_dir() and path.exists():
-            raise UserError(f"{path} is a {'file; name a folder' if partial.is_dir() else 'folder; name a file'}")
+        require_output(path, "folder" if partial.is_dir() else "file")
         if partial.is_dir() and path.is_dir():
             os.replace(path, Path(work) / "replaced")
         os.replace(partial, path)

@@ -90,9 +90,10 @@ class Request(NamedTuple):
 
 def main() -> None:
     (args,) = parse_arguments(JudgeArguments, description=__doc__)
-    questions = read_pairs(args)
     output = Path(args.output)
-    require_output(output / "judgments.jsonl")
+    require_output(output, "folder")
+    require_output(output / "judgments.jsonl", "file")
+    questions = read_pairs(args)
     requests = [make_request(question, order, args) for question in questions for order in ORDERS]
     verdicts = judge(requests, output / "judgments.jsonl", args)
 

@@ -22,7 +22,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
-from buddygpt.cli.files import write_atomically
+from buddygpt.cli.files import require_output, write_atomically
 from buddygpt.eval.benchmarks.local_rows import read_files
 
 OUR_TASKS = Path(__file__).parent / "tasks"
@@ -133,6 +133,7 @@ BenchmarkArguments = make_dataclass(
 
 def main() -> None:
     (args,) = parse_arguments(BenchmarkArguments, description=__doc__)
+    require_output(Path(args.output), "folder")
     given = {option: Path(getattr(args, option)) for option in OPTIONS if getattr(args, option)}
     if not given:
         raise UserError(f"give the files of a benchmark: {', '.join(f'--{option}' for option in OPTIONS)}.")

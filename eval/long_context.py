@@ -21,7 +21,7 @@ import buddygpt.model  # noqa: F401  registers the model with the Auto classes
 from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.checkpoints import load_tokenizer, require_causal_lm
 from buddygpt.cli.errors import UserError, run_script
-from buddygpt.cli.files import write_atomically
+from buddygpt.cli.files import require_output, write_atomically
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.eval.benchmarks.needles import CHANCE, DEPTHS, FACTS, count_found, make_texts
 from buddygpt.eval.benchmarks.rows import read_rows
@@ -92,6 +92,7 @@ class Variant(NamedTuple):
 
 def main() -> None:
     (args,) = parse_arguments(LongContextArguments, description=__doc__)
+    require_output(Path(args.output), "folder")
     device = choose_device(args.device)
     variants = []
     for name, folder in read_checkpoints(args.checkpoints).items():

@@ -20,7 +20,7 @@ from typing import Any
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, did_you_mean, reading, run_script
-from buddygpt.cli.files import write_atomically
+from buddygpt.cli.files import require_output, write_atomically
 from buddygpt.eval.reporting.comparisons import Comparison, compare_outcomes, compared_pairs, difference_table, explain
 from buddygpt.eval.reporting.examples import wrong_answers
 from buddygpt.eval.reporting.page import Block, Folded, Heading, Picture, Table, Text, to_html, to_markdown
@@ -100,10 +100,11 @@ class Report:
 
 def main() -> None:
     (args,) = parse_arguments(ReportArguments, description=__doc__)
+    output = Path(args.output)
+    require_output(output, "file")
     report = evaluate(args)
     blocks = build(report, args)
 
-    output = Path(args.output)
     comparisons = [{"a": a, "b": b, "rows": rows} for (a, b), rows in report.pairs.items()]
     measured = {name: report.scores[name] for name in report.runs}
     for name, content in {"scores.json": measured, "comparisons.json": comparisons}.items():

@@ -38,6 +38,7 @@ import buddygpt.model  # noqa: F401  registers the model with the Auto classes
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import require_quick_template
 from buddygpt.cli.errors import UserError, run_script
+from buddygpt.cli.files import require_output
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.eval.checkpoints import choose_device, is_endpoint, read_checkpoints
 from buddygpt.eval.running.arguments import EvalArguments
@@ -84,6 +85,8 @@ def main() -> None:
     # Check everything before the first model runs: an evaluation may take hours.
     device = choose_device(args.device)
     places = read_checkpoints(args.checkpoints, args.every_checkpoint, endpoints=True)
+    for folder in (Path(args.output), *(Path(args.output) / name for name in places)):
+        require_output(folder, "folder")
     for name in args.chat:
         if not any(is_named(each, [name]) for each in places):
             raise UserError(f"chat: `{name}` is not among the checkpoints ({', '.join(places)}).")

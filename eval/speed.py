@@ -25,7 +25,7 @@ import buddygpt.model  # noqa: F401  registers the model with the Auto classes
 from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.checkpoints import require_causal_lm
 from buddygpt.cli.errors import UserError, run_script
-from buddygpt.cli.files import write_atomically
+from buddygpt.cli.files import require_output, write_atomically
 from buddygpt.cli.tables import escape_markdown, markdown_table
 from buddygpt.cli.weights import require_all_weights, require_finite_weights
 from buddygpt.eval.checkpoints import choose_device, read_checkpoints
@@ -57,6 +57,7 @@ class SpeedArguments:
 
 def main() -> None:
     (args,) = parse_arguments(SpeedArguments, description=__doc__)
+    require_output(Path(args.output), "folder")
     device = choose_device(args.device)
     places = read_checkpoints(args.checkpoints)
     for name, place in places.items():

@@ -11,7 +11,7 @@ from openai import OpenAI
 
 from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.errors import UserError, run_script
-from buddygpt.cli.files import write_atomically
+from buddygpt.cli.files import require_output, write_atomically
 from buddygpt.export.serving import SECONDS_TO_START, serve
 
 
@@ -30,6 +30,7 @@ class AskArguments:
 
 def main() -> None:
     (args,) = parse_arguments(AskArguments, description=__doc__)
+    require_output(Path(args.output), "file")
     if not (Path(args.model) / "config.json").exists():
         raise UserError(f"{args.model} is not a model folder; make one with export/to_native.py")
 

@@ -123,6 +123,11 @@ def add(name: str, case: Case) -> None:
     CASES[f"{name}#{number}" if number else name] = case
 
 
+def write_file(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_text("old")
+
+
 def words(script: str, **changed: str) -> list[str]:
     """Return the right arguments of a command with some replaced."""
     return [word for key, value in {**COMMANDS[script], **changed}.items() for word in (f"--{key}", value)]
@@ -152,11 +157,14 @@ for script in COMMANDS:
             "empty": "",
             "unwritable": "/proc/nosuch/o",
             "root": "/",
+            "other kind": "{bad}/folder" if Path(COMMANDS[script]["output"]).suffix else "{bad}/file",
         }
         if script == "tools/measure_tokenizer.py":
             del outputs["empty"]  # it writes no file then
         for kind, place in outputs.items():
             add(f"{script} output {kind}", Case(script, words(script, output=place)))
+file_of_model = Case("eval/run_eval.py", words("eval/run_eval.py"), lambda good, out: write_file(out / "o" / "a"))
+add("eval/run_eval.py output/NAME a file", file_of_model)
 for script in OTHERS:
     for word in ("--nosuch", "--vocab_size=x", "--max_length=x", "--block=x", "--only=x"):
         add(f"{script} {word}", Case(script, ["{good}/chat.jsonl", word]))
