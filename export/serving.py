@@ -82,7 +82,11 @@ def serve(model: str | None = None, device: str = "cpu", timeout: int = SECONDS_
         yield address
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it waits for an answer that nobody reads
+            server.kill()
+            server.wait()
 
 
 def _find_free_port() -> int:

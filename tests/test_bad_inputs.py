@@ -397,7 +397,7 @@ def run_case(case: Case, folders: dict[str, Path], out: Path) -> Outcome:
     arguments = [word.replace("{out}", str(out)) for word in case.words]
     for name, folder in folders.items():
         arguments = [word.replace(f"{{{name}}}", str(folder)) for word in arguments]
-    outcome = run_command(case.script, *arguments, watch=[*folders.values(), out], seconds=20, memory=3 * 2**30)
+    outcome = run_command(case.script, *arguments, watch=[*folders.values(), out], seconds=60, memory=3 * 2**30)
     if not case.may_work or outcome.status not in (0, 1):
         assert_refused(outcome)
     assert "Traceback" not in outcome.stderr

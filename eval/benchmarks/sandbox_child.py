@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,16 @@ def supervise(first: int, seconds: float, report: int) -> None:
 
     def end(number: int, frame: Any) -> None:
         is_over.append(number)
-        os.kill(first, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(first, signal.SIGKILL)
 
     signal.signal(signal.SIGALRM, end)
     signal.signal(signal.SIGTERM, end)
     call("prctl", PR_SET_PDEATHSIG, signal.SIGTERM)  # if sandbox.py is killed, so is the program
     signal.setitimer(signal.ITIMER_REAL, seconds)
     _, status = os.waitpid(first, 0)
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (signal.SIGALRM, signal.SIGTERM):  # from now on, `first` may name another process
+        signal.signal(number, signal.SIG_IGN)
     code = os.waitstatus_to_exitcode(status)
     is_timeout = bool(is_over) or code == -signal.SIGXCPU
     tell(report, code=code, timeout=is_timeout)
