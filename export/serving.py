@@ -13,8 +13,7 @@ from pathlib import Path
 from buddygpt.cli.checkpoints import checkpoint_sha256, require_causal_lm
 from buddygpt.cli.errors import UserError, reading
 from buddygpt.cli.files import read_json
-from buddygpt.export.architectures import native_configs
-from buddygpt.export.conversion import convert_checkpoint
+from buddygpt.export.to_native import export
 from buddygpt.model import BuddyGPTConfig
 
 SECONDS_TO_START = 300
@@ -53,7 +52,7 @@ def servable(checkpoint: str, exports: Path) -> str:
         return checkpoint
     output = exports / f"{Path(checkpoint).resolve().name}-{checkpoint_sha256(checkpoint)[:8]}"
     if not (output / "config.json").exists():
-        convert_checkpoint(checkpoint, output, native_configs(config))
+        export(checkpoint, output)
     return str(output)
 
 
