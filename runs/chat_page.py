@@ -238,8 +238,7 @@ def display(conversation: list[Message], text: dict[str, str] = TEXTS["en"]) -> 
     shown = []
     for turn in conversation:
         if "reasoning_content" in turn:
-            status = "done" if turn["content"] or "tool_calls" in turn else "pending"
-            metadata = {"title": text["thought"], "status": status}
+            metadata = {"title": text["thought"], "status": "done"}  # folded
             shown.append({"role": "assistant", "content": turn["reasoning_content"], "metadata": metadata})
         for call in turn.get("tool_calls", []):
             function = call["function"]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -39,13 +40,14 @@ def page(native) -> Iterator[str]:  # noqa: F811
             stderr=output,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "no_proxy": "127.0.0.1"},
             cwd=native.parent,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for(address, process, log)
         yield address
     finally:
-        process.send_signal(2)  # Ctrl-C
+        process.send_signal(signal.SIGINT)  # Ctrl-C
         assert process.wait(timeout=60) == 0
         assert "Traceback" not in log.read_text(encoding="utf-8")
 
@@ -90,7 +92,7 @@ def test_a_question_typed_in_the_browser_is_answered_by_both_models(page, locale
         answers = tab.get_by_text("到了。", exact=True)
         playwright.expect(answers).to_have_count(2)
         playwright.expect(tab.get_by_text(thoughts)).to_have_count(2)
-        assert not tab.get_by_text("桃花", exact=True).first.is_visible()  # folded
+        playwright.expect(tab.get_by_text("桃花", exact=True).first).to_be_hidden()  # folded
         tab.get_by_role("button", name=retry).click()
         playwright.expect(answers).to_have_count(2)
         tab.get_by_role("button", name=clear).click()
