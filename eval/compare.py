@@ -20,7 +20,7 @@ from buddygpt.cli.errors import UserError, did_you_mean, reading, run_script
 from buddygpt.cli.files import read_json, require_output, write_atomically
 from buddygpt.eval.reporting.comparisons import Comparison, compare_outcomes, compare_scores, difference_table, explain
 from buddygpt.eval.reporting.page import Block, Heading, Table, Text, to_html, to_markdown
-from buddygpt.eval.reporting.results import leaf_tasks, read_runs, reported_tasks
+from buddygpt.eval.reporting.results import few_shot, prompt_form, read_runs, reported_tasks
 from buddygpt.eval.reporting.scores import TaskOutcomes, TaskScores, equalize_kinds, read_outcomes, score_all
 
 
@@ -106,11 +106,8 @@ def read_model(runs: list[Any]) -> Model:
     prompts = {}
     for path, results in runs:
         with reading(path):
-            kind = "chat template" if results.get("chat_template") else "bare text"
             for task in reported_tasks(results):
-                leaves = leaf_tasks(task, results["group_subtasks"])
-                shots = "/".join(sorted({str(results["n-shot"][leaf]) for leaf in leaves}))
-                prompts[task] = f"{shots}-shot, {kind}"
+                prompts[task] = f"{few_shot(task, results)}, {prompt_form(results)}"
     outcomes = read_outcomes(runs)
     return Model(score_all(outcomes), outcomes, prompts)
 

@@ -98,13 +98,12 @@ def main() -> None:
     verdicts = judge(requests, output / "judgments.jsonl", args)
 
     result = summarize(requests, verdicts)
-    for name, text in {
-        "judge.json": json.dumps(result, indent=2, ensure_ascii=False),
-        "judge.md": to_markdown(build(result, args)),
-    }.items():
+    report = to_markdown(build(result, args))
+    texts = {"judge.json": json.dumps(result, indent=2, ensure_ascii=False), "judge.md": report}
+    for name, text in texts.items():
         with write_atomically(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
-    print(to_markdown(build(result, args)))
+    print(report)
 
 
 def read_pairs(args: JudgeArguments) -> list[tuple[str, str, str]]:

@@ -25,7 +25,7 @@ from buddygpt.eval.reporting.comparisons import Comparison, compare_outcomes, co
 from buddygpt.eval.reporting.examples import wrong_answers
 from buddygpt.eval.reporting.page import Block, Folded, Heading, Picture, Table, Text, to_html, to_markdown
 from buddygpt.eval.reporting.plots import plot_scores, plot_steps
-from buddygpt.eval.reporting.results import Run, by_run, leaf_tasks, read_runs, reported_tasks
+from buddygpt.eval.reporting.results import Run, by_run, few_shot, leaf_tasks, prompt_form, read_runs, reported_tasks
 from buddygpt.eval.reporting.scores import (
     Average,
     TaskOutcomes,
@@ -315,11 +315,10 @@ def prompt_table(tasks: list[str], runs: dict[str, list[Run]]) -> Table:
         for path, results in of_checkpoint:
             with reading(path):
                 for task in reported_tasks(results):
-                    leaves = leaf_tasks(task, results["group_subtasks"])
-                    shots = "/".join(sorted({str(results["n-shot"][leaf]) for leaf in leaves}))
                     counts = results.get("truncated_prompts")
+                    leaves = leaf_tasks(task, results["group_subtasks"])
                     truncated = f"{sum(counts[leaf] for leaf in leaves)} truncated" if counts else "not counted"
-                    cells[task][checkpoint] = f"{shots}-shot, {truncated}"
+                    cells[task][checkpoint] = f"{few_shot(task, results)}, {truncated}"
     return Table(["task", *runs], [[task, *of_task.values()] for task, of_task in cells.items()])
 
 
@@ -331,10 +330,9 @@ def checkpoint_table(runs: dict[str, list[Run]]) -> Table:
             with reading(path):
                 config = results["config"]
                 folder = str(config["model_args"]["pretrained"])
-                prompts = "chat template" if results.get("chat_template") else "bare text"
                 limit = "none" if config["limit"] is None else f"first {config['limit']:g}"
                 limit = "fixed subset" if results.get("subset") else limit  # of --minutes
-                row = [checkpoint, folder, prompts, limit, str(results["lm_eval_version"])]
+                row = [checkpoint, folder, prompt_form(results), limit, str(results["lm_eval_version"])]
             if row not in rows:
                 rows.append(row)
     header = ["name", "folder", "prompts", "limit", "lm-eval"]

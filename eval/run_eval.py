@@ -93,22 +93,9 @@ def main() -> None:
     model_args = {
         name: build_model_args(name, place, args) for name, place in places.items() if not is_endpoint(place)
     }
-    manager = make_task_manager(args)
-    given = {file.stem.lstrip("_") for folder in args.include_path for file in Path(folder).glob("*.yaml")}
-    given |= {"heldout_text"} if args.heldout_text else set()
-    loaded = load_tasks(manager, args.tasks, args.suite, args.skip_missing, given)
-    for task_name, task in loaded.tasks["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) and not args.run_generated_code:
-            raise UserError(f"tasks: {task_name} runs programs that the model writes; allow it: --run_generated_code")
-    needs_likelihoods = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.tasks["tasks"].values())
-    endpoints = {}
-    for name, place in places.items():
-        if is_endpoint(place):
-            from buddygpt.eval.running.endpoints import connect  # slow to import, and few runs need it
-
-            at_once = int(args.batch_size) if args.batch_size.isdecimal() else 1
-            endpoints[name] = connect(name, place, is_named(name, args.chat), needs_likelihoods, at_once)
-            model_args[name] = {"pretrained": place}
+    loaded = load_requested_tasks(args)
+    endpoints = connect_endpoints(places, loaded, args)
+    model_args |= {name: {"pretrained": places[name]} for name in endpoints}
     outputs = {name: make_output(Path(args.output) / name) for name in places}
 
     samples, notes = None, {}
@@ -169,6 +156,37 @@ def make_task_manager(args: EvalArguments) -> TaskManager:
             raise UserError(f"include_path: {folder} is not a folder; eval/local_exams.py writes one.")
     metadata = {"sample_dir": args.sample_dir, "heldout_text": args.heldout_text}
     return TaskManager(include_path=[TASKS, *args.include_path], metadata=metadata)
+
+
+def load_requested_tasks(args: EvalArguments) -> LoadedTasks:
+    """Return the tasks of `tasks` or `suite`.
+
+    Raises:
+        UserError: A task is missing, has no data, or runs generated programs without permission.
+    """
+    manager = make_task_manager(args)
+    given = {file.stem.lstrip("_") for folder in args.include_path for file in Path(folder).glob("*.yaml")}
+    given |= {"heldout_text"} if args.heldout_text else set()
+    loaded = load_tasks(manager, args.tasks, args.suite, args.skip_missing, given)
+    for name, task in loaded.tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) and not args.run_generated_code:
+            raise UserError(f"tasks: {name} runs programs that the model writes; allow it: --run_generated_code")
+    return loaded
+
+
+def connect_endpoints(places: dict[str, str], loaded: LoadedTasks, args: EvalArguments) -> dict[str, LM]:
+    """Return lm-eval's model of each endpoint among `places`; UserError if one does not answer or cannot do a task."""
+    served = {name: place for name, place in places.items() if is_endpoint(place)}
+    if not served:
+        return {}
+    from buddygpt.eval.running.endpoints import connect  # slow to import, and few runs need it
+
+    needs_likelihoods = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.tasks["tasks"].values())
+    at_once = int(args.batch_size) if args.batch_size.isdecimal() else 1
+    return {
+        name: connect(name, place, is_named(name, args.chat), needs_likelihoods, at_once)
+        for name, place in served.items()
+    }
 
 
 def load_model(model_args: dict[str, Any], device: str, args: EvalArguments) -> Checkpoint:

@@ -8,15 +8,15 @@ docs/results.md has a measurement.
 """
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from buddygpt.cli.arguments import parse_arguments
-from buddygpt.cli.checkpoints import require_causal_lm
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
 from buddygpt.cli.weights import require_all_weights
@@ -42,9 +42,7 @@ def main() -> None:
     if output.exists():
         raise UserError(f"{output} exists: choose another output, or delete it")
     for folder in folders:
-        require_causal_lm(str(folder))
         require_all_weights(str(folder))
-
     for folder in folders[1:]:
         if weight_shapes(folder) != weight_shapes(folders[0]):
             raise UserError(f"{folder} and {folders[0]} are not the same model: their weights differ in name or shape")
@@ -54,7 +52,8 @@ def main() -> None:
             for file in folders[0].glob(pattern):
                 shutil.copyfile(file, partial / file.name)
         for file in weight_files(folders[0]):
-            save_file(average(file, folders), partial / file.name, metadata={"format": "pt"})
+            averaged = average([folder / file.name for folder in folders])
+            save_file(averaged, partial / file.name, metadata={"format": "pt"})
     print(f"wrote {output}, the average of {len(folders)} checkpoints")
 
 
@@ -70,29 +69,25 @@ def weight_shapes(folder: Path) -> dict[str, tuple[str, list[int], str]]:
     """Return the file, shape and dtype of each weight by name."""
     shapes = {}
     for file in weight_files(folder):
-        try:
-            with safe_open(file, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  it is no dict
-                    piece = weights.get_slice(name)
-                    shapes[name] = (file.name, piece.get_shape(), piece.get_dtype())
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged: {error}") from error
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  it is no dict
+                piece = weights.get_slice(name)
+                shapes[name] = (file.name, piece.get_shape(), piece.get_dtype())
     return shapes
 
 
-def average(file: Path, folders: list[Path]) -> dict[str, torch.Tensor]:
-    """Return the mean of each weight of `file` over the files of that name in `folders`, in the dtype of `file`.
+def average(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Return the mean of each weight over files of the same weights, in their dtype.
 
     Sums are taken in float64, one weight at a time.
     """
     result = {}
-    with safe_open(file, "pt") as weights:
-        for name in weights.keys():  # noqa: SIM118
-            total = torch.zeros((), dtype=torch.float64)
-            for folder in folders:
-                with safe_open(folder / file.name, "pt") as other:
-                    total = total + other.get_tensor(name).double()
-            result[name] = (total / len(folders)).to(weights.get_tensor(name).dtype)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
+        for name in opened[0].keys():  # noqa: SIM118
+            weights = [of_file.get_tensor(name) for of_file in opened]
+            mean = sum(weight.double() for weight in weights) / len(weights)
+            result[name] = mean.to(weights[0].dtype)
     return result
 
 

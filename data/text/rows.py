@@ -242,7 +242,7 @@ def _continues(line: bytes) -> bool:
         json.loads(line)
     except json.JSONDecodeError as error:
         return line.endswith((b"{", b"[", b",", b":")) and error.pos >= len(error.doc) - 1
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # the line is wrong in another way, which its reader reports
         pass
     return False
 

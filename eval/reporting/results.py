@@ -109,6 +109,17 @@ def options_of(sample: Sample) -> list[list[Any]]:
     return [request for request in requests if request[:1] != [""]] or requests
 
 
+def few_shot(task: str, results: dict[str, Any]) -> str:
+    """Return `5-shot`: the examples before each question, or `0/5-shot` if the tasks of a group differ."""
+    leaves = leaf_tasks(task, results["group_subtasks"])
+    return "/".join(sorted({str(results["n-shot"][leaf]) for leaf in leaves})) + "-shot"
+
+
+def prompt_form(results: dict[str, Any]) -> str:
+    """Return whether questions were asked through the chat template."""
+    return "chat template" if results.get("chat_template") else "bare text"
+
+
 def split_by_subject(task: str, samples: dict[str, list[Sample]]) -> dict[str, dict[str, list[Sample]]]:
     """Return the samples of each subject by task, after those of each category of subjects (STEM, humanities, ...).
 

@@ -16,6 +16,7 @@ from buddygpt.eval.reporting.results import (
     by_run,
     leaf_tasks,
     options_of,
+    prompt_form,
     read_samples,
     reported_tasks,
     split_by_subject,
@@ -310,6 +311,5 @@ def describe_evaluation(scores: TaskScores, runs: list[Run]) -> tuple[str, dict[
     path, results = runs[-1]
     with reading(path):
         folder = str(results["config"]["model_args"]["pretrained"])
-    prompts = "chat template" if results.get("chat_template") else "bare text"
     tasks = {task: metrics for task, metrics in scores.items() if "/" not in task}  # without subjects
-    return folder, {"prompts": prompts, "tasks": tasks}
+    return folder, {"prompts": prompt_form(results), "tasks": tasks}
