@@ -20,7 +20,7 @@ ALLOWED = {
     "pretrain": {"cli", "data", "model", "training"},
     "sft": {"cli", "data", "model", "training"},
     "rlhf": {"cli", "data", "model", "training"},
-    "runs": {"cli", "export", "model"},
+    "runs": {"cli", "data", "export", "model", "training"},
     "tools": {"check", "cli", "data", "export", "model", "pretrain", "tokenizer", "training"},
 }
 STEPS = "buddygpt.data.text.steps"
