@@ -1,4 +1,8 @@
-"""Command-line arguments: `--config FILE.yaml`, then `--key value` overrides; an unknown key is an error."""
+"""Command-line arguments: `--config FILE.yaml`, then `--key value` overrides; an unknown key is an error.
+
+A config file may begin with the values of another one, `defaults: ../shared/pretrain.yaml`, whose path is relative to
+it. Its own values replace those.
+"""
 
 import argparse
 import math
@@ -81,6 +85,7 @@ ALIASES = {
     "wandb": ("report_to",),
 }
 NULLS = ("null", "none", "~", "")
+DEFAULTS = "defaults"  # the key of a config file that names another one
 
 
 def parse_arguments(
@@ -107,6 +112,7 @@ def parse_arguments(
         allow_abbrev=False,
         formatter_class=HelpFormatter,
         usage="%(prog)s [--config FILE.yaml] [--key value ...]",
+        epilog="In FILE.yaml, `defaults: OTHER.yaml` (relative to FILE.yaml) names a file with values to start from.",
     )
     parser.set_defaults_with_config(**defaults or {})
     try:
@@ -140,16 +146,61 @@ def _require_readable_config() -> None:
         return
     if sys.argv[-1] == "--config":
         raise UserError("--config needs the name of a YAML file")
+    _require_config_file("--config", Path(_config_file()))
+
+
+def _require_config_file(option: str, path: Path) -> None:
+    """Raise UserError if a path that an option names is a folder, a device or too large; not if it does not exist."""
     try:
-        path = Path(_config_file())
         if path.is_dir():
-            raise UserError(f"--config {path} is a folder; name a YAML file in it")
+            raise UserError(f"{option} {path} is a folder; name a YAML file in it")
         if path.is_char_device() or path.is_block_device():
-            raise UserError(f"--config {path} is no file")
+            raise UserError(f"{option} {path} is no file")
         if path.is_file() and (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-            raise UserError(f"--config {path} has {size:,} bytes; a config has at most {MAX_CONFIG_BYTES:,}")
+            raise UserError(f"{option} {path} has {size:,} bytes; a config has at most {MAX_CONFIG_BYTES:,}")
     except OSError as error:  # such as a name of 300 characters
-        raise UserError(f"--config: {error.strerror}: {error.filename}") from error
+        raise UserError(f"{option}: {error.strerror}: {error.filename}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the values of a config file, with those of the file that its `defaults` names.
+
+    Raises:
+        UserError: One of the two is missing, no mapping or no valid YAML, or the other one names `defaults`, too.
+    """
+    return _add_defaults(_read_mapping("config:", path), path)
+
+
+def _add_defaults(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the values of the config file `path` over those of the file that its `defaults` names."""
+    if DEFAULTS not in config:
+        return config
+    name = config[DEFAULTS]
+    if not isinstance(name, str) or not name:
+        raise UserError(f"`{DEFAULTS}` in {path} is `{name}`; name one YAML file, relative to {path}")
+    other = _read_mapping(f"`{DEFAULTS}` in {path}:", path.parent / name)
+    if DEFAULTS in other:  # or a file could name itself
+        raise UserError(
+            f"`{DEFAULTS}` in {path} names {path.parent / name}, which has `{DEFAULTS}` itself; remove one"
+        )
+    own = {key: value for key, value in config.items() if key != DEFAULTS}
+    return other | own
+
+
+def _read_mapping(option: str, path: Path) -> dict[str, Any]:
+    """Return the content of a YAML file; `option` says in an error who names the file."""
+    _require_config_file(option, path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is {not_utf8(error.object)}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise UserError(f"{option} no such file: {path}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must contain a YAML mapping")
+    return content
 
 
 def read_option(key: str) -> Any:
@@ -164,8 +215,8 @@ def read_option(key: str) -> Any:
     if getattr(words, key) is not None or not words.config:
         return getattr(words, key)
     try:
-        return yaml.safe_load(Path(words.config).read_text(encoding="utf-8")).get(key)
-    except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+        return read_config(Path(words.config)).get(key)
+    except UserError:
         return None
 
 
@@ -192,6 +243,8 @@ class StrictParser(TrlParser):
         raise UserError(f"{message}. See --help.")
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
+        if DEFAULTS in config:
+            config = _add_defaults(config, Path(_config_file()))
         actions = {action.dest: action for action in self._actions}
         for key, value in config.items():
             if key not in actions:

@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainingArguments
 from trl import ModelConfig, SFTConfig
 
-from buddygpt.cli.arguments import ALIASES, StrictParser, parse_arguments
+from buddygpt.cli.arguments import ALIASES, StrictParser, parse_arguments, read_config, read_option
 from buddygpt.cli.errors import UserError, library_errors, run_script
 from buddygpt.pretrain.pretrain import PretrainArguments
 from buddygpt.training.tuning import TuningArguments
@@ -166,6 +166,41 @@ def test_hints_name_options_that_exist():
     known = {action.dest for types in (pretraining, tuning) for action in StrictParser(types)._actions}
     known |= {"checkpoint", "checkpoints", "files", "input", "output", "sources"}  # of the other scripts
     assert not {option for options in ALIASES.values() for option in options} - known
+
+
+def test_a_config_begins_with_the_values_of_another(monkeypatch, tmp_path, capsys):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "all.yaml").write_text("name: shared\nsize: 2\nflags: [a]\n", encoding="utf-8")
+    own = tmp_path / "model" / "own.yaml"
+    own.parent.mkdir()
+    own.write_text("defaults: ../shared/all.yaml\nname: own\nrate: 0.5\n", encoding="utf-8")
+    assert parse(monkeypatch, "--config", str(own)) == Arguments("own", 2, 0.5, flags=["a"])
+    assert parse(monkeypatch, "--config", str(own), "--size", "3").size == 3
+    assert read_option("size") == "3" and read_config(own)["flags"] == ["a"]
+    with pytest.raises(SystemExit):
+        parse(monkeypatch, "--help")
+    assert "`defaults: OTHER.yaml`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("named", "content", "message"),
+    [
+        ("none.yaml", None, r"`defaults` in .*own\.yaml: no such file: .*none\.yaml"),
+        ("own.yaml", None, r"which has `defaults` itself: remove it"),
+        ("other.yaml", "defaults: third.yaml", r"names .*other\.yaml, which has `defaults` itself"),
+        ("other.yaml", "- a", r"other\.yaml must contain a YAML mapping"),
+        ("other.yaml", "a: [", r"other\.yaml is not valid YAML"),
+        ("other.yaml", "sizes: 2", "unknown key `sizes`"),
+        (".", None, "is a folder; name a YAML file in it"),
+        ("[a, b]", None, r"`defaults` in .*own\.yaml is .*; name one YAML file"),
+    ],
+)
+def test_mistakes_in_defaults(monkeypatch, tmp_path, named, content, message):
+    if content:
+        (tmp_path / named).write_text(content, encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(f"defaults: {named}\nname: own\n", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        parse(monkeypatch, "--config", str(tmp_path / "own.yaml"))
 
 
 def test_config_without_a_name(monkeypatch):
