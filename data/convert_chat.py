@@ -5,6 +5,7 @@
         --eval_fraction 0.02 --eval_output outputs/eval.jsonl
     python data/convert_chat.py --input identity.json --output outputs/me.jsonl --fill name=Buddy author=Us
     python data/convert_chat.py --input mine.csv --output outputs/sft.jsonl --map prompt=ask,completion=reply
+    python data/convert_chat.py --input hf://HuggingFaceH4/ultrafeedback_binarized/train_prefs --output outputs/a.jsonl
 
 The schema of a file is recognized by the keys of its rows. Every row is checked: roles alternate, no turn is empty,
 the last turn is the assistant's, chosen differs from rejected. Text that looks like a special token gets spaces
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from buddygpt.cli.arguments import parse_arguments
@@ -30,12 +31,18 @@ from buddygpt.data.chat.checker import ROWS_TO_RECOGNIZE, RowChecker, SchemaErro
 from buddygpt.data.chat.rules import count_remarks, fill_placeholders, select_turns, special_tokens
 from buddygpt.data.chat.schemas import SCHEMAS, Schema, recognize
 from buddygpt.data.chat.trees import join_replies
-from buddygpt.data.text.rows import Row, progress_bar, read_rows
+from buddygpt.data.text.hubs import find_source_files
+from buddygpt.data.text.rows import Row, is_url, progress_bar, read_rows
 
 
 @dataclass
 class ConvertArguments:
-    input: list[str] = field(metadata={"help": "Files or globs: .jsonl, .json, .parquet, .csv, also .gz."})
+    input: list[str] = field(
+        metadata={
+            "help": "Files or globs: .jsonl, .json, .parquet, .csv, also .gz. Of a hub, hf://OWNER/NAME or "
+            "ms://OWNER/NAME, alone or with a file, folder, glob or split: hf://OWNER/NAME/train."
+        }
+    )
     output: str = field(metadata={"help": "The .jsonl file to write."})
     kind: Literal["sft", "preference", "kto"] | None = field(
         default=None,
@@ -100,9 +107,10 @@ class ConvertArguments:
 
 def main() -> None:
     (args,) = parse_arguments(ConvertArguments, description=__doc__)
-    inputs = find_files(args.input, ROW_TYPES)
+    inputs = find_inputs(args.input)
     outputs = [Path(name) for name in (args.output, args.eval_output) if name]
-    if len({path.resolve() for path in inputs + outputs}) < len(inputs) + len(outputs):
+    paths = [path for path in inputs if isinstance(path, Path)] + outputs
+    if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("the same file is named twice among input, output and eval_output")
 
     try:
@@ -114,7 +122,16 @@ def main() -> None:
         print(f"{path}: {total[name]:,} rows")
 
 
-def find_schemas(paths: list[Path], args: ConvertArguments) -> dict[Path, Schema]:
+def find_inputs(patterns: list[str]) -> list[Path | str]:
+    """Return the files that paths, globs and folders match, and the URLs of files of hubs, each once."""
+    found: dict[Path | str, None] = {}
+    for pattern in patterns:
+        files = find_source_files(pattern, ROW_TYPES) if is_url(pattern) else find_files([pattern], ROW_TYPES)
+        found.update(dict.fromkeys(file if is_url(file) else Path(file) for file in files))
+    return list(found)
+
+
+def find_schemas(paths: list[Path | str], args: ConvertArguments) -> dict[Path | str, Schema]:
     """Return the schema of every file. All must be of one kind."""
     for path in paths if args.map else ():
         row = first_good_row(path)
@@ -134,13 +151,13 @@ def find_schemas(paths: list[Path], args: ConvertArguments) -> dict[Path, Schema
     return schemas
 
 
-def first_good_row(path: Path) -> Row | None:
+def first_good_row(path: Path | str) -> Row | None:
     """Return the first row of a file that can be read. Only as many rows as recognition looks at are tried."""
     rows = islice(read_rows(path), ROWS_TO_RECOGNIZE)
     return next((row for row in rows if not row.error and row.content), None)
 
 
-def kind_to_read(path: Path, kind: str | None) -> str | None:
+def kind_to_read(path: Path | str, kind: str | None) -> str | None:
     """Return the kind of a file that becomes rows of `kind`: a pair can become a good and a bad answer."""
     row = first_good_row(path)
     if kind == "kto" and row and not recognize(row.content, "kto") and recognize(row.content, "preference"):
@@ -155,7 +172,7 @@ def unpair(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [shared | {"completion": row[answer], "label": label} for answer, label in labels]
 
 
-def convert_files(schemas: dict[Path, Schema], outputs: list[Path], args: ConvertArguments) -> Counter:
+def convert_files(schemas: dict[Path | str, Schema], outputs: list[Path], args: ConvertArguments) -> Counter:
     """Convert all files into `outputs` (training rows, then held-out rows if any) and return the counts."""
     first_path, first = next(iter(schemas.items()))
     if args.turns != "all" and first.kind != "sft":
@@ -178,7 +195,7 @@ def convert_files(schemas: dict[Path, Schema], outputs: list[Path], args: Conver
 
 
 def convert_file(
-    path: Path, schema: Schema, checker: RowChecker, args: ConvertArguments, train: Any, held_out: Any
+    path: Path | str, schema: Schema, checker: RowChecker, args: ConvertArguments, train: Any, held_out: Any
 ) -> Counter:
     """Write the rows of one file; print and return the counts."""
     counts, first_line = Counter(), {}
@@ -197,7 +214,7 @@ def convert_file(
 
 
 def standard_rows(
-    path: Path,
+    path: Path | str,
     schema: Schema,
     checker: RowChecker,
     args: ConvertArguments,
@@ -207,7 +224,7 @@ def standard_rows(
     """Yield every good row of one file in standard form; fill `counts`, and the first line of each reason to skip."""
     values = dict(entry.split("=", 1) for entry in args.fill)
     columns = args.mapped_columns()
-    with progress_bar([path], desc=path.name) as bar:
+    with progress_bar([path], desc=PurePosixPath(path).name) as bar:
         for row in join_replies(read_rows(path, bar=bar), schema):
             counts["read"] += 1
             if not args.schema:

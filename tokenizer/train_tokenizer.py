@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerFast
 from buddygpt.cli.arguments import parse_arguments, require_count
 from buddygpt.cli.checkpoints import save_tokenizer
 from buddygpt.cli.errors import UserError, run_script
-from buddygpt.cli.files import find_files, write_atomically
-from buddygpt.data.text.rows import progress_bar, read_rows
+from buddygpt.cli.files import write_atomically
+from buddygpt.data.text.hubs import find_source_files
+from buddygpt.data.text.rows import file_size, progress_bar, read_rows
 from buddygpt.tokenizer.byte_level_bpe import FIXED_ENTRIES, train_byte_level_bpe
 
 CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
@@ -39,7 +40,11 @@ PIECE_LENGTH = 100_000  # characters; longer documents reach the trainer in piec
 class TokenizerArguments:
     """What to train on, and how large the vocabulary becomes."""
 
-    files: list[str] = field(metadata={"help": "Files or globs: .jsonl, .json, .parquet, .csv, .txt, also .gz."})
+    files: list[str] = field(
+        metadata={
+            "help": "Files or globs: .jsonl, .json, .parquet, .csv, .txt, also .gz; of a hub, hf://OWNER/NAME/... or ms://..."
+        }
+    )
     output: str = field(metadata={"help": "Tokenizer folder to write."})
     vocab_size: int = field(default=16384, metadata={"help": "Entries, including 256 bytes and the special tokens."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
@@ -121,13 +126,14 @@ def read_all_texts(patterns: list[str], column: str, max_bytes: int) -> list[str
     Raises:
         UserError: No file matches, a row cannot be read, or there is no text.
     """
-    texts = list(read_texts(find_files(patterns), column, max_bytes))
+    files = list(dict.fromkeys(file for pattern in patterns for file in find_source_files(pattern)))
+    texts = list(read_texts(files, column, max_bytes))
     if not texts:
         raise UserError(f"there is no text in column `{column}` of {', '.join(patterns)}")
     return texts
 
 
-def read_texts(files: list[Path], column: str, max_bytes: int) -> Iterator[str]:
+def read_texts(files: list[str], column: str, max_bytes: int) -> Iterator[str]:
     """Yield text in pieces of at most `PIECE_LENGTH` characters, in total at most `max_bytes` of UTF-8.
 
     Each file contributes its share of the bytes on disk.
@@ -135,10 +141,10 @@ def read_texts(files: list[Path], column: str, max_bytes: int) -> Iterator[str]:
     Raises:
         UserError: A row cannot be read.
     """
-    total_size = sum(file.stat().st_size for file in files)
+    sizes = {file: file_size(file) for file in files}
     with progress_bar(files, desc="reading") as bar:
         for file in files:
-            budget = max_bytes * file.stat().st_size // max(total_size, 1)
+            budget = max_bytes * sizes[file] // max(sum(sizes.values()), 1)
             for piece in _read_pieces(file, column, bar):
                 budget -= len(piece.encode())
                 if budget < 0:
@@ -146,7 +152,7 @@ def read_texts(files: list[Path], column: str, max_bytes: int) -> Iterator[str]:
                 yield piece
 
 
-def _read_pieces(file: Path, column: str, bar: tqdm) -> Iterator[str]:
+def _read_pieces(file: str, column: str, bar: tqdm) -> Iterator[str]:
     for row in read_rows(file, [column], bar, txt_sample_by="line"):
         if row.error:
             raise UserError(f"{file}:{row.number}: {row.error}")

@@ -205,7 +205,7 @@ class SchemaError(UserError):
     """The rows of a file do not agree on one schema. Naming the schema is a way out."""
 
 
-def find_schema(path: Path, kind: str | None = None) -> Schema:
+def find_schema(path: Path | str, kind: str | None = None) -> Schema:
     """Return the schema of a file: the one that its first rows fit, ignoring rows that fit none.
 
     Args:
@@ -263,13 +263,13 @@ def is_plain_text(row: dict[str, Any]) -> bool:
     return any(isinstance(row.get(key), str) for key in ("text", "content"))
 
 
-def require_schema(path: Path, row: Row, schema: Schema, kind: str | None = None) -> None:
+def require_schema(path: Path | str, row: Row, schema: Schema, kind: str | None = None) -> None:
     """Raise [`SchemaError`] if a later row of a file fits another schema than the rows before."""
     if not row.error:
         _require_same(path, row, schema, recognize(row.content, kind))
 
 
-def _require_same(path: Path, row: Row, schema: Schema, matches: list[Schema]) -> None:
+def _require_same(path: Path | str, row: Row, schema: Schema, matches: list[Schema]) -> None:
     if matches and schema not in matches:
         raise SchemaError(
             f"{path}:{row.number}: a row of schema {matches[0].name} after rows of {schema.name}: "

@@ -15,7 +15,8 @@ from buddygpt.data.shards.format import MANIFEST, read_manifest
 from buddygpt.data.shards.mixture import collect_requests, resolve_mixture
 from buddygpt.data.text.benchmarks import BENCHMARK_TYPES
 from buddygpt.data.text.clean import load_profile
-from buddygpt.data.text.sources import Source, describe_file
+from buddygpt.data.text.hubs import describe_file
+from buddygpt.data.text.sources import Source
 from buddygpt.data.text.tokenize import TextTokenizer
 
 # Version of the hashes of `steps/ngrams.py` and of what the steps make of them. Work that another version left is not

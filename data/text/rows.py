@@ -32,6 +32,23 @@ from buddygpt.cli.files import file_type
 from buddygpt.data.text.json_forms import is_conversation, is_message, rows_of_object
 from buddygpt.data.text.lines import CHUNK, LONGEST_ROW, CsvLines, check_length, check_values, split_documents
 
+# What to do about the errors of the clients of the Hub and of ModelScope, by the name of their class.
+HUB_LOGIN = "run `hf auth login`"
+MODELSCOPE_LOGIN = "run `modelscope login --token TOKEN`"
+UNREACHABLE = "it cannot be reached: check the network; HF_ENDPOINT names a mirror of the Hub"
+REMEDIES = {
+    "GatedRepoError": f"it is gated: accept its terms on its page of the Hub, then {HUB_LOGIN}",
+    "RepositoryNotFoundError": f"there is no such data set on the Hub; if it is private, {HUB_LOGIN}",
+    "RevisionNotFoundError": "the data set has no such revision",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so the Hub is not asked; HF_HUB_OFFLINE=0 allows it",
+    "ConnectError": UNREACHABLE,
+    "ConnectTimeout": UNREACHABLE,
+    "NetworkError": UNREACHABLE,
+    "RequestTimeoutError": UNREACHABLE,
+    "NotExistError": f"there is no such data set on ModelScope; if it is private, {MODELSCOPE_LOGIN}",
+    "AuthenticationError": f"ModelScope asks who you are: {MODELSCOPE_LOGIN}",
+    "PermissionDeniedError": f"it is gated: accept its terms on its page of ModelScope, then {MODELSCOPE_LOGIN}",
+}
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = re.compile(r"[ \t\n\r]*")
 LONGEST_TOKEN = 16  # characters of the longest JSON tokens that are invalid in part: `\ud83d\ude00`, `-Infinity`
@@ -57,8 +74,20 @@ def remote_errors(url: str) -> Iterator[None]:
     """Turn any exception into a [`UserError`]: every remote file system has different ones."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"{url}: cannot be read: {one_line(error)}") from error
+        raise UserError(f"{url}: cannot be read: {explain(error)}") from error
+
+
+def explain(error: Exception) -> str:
+    """Return what to do about an error of a hub's client, or else its message, as one line."""
+    cause: BaseException | None = error
+    while cause is not None:  # the Hub's file system turns most errors into FileNotFoundError
+        if remedy := REMEDIES.get(type(cause).__name__):
+            return remedy
+        cause = cause.__cause__ or cause.__context__
+    return one_line(error)
 
 
 def one_line(error: Exception) -> str:
@@ -128,7 +157,7 @@ def read_rows(
         if not isinstance(error, known) and not is_url(path):
             raise
         place = f"{path}:{number}" if number else str(path)
-        raise UserError(f"{place}: cannot be read: {one_line(error)}") from error
+        raise UserError(f"{place}: cannot be read: {explain(error) if is_url(path) else one_line(error)}") from error
 
 
 def _select(row: Row, text_key: Sequence[str] | None, keep: Sequence[str]) -> Row:

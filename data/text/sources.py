@@ -6,9 +6,9 @@
       - {reader: ultra-fineweb, min_score: 0.85, language: en}
       - {name: web, path: ['datasets/web/*.jsonl.zst'], text_key: [content], min_score: 3, epochs: 2}
       - {reader: skypile, path: 'ms://OWNER/NAME/data/*.jsonl'}      # downloaded from ModelScope
-      - {path: 'hf://datasets/OWNER/NAME@REVISION/**/*.parquet'}     # any other data set of the Hub
+      - {path: 'hf://OWNER/NAME@REVISION/**/*.parquet'}              # any other data set of the Hub, see hubs.py
 
-`HF_ENDPOINT` sets a mirror of the Hub. readers.py then reads the files.
+readers.py then reads the files.
 """
 
 import glob
@@ -20,18 +20,17 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import fsspec
 import yaml
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 
 from buddygpt.cli.errors import UserError
-from buddygpt.cli.files import FILE_TYPES, file_sha256, file_type, find_files, select_data_files
-from buddygpt.data.text.rows import is_url, one_line, remote_errors
+from buddygpt.cli.files import FILE_TYPES, file_type
+from buddygpt.data.text.hubs import find_source_files
+from buddygpt.data.text.rows import one_line
 
 PUBLIC_SETS = Path(__file__).parents[1] / "sources.yaml"
 COLUMNS = "columns"  # the reader of any file: `text_key` and `min_COLUMN` come from the user's YAML
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @strict
@@ -302,77 +301,3 @@ def _in_folders(files: list[str], names: list[str]) -> list[str]:
         if name not in folders.values():
             raise ValueError(f"languages: no folder `{name}`; there are: {', '.join(sorted(set(folders.values())))}")
     return [file for file in files if folders[file] in names]
-
-
-def find_source_files(path: str) -> list[str]:
-    """Return the files that a path, glob, folder or URL stands for, sorted.
-
-    Raises:
-        UserError: There is none, or the Hub or store cannot be reached.
-    """
-    if path.startswith("ms://"):
-        return _download_from_modelscope(path)
-    if not is_url(path):
-        if HUB_NAME.fullmatch(path) and file_type(path) not in FILE_TYPES and not Path(path).exists():
-            hubs = f"a data set of the Hub is `hf://datasets/{path}`, of ModelScope `ms://{path}`"
-            raise UserError(f"no file matches `{path}`; {hubs}")
-        return [str(file) for file in find_files([path])]
-    with remote_errors(path):
-        system, pattern = fsspec.url_to_fs(path)
-        if not glob.has_magic(pattern) and system.isdir(pattern):
-            start = len(pattern.rstrip("/")) + 1
-            names = [name[start:] for name in system.find(pattern)]
-            found = [f"{pattern.rstrip('/')}/{name}" for name in select_data_files(path, names)]
-        else:
-            found = [name for name, info in system.glob(pattern, detail=True).items() if info["type"] == "file"]
-    if not found:
-        raise UserError(f"no file matches `{path}`")
-    return [system.unstrip_protocol(name) for name in sorted(found)]
-
-
-def _download_from_modelscope(url: str) -> list[str]:
-    """Download ms://OWNER/NAME/PATH, a file, glob or folder, into ModelScope's cache, and return the files.
-
-    Files that are in the cache are not downloaded again.
-    """
-    owner, name, pattern = f"{url.removeprefix('ms://')}//".split("/", 2)
-    if not HUB_NAME.fullmatch(f"{owner}/{name}") or ".." in pattern.split("/"):
-        raise UserError(f"{url}: write ms://OWNER/NAME, or ms://OWNER/NAME/GLOB")
-
-    from modelscope import dataset_snapshot_download  # takes seconds to import
-
-    pattern = pattern.rstrip("/")
-    if glob.has_magic(pattern):
-        # ModelScope matches with fnmatch: `*` also matches `/`, and `**/` needs at least one folder. So also allow
-        # the pattern without `**/`, and without `**` ignore the files that lie deeper than the pattern.
-        allowed = [pattern, pattern.replace("**/", "")]
-        deeper = "/".join("*" * (pattern.count("/") + 2))
-        ignored = [] if "**" in pattern else [deeper]
-    else:
-        allowed = [pattern, f"{pattern}/*"] if pattern else []
-        ignored = []
-    with remote_errors(url):
-        folder = dataset_snapshot_download(f"{owner}/{name}", allow_patterns=allowed, ignore_patterns=ignored)
-    try:
-        return [str(file) for file in find_files([str(Path(glob.escape(folder), pattern))])]
-    except UserError:  # it names the cache instead of the URL
-        raise UserError(f"no file matches `{url}`") from None
-
-
-def describe_file(file: str) -> dict[str, Any]:
-    """Return `file`, `bytes` and `sha256` of a file. A URL is described by its hub or store, without a download.
-
-    Hub files without a sha256 are identified by git blob id or ETag, as `git:...` or `etag:...`.
-    """
-    if not is_url(file):
-        return {"file": file, "bytes": Path(file).stat().st_size, "sha256": file_sha256(Path(file))}
-    with remote_errors(file):
-        system, name = fsspec.url_to_fs(file)
-        info = system.info(name)
-        if info.get("lfs"):
-            version = info["lfs"]["sha256"]
-        elif info.get("blob_id"):
-            version = f"git:{info['blob_id']}"
-        else:
-            version = f"etag:{info.get('ETag') or system.ukey(name)}"
-        return {"file": file, "bytes": info["size"], "sha256": version}

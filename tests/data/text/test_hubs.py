@@ -1,4 +1,4 @@
-"""Tests of remote sources: the Hub, ModelScope and stores are read through their clients like local files."""
+"""The Hub, ModelScope and stores are read through their clients like local files, by preparation and conversion."""
 
 import functools
 import gzip
@@ -19,10 +19,13 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import constants
 
 from buddygpt.cli.errors import UserError
+from buddygpt.data import convert_chat
+from buddygpt.data.text.hubs import describe_file
 from buddygpt.data.text.readers import SourceReader
-from buddygpt.data.text.sources import Source, describe_file, read_sources
+from buddygpt.data.text.sources import Source, read_sources
 
 
 def read(source: Source) -> tuple[list, dict]:
@@ -79,6 +82,8 @@ class Replies(http.server.SimpleHTTPRequestHandler):
 class Hub(Replies):
     """The endpoints of the Hugging Face Hub that its file system reads with, over a folder OWNER/NAME/FILE."""
 
+    gated: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         if path.startswith("/api/datasets/"):
@@ -86,6 +91,8 @@ class Hub(Replies):
                 path.removeprefix("/api/datasets/"), "recursive=True" in query or "recursive=true" in query
             )
         owner_name, file = path.removeprefix("/datasets/").split("/resolve/main/")
+        if owner_name in self.gated:
+            return self.reply(b"", 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
         data = Path(self.directory, owner_name, file).read_bytes()
         start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
         self.reply(data[start : end + 1], status=206)
@@ -147,7 +154,7 @@ class ModelScope(Replies):
 def serving(handler: type[Replies], folder: Path) -> Iterator[str]:
     """Yield the address of a server of this machine."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
@@ -163,7 +170,8 @@ def answer(code: str, **environment: str) -> object:
 READ_FROM_HUB = """
 import json, sys
 from buddygpt.data.text.readers import SourceReader
-from buddygpt.data.text.sources import Source, describe_file, read_sources
+from buddygpt.data.text.hubs import describe_file
+from buddygpt.data.text.sources import Source, read_sources
 from buddygpt.cli.errors import UserError
 code = {"reader": "starcoderdata", "languages": "go", "min_stars": 2}
 wiki, code = sources = read_sources(["wikimedia/wikipedia", code])
@@ -193,41 +201,133 @@ def test_a_set_is_read_from_the_hub_by_its_name_alone(tmp_path):
     assert documents == [[f"{wiki_url}:1", "茶\n\n一种饮料。"], [f"{go_url}:2", "go 2"]] and language == "zh"
     data = (wiki / "train-00000-of-00001.parquet").read_bytes()
     assert files[0] == {"file": wiki_url, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert error.startswith("hf://datasets/nobody/nothing/*.parquet: cannot be read: ") and "\n" not in error
+    assert error.startswith("hf://datasets/nobody/nothing/*.parquet: cannot be read: there is no such data set on the")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line():
     with pytest.raises(
-        UserError, match=r"hf://datasets/wikimedia/wikipedia/20231101\.zh/\*\.parquet: cannot be read: "
+        UserError, match=r"wikimedia/wikipedia/20231101\.zh/\*\.parquet: cannot be read: HF_HUB_OFFLINE is set"
     ):
         read_sources(["wikipedia"])  # the tests are offline
+
+
+PAIR = {"prompt": "q", "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+PAIR |= {"rejected": [PAIR["chosen"][0], {"role": "assistant", "content": "b"}]}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The folder of a Hub that the clients in this process use."""
+    folder = tmp_path / "hub"
+    for name in ("data/train_prefs-00000-of-00001.parquet", "data/test_prefs-00000-of-00001.parquet"):
+        (folder / "h4" / "pairs" / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([PAIR] * (3 if "train" in name else 2)), folder / "h4" / "pairs" / name)
+    (folder / "h4" / "pairs" / "README.md").write_text("card")
+    (folder / "zh" / "chats").mkdir(parents=True)
+    (folder / "zh" / "chats" / "general.jsonl").write_text('{"prompt": "问", "response": "答"}\n' * 5, "utf-8")
+    with serving(Hub, folder) as address:
+        use_endpoint(monkeypatch, address)
+        yield folder
+
+
+def use_endpoint(monkeypatch, address: str) -> None:
+    """Set what `HF_ENDPOINT` sets when the client is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def convert(monkeypatch, output: Path, *inputs: str, kind: str = "preference") -> list[dict]:
+    monkeypatch.setattr("sys.argv", ["convert_chat.py", "--kind", kind, "--output", str(output), "--input", *inputs])
+    convert_chat.main()
+    return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("path", "rows"),
+    [
+        ("hf://h4/pairs", 5),
+        ("hf://datasets/h4/pairs/data", 5),
+        ("hf://h4/pairs/data/train_prefs-00000-of-00001.parquet", 3),
+        ("hf://h4/pairs/**/test*.parquet", 2),
+        ("hf://h4/pairs/train_prefs", 3),
+    ],
+)
+def test_chat_rows_are_converted_from_the_hub(path, rows, hub, tmp_path, monkeypatch):
+    written = convert(monkeypatch, tmp_path / "out.jsonl", path)
+    assert len(written) == rows and written[0]["rejected"] == [{"role": "assistant", "content": "b"}]
+
+
+def test_several_data_sets_of_the_hub_and_local_files_become_one(hub, tmp_path, monkeypatch):
+    (tmp_path / "own.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    inputs = ["hf://zh/chats/general", "hf://zh/chats/*.jsonl", str(tmp_path / "own.jsonl")]
+    written = convert(monkeypatch, tmp_path / "out.jsonl", *inputs, kind="sft")
+    assert len(written) == 6 and written[0]["messages"][1] == {"role": "assistant", "content": "答"}
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "hf://h4/none",
+            r"hf://datasets/h4/none: cannot be read: there is no such data set on the Hub; .*hf auth login",
+        ),
+        ("hf://h4/none/train", r"h4/none/train: cannot be read: there is no such data set on the Hub"),
+        ("hf://h4/pairs/train", r"no file or split matches .*; there are: README.md, data/test_prefs-00000-of-00001"),
+        ("hf://h4/pairs/*.csv", r"no file matches `hf://h4/pairs/\*\.csv`"),
+        ("hf://h4", r"hf://h4: write hf://OWNER/NAME"),
+        ("hf://zh/chats", r"general\.jsonl.*: cannot be read: it is gated: accept its terms .* `hf auth login`"),
+    ],
+)
+def test_mistakes_with_the_hub_are_one_line(path, message, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "gated", ["zh/chats"])
+    with pytest.raises(UserError, match=message) as raised:
+        convert(monkeypatch, tmp_path / "out.jsonl", path)
+    assert "\n" not in str(raised.value) and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_hub_without_a_network_is_one_line(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between retries
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(UserError, match="cannot be read: it cannot be reached: check the network; HF_ENDPOINT"):
+        convert(monkeypatch, tmp_path / "out.jsonl", "hf://h4/pairs")
 
 
 READ_FROM_MODELSCOPE = """
 import json
 from pathlib import Path
-from buddygpt.data.text.sources import find_source_files
+from buddygpt.data.text.hubs import find_source_files
 from buddygpt.cli.errors import UserError
 def find(path):
     try:
         return [Path(file).read_text() for file in find_source_files(path)]
     except UserError as error:
         return str(error)
-paths = ["tea/green/*.jsonl", "tea/green/cups", "tea/green/**/d.csv", "tea/green/*.parquet", "tea/black", "tea"]
+paths = ["tea/green/*.jsonl", "tea/green/cups", "tea/green/**/d.csv", "tea/green/data/train", "tea/green/*.parquet"]
+paths += ["tea/black", "tea"]
 print(json.dumps([find(f"ms://{path}") for path in paths]))
 """
 
 
 @pytest.mark.slow
 def test_modelscope_fetches_the_files_that_are_meant_and_no_others(tmp_path):
-    for name in ("a.jsonl", "cups/b.jsonl", "cups/blue/c.csv", "pots/old/d.csv", "pots/e.jsonl"):
+    for name in (
+        "a.jsonl",
+        "cups/b.jsonl",
+        "cups/blue/c.csv",
+        "pots/old/d.csv",
+        "data/train-0-of-1.jsonl",
+        "pots/e.jsonl",
+    ):
         path = tmp_path / "tea" / "green" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     with serving(ModelScope, tmp_path) as address:
         found = answer(READ_FROM_MODELSCOPE, MODELSCOPE_ENDPOINT=address, MODELSCOPE_CACHE=str(tmp_path / "cache"))
     assert found[:3] == [["a.jsonl"], ["cups/b.jsonl", "cups/blue/c.csv"], ["pots/old/d.csv"]]
-    assert sorted(ModelScope.fetched) == sorted(sum(found[:3], []))
-    assert found[3] == "no file matches `ms://tea/green/*.parquet`"
-    assert found[4].startswith("ms://tea/black: cannot be read: ") and "\n" not in found[4]
-    assert found[5] == "ms://tea: write ms://OWNER/NAME, or ms://OWNER/NAME/GLOB"
+    assert found[3] == ["data/train-0-of-1.jsonl"]
+    assert sorted(ModelScope.fetched) == sorted(sum(found[:4], []))
+    assert found[4] == "no file matches `ms://tea/green/*.parquet`"
+    assert found[5].startswith("ms://tea/black: cannot be read: there is no such data set on ModelScope; if it is")
+    assert found[6] == "ms://tea: write ms://OWNER/NAME, or ms://OWNER/NAME/GLOB"

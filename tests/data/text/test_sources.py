@@ -288,7 +288,7 @@ def test_entries_become_sources(tmp_path, monkeypatch):
         ),
         (3, "`3` is neither a path nor a mapping"),
         ("nowhere/*.jsonl", "no file matches `nowhere/"),
-        ("nobody/no-set", "no file matches `nobody/no-set`; a data set of the Hub is `hf://datasets/nobody/no-set`"),
+        ("nobody/no-set", "no file matches `nobody/no-set`; of the Hub, it is `hf://nobody/no-set`"),
         ({"path": " "}, "path is ` `; use a path"),
         ("", "path is ``; use a path"),
         ("*", r"entry 1: notes.rst: unknown type; use one of .jsonl, .*, or these as .gz or .zst"),
