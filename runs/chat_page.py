@@ -123,16 +123,22 @@ def build_page(models: list[Model], client: OpenAI) -> gr.Blocks:
             [box, *conversations, *chatbots],
             show_progress="hidden",
         )
-        again = retry.click(remove_answers, conversations, [*conversations, *chatbots], show_progress="hidden")
         answering = []
         for model, conversation, chatbot, note in zip(models, conversations, chatbots, notes, strict=True):
-            for event in (asked, again):
-                answer = make_answer(model, client)
-                outputs = [conversation, chatbot, note]
-                answering.append(event.then(answer, [conversation, *settings], outputs, show_progress="hidden"))
-            chatbot.clear(list, None, conversation)
+            inputs, outputs = [conversation, *settings], [conversation, chatbot, note]
+            first, again = make_answer(model, client), make_answer(model, client, again=True)
+            answering.append(asked.then(first, inputs, outputs, show_progress="hidden"))
+            answering.append(retry.click(again, inputs, outputs, show_progress="hidden"))
+        for chatbot, conversation in zip(chatbots, conversations, strict=True):
+            chatbot.clear(list, None, conversation, cancels=answering)
         stop.click(None, cancels=answering)
-        clear.click(lambda: [[]] * (2 * len(models)) + [""] * len(models), None, [*conversations, *chatbots, *notes])
+        # An answer that is under way would bring its conversation back, so it is stopped too.
+        clear.click(
+            lambda: [[]] * (2 * len(models)) + [""] * len(models),
+            None,
+            [*conversations, *chatbots, *notes],
+            cancels=[asked, *answering],
+        )
     return page
 
 
@@ -159,19 +165,12 @@ def ask(question: str, *conversations: list[Message]) -> list[Any]:
     return ["", *conversations, *map(display, conversations)]
 
 
-def remove_answers(*conversations: list[Message]) -> list[Any]:
-    """Remove the last answer of every conversation, so that its question is asked again."""
-    kept = []
-    for conversation in conversations:
-        is_answered = conversation and conversation[-1]["role"] == "assistant"
-        kept.append(conversation[:-1] if is_answered else conversation)
-    return [*kept, *map(display, kept)]
-
-
-def make_answer(model: Model, client: OpenAI) -> Any:
-    """Return the function that streams a model's answer into its conversation."""
+def make_answer(model: Model, client: OpenAI, again: bool = False) -> Any:
+    """Return the function that streams a model's answer into its conversation; `again` replaces the last answer."""
 
     def answer(browser: gr.Request, conversation: list[Message], *settings: Any) -> Iterator[tuple]:
+        if again and conversation and conversation[-1]["role"] == "assistant":
+            conversation = conversation[:-1]
         if not conversation or conversation[-1]["role"] != "user":
             return
         text = TEXTS["zh" if browser.headers.get("accept-language", "").startswith("zh") else "en"]

@@ -95,7 +95,9 @@ def test_a_question_typed_in_the_browser_is_answered_by_both_models(page, locale
         playwright.expect(tab.get_by_text("桃花", exact=True).first).to_be_hidden()  # folded
         tab.get_by_role("button", name=retry).click()
         playwright.expect(answers).to_have_count(2)
-        tab.get_by_role("button", name=clear).click()
+        tab.get_by_role("button", name=retry).click()
+        tab.get_by_role("button", name=clear).click()  # while both answer
+        tab.wait_for_timeout(3000)
         playwright.expect(answers).to_have_count(0)
         browser.close()
     assert [url for url in foreign if not url.startswith(("data:", "blob:"))] == []
