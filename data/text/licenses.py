@@ -8,7 +8,7 @@ from typing import Any
 from buddygpt.data.shards.format import MANIFEST
 from buddygpt.data.text.sources import COLUMNS, load_readers
 
-HUB_PATH = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
+HUB_PATH = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 
 def describe_data(shards: Path) -> list[dict[str, Any]]:

@@ -194,6 +194,13 @@ def wanjuan(row: dict[str, Any]) -> Text:
     return paragraphs(*parts), {}
 
 
+def dialogue(row: dict[str, Any]) -> Text:
+    """All turns of a dialogue: {role, content}, {from, value}, or {human, assistant} for two turns."""
+    turns = row.get("messages") or row.get("conversations") or row["conversation"]
+    keys = ("content", "value", "human", "assistant")
+    return paragraphs(*(turn[key] for turn in turns for key in keys if turn.get(key))), {}
+
+
 def starcoderdata(row: dict[str, Any]) -> Text:
     """The code, without the line of special tokens (`<reponame>...`) that some files begin with."""
     header = STARCODER_HEADER.match(row["content"])
@@ -205,5 +212,5 @@ def starcoderdata(row: dict[str, Any]) -> Text:
 
 
 ROW_FUNCTIONS: dict[str, Callable[[dict[str, Any]], Text]] = {
-    function.__name__: function for function in (baidubaike, baike_qa, zhihu_kol, wanjuan, starcoderdata)
+    function.__name__: function for function in (baidubaike, baike_qa, zhihu_kol, wanjuan, dialogue, starcoderdata)
 }

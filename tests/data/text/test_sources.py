@@ -138,6 +138,27 @@ EXAM = {"id": "1", "q_main": "一加一等于几？", "option_a": "一", "option
         ("belle", "json", {"instruction": "译", "input": "cat", "output": "猫"}, "译\n\ncat\n\n猫", {}),
         ("belle", "jsonl", {"instruction": "译", "input": "", "output": "猫"}, "译\n\n猫", {}),
         ("minimind", "jsonl", {"text": "小"}, "小", {}),
+        ("ultra-fineweb-l3", "parquet", {"content": "改写"}, "改写", {}),
+        ("fineweb-edu-chinese-v2-1", "parquet", {"text": "教", "score": 4.5}, "教", {"score": 4.5}),
+        ("fineweb-edu-chinese-v2-2", "parquet", {"text": "教", "score": "4.5"}, "教", {"score": 4.5}),
+        ("cci4-m2", "parquet", {"text": "网"}, "网", {}),
+        ("firefly-train", "jsonl", {"kind": "NLI", "input": "问", "target": "答"}, "问\n\n答", {}),
+        (
+            "belle-dialogues",
+            "json",
+            {"id": "1", "conversations": [{"from": "human", "value": "问"}, {"from": "assistant", "value": "答"}]},
+            "问\n\n答",
+            {},
+        ),
+        (
+            "moss-003",
+            "jsonl",
+            {"conversation_id": 1, "category": "c", "conversation": [{"human": "问", "assistant": "答"}] * 2},
+            "问\n\n答\n\n问\n\n答",
+            {},
+        ),
+        ("smoltalk-chinese", "parquet", {"conversations": [{"role": "user", "content": "问"}]}, "问", {}),
+        ("ultradata-sft", "jsonl", {"uid": "1", "messages": [{"role": "user", "content": "问"}]}, "问", {}),
     ],
 )
 def test_a_row_of_every_set_becomes_its_text(reader, suffix, row, text, metadata, tmp_path):
