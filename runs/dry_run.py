@@ -1,6 +1,6 @@
 """Check every stage of a recipe folder before anything long starts; run and write nothing.
 
-    python runs/dry_run.py recipes/minimind-3-64m    # the same as: bash runs/recipe.sh recipes/minimind-3-64m --dry_run
+    python runs/dry_run.py FOLDER    # the same as: bash runs/recipe.sh FOLDER --dry_run
 
 For each stage: its own script parses its YAML, its files exist or an earlier stage makes them, the model's shape is
 possible and its rows are not longer than its positions. recipes/README.md describes the folder.
@@ -131,7 +131,8 @@ def check_names(folder: Path) -> None:
         if path.name not in known:
             match = did_you_mean(path.name, known)
             raise UserError(
-                f"{path} is the config of no stage" + (f"; did you mean {match}?" if match else f": {', '.join(known)}")
+                f"{path} is the config of no stage"
+                + (f"; did you mean {match}?" if match else f": {', '.join(known)}")
             )
 
 
@@ -239,7 +240,9 @@ def check_shape(name: str, options: dict[str, Any], check: Check) -> str:
     changes = options.get("model_init_kwargs")
     positions = getattr(config, "max_position_embeddings", None)
     if length and positions and length > positions and not changes:
-        check.problems.append(f"{name}.yaml: rows of {length} tokens are longer than the model's {positions} positions")
+        check.problems.append(
+            f"{name}.yaml: rows of {length} tokens are longer than the model's {positions} positions"
+        )
     return f"{count_parameters(config).total / 1e6:,.1f}M parameters, rows of {length}"
 
 
@@ -277,7 +280,9 @@ def check_recipe(folder: Path) -> Check:
         raise UserError(f"{folder}/recipe.yaml: accelerate_config {accelerate} is not a file")
     configs = {name: folder / f"{name}.yaml" for name in STAGES if (folder / f"{name}.yaml").is_file()}
     if not configs:
-        raise UserError(f"{folder} has no stage: it needs at least one of {', '.join(f'{name}.yaml' for name in STAGES)}")
+        raise UserError(
+            f"{folder} has no stage: it needs at least one of {', '.join(f'{name}.yaml' for name in STAGES)}"
+        )
     for name, config in configs.items():
         try:
             check_stage(name, config, check)

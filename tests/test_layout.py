@@ -17,11 +17,12 @@ ALLOWED = {
     "check": {"cli", "model"},
     "export": {"cli", "model", "training"},
     "eval": {"cli", "data", "model", "training"},
+    "planning": {"cli", "model", "training"},
     "pretrain": {"cli", "data", "model", "training"},
     "sft": {"cli", "data", "model", "training"},
     "rlhf": {"cli", "data", "model", "training"},
-    "runs": {"cli", "data", "export", "model", "training"},
-    "tools": {"check", "cli", "data", "export", "model", "pretrain", "tokenizer", "training"},
+    "runs": {"cli", "data", "export", "model", "planning", "training"},
+    "tools": {"check", "cli", "data", "export", "model", "planning", "pretrain", "tokenizer", "training"},
 }
 STEPS = "buddygpt.data.text.steps"
 

@@ -1,77 +1,84 @@
-"""Plan a pretraining run: does it fit on a GPU, how many tokens does it read in the given time, and what does it cost?
+"""Plan a run: does it fit, does it finish in time, what does it cost, and how good does the model become?
 
     python tools/plan.py --config pretrain/configs/buddygpt-0.1b.yaml --gpu 3090 --gpus 1 --hours 24
     python tools/plan.py --model_config mini-qwen-1b --memory 12GB --block_size 1024 --per_device_train_batch_size 1
+    python tools/plan.py --stage sft --config sft/configs/buddygpt-0.1b.yaml --model_config buddygpt-0.1b --gpu 3090
+    python tools/plan.py --gpu cpu --cores 2 --hours 1    # no model: which size suits this budget?
 
 Reads the keys of the recipe, allocates no tensors and needs no GPU. Exit status 1 means that the run does not fit.
-Memory is measured on fake tensors (tools/step_memory.py). Speed comes from measurements on such a GPU
+Memory is measured on fake tensors (buddygpt.planning.step_memory). Speed comes from measurements on such a machine
 (tools/benchmarks/results) if there are any, otherwise from an assumption that the output names.
 """
 
-import json
-import re
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
 import yaml
-from step_memory import FakeModel, Setup, StepMemory, total_bytes
 from transformers import PreTrainedConfig, TrainingArguments
+from trl import DPOConfig, ModelConfig, SFTConfig
 
-from buddygpt.cli.arguments import parse_arguments
+from buddygpt.cli.arguments import parse_arguments, read_option
 from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.cli.errors import UserError, library_errors, reading, run_script
 from buddygpt.cli.tables import markdown_table
 from buddygpt.model.parameters import count_parameters
 from buddygpt.model.presets import load_config
+from buddygpt.planning.hardware import GPUS, Machine, Speed, expected_speed, find_machine
+from buddygpt.planning.memory import Fit, MemoryPlan, describe_memory, gib
+from buddygpt.planning.rules import describe_expectation, expected_bits_per_byte, plan_budget
+from buddygpt.planning.setups import read_setup, tuned_rows
 from buddygpt.pretrain.pretrain import PretrainArguments
-from buddygpt.training.flops import GpuSpec, flops_per_token, load_gpus, peak_flops
+from buddygpt.training.flops import flops_per_token
+from buddygpt.training.tuning import TuningArguments
 
-RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
-GIB = 2**30
-
-# Assumed to be unavailable: the CUDA context, and the share that the allocator loses to fragmentation.
-CONTEXT_BYTES = GIB // 2
-FRAGMENTATION = 0.05
-SMALL_VOCABULARY = 16_384
-ASSUMED_MFU = 0.3
-
-
-def list_gpus() -> dict[str, tuple[GpuSpec, float]]:
-    """Return each version of each GPU: label -> its specification and its memory in GiB."""
-    versions = {}
-    for gpu in load_gpus().values():
-        for memory in gpu.memory_gib:
-            label = gpu.name if len(gpu.memory_gib) == 1 else f"{gpu.name} {memory:g}GB"
-            versions[label] = (gpu, memory)
-    return versions
-
-
-GPUS = list_gpus()
+STAGES = ("pretrain", "sft", "dpo")
+BIG_TEXT = 1e12  # bytes: a budget is planned as if there were enough text
 
 
 @dataclass
-class PlanArguments(PretrainArguments):
-    train_data: str | None = field(default=None, metadata={"help": "Not read by the planner."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer; a folder sets the vocabulary size."})
-    gpu: str | None = field(default=None, metadata={"help": f"One of {', '.join(GPUS)}."})
-    memory: str | None = field(default=None, metadata={"help": "Memory of a GPU: 12GB (10^9 bytes) or 12GiB (2^30)."})
+class MachineArguments:
+    """What a run is planned for."""
+
+    gpu: str | None = field(
+        default=None, metadata={"help": f"cpu, laptop, an Apple chip such as M2, or one of {', '.join(GPUS)}."}
+    )
+    memory: str | None = field(default=None, metadata={"help": "Memory of it: 12GB (10^9 bytes) or 12GiB (2^30)."})
     gpus: int = field(default=1, metadata={"help": "Number of GPUs (data parallel)."})
+    cores: int | None = field(default=None, metadata={"help": "Cores of a CPU. Default: all of this machine."})
     hours: float = field(default=24.0, metadata={"help": "Hours of training."})
     price_per_hour: float | None = field(default=None, metadata={"help": "Price of one GPU per hour."})
     mfu: float | None = field(
         default=None,
         metadata={"help": "Share of the GPU's peak that training reaches. Default: measured if possible, else 0.3."},
     )
-    optimizer: str | None = field(
-        default=None,
-        metadata={"help": "Default: from the recipe's `optim`.", "choices": ["adamw", "adamw_8bit", "muon"]},
-    )
     accelerate_config: str | None = field(default=None, metadata={"help": "File that sets the ZeRO stage or FSDP."})
     zero_stage: int = field(
         default=0, metadata={"help": "ZeRO stage, if accelerate_config is not given.", "choices": [0, 1, 2, 3]}
     )
+    stage: Literal["pretrain", "sft", "dpo"] = field(default="pretrain", metadata={"help": "What the recipe is for."})
+
+
+@dataclass
+class PlanArguments(MachineArguments, PretrainArguments):
+    train_data: str | None = field(default=None, metadata={"help": "Not read by the planner."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer; a folder sets the vocabulary size."})
+    optimizer: str | None = field(
+        default=None,
+        metadata={"help": "Default: from the recipe's `optim`.", "choices": ["adamw", "adamw_8bit", "muon"]},
+    )
+
+
+@dataclass
+class PlanTuningArguments(MachineArguments, TuningArguments):
+    train_files: list[str] = field(default_factory=list, metadata={"help": "Not read by the planner."})
+    loss_on: list[str] = field(default_factory=list, metadata={"help": "Not read by the planner."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer; a folder sets the vocabulary size."})
+    model_config: str | None = field(
+        default=None, metadata={"help": "Preset or config JSON of the model, if its checkpoint does not exist yet."}
+    )
+    vocab_size: int | None = field(default=None, metadata={"help": "Entries of the vocabulary."})
 
 
 class PlannedTraining(TrainingArguments):
@@ -81,44 +88,30 @@ class PlannedTraining(TrainingArguments):
         pass
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU: its name (None if only its memory is known), its memory in bytes, whether it multiplies bfloat16."""
-
-    name: str | None
-    memory: float
-    has_bf16: bool = True
+class PlannedSFT(SFTConfig):
+    def __post_init__(self):
+        pass
 
 
-def find_gpu(args: PlanArguments) -> Gpu:
-    """Return the GPU that `gpu` and `memory` describe; `memory` overrides the memory of a known GPU."""
-    if args.gpu is None and args.memory is None:
-        raise UserError("give --gpu (such as 3090) or --memory (such as 12GB)")
-    memory = None if args.memory is None else _parse_memory(args.memory)
-    if args.gpu is None:
-        return Gpu(None, memory)
-    found = [label for label, (gpu, _) in GPUS.items() if _plain(args.gpu) in (_plain(label), _plain(gpu.name))]
-    if len(found) != 1:
-        names = ", ".join(found or GPUS)
-        raise UserError(f"--gpu {args.gpu}: {'which of' if found else 'not known; give one of'} {names}, or --memory")
-    gpu, size = GPUS[found[0]]
-    return Gpu(found[0], memory or size * GIB, gpu.bf16)
+class PlannedDPO(DPOConfig):
+    def __post_init__(self):
+        pass
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"nvidia|geforce|rtx|[\s_-]", "", name.lower())
+def read_arguments() -> tuple[Any, TrainingArguments, ModelConfig | None]:
+    """Return the options, those of the trainer, and those of the model for SFT and DPO."""
+    stage = read_option("stage") or "pretrain"
+    if stage not in STAGES:
+        raise UserError(f"--stage {stage}: use one of {', '.join(STAGES)}")
+    if stage == "pretrain":
+        return (*parse_arguments(PlanArguments, PlannedTraining, description=__doc__), None)
+    trainer = PlannedSFT if stage == "sft" else PlannedDPO
+    return parse_arguments(PlanTuningArguments, trainer, ModelConfig, description=__doc__)
 
 
-def _parse_memory(text: str) -> float:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(gb|gib)", text.strip().lower())
-    if not match or float(match[1]) == 0:
-        raise UserError(f"--memory {text}: give a size such as 12GB or 12GiB")
-    return float(match[1]) * (GIB if match[2] == "gib" else 10**9)
-
-
-def read_model(args: PlanArguments) -> PreTrainedConfig:
+def read_model(args: Any, model_args: ModelConfig | None) -> PreTrainedConfig:
     """Return the config of the model, with the vocabulary size that the recipe would set."""
-    name = args.model_config or args.model_name_or_path
+    name = args.model_config or (model_args or args).model_name_or_path
     if name is None:
         raise UserError("give model_config: a preset's name or a config JSON")
     vocab_size = args.vocab_size
@@ -130,30 +123,21 @@ def read_model(args: PlanArguments) -> PreTrainedConfig:
         raise UserError(f"cannot read the model config {name}: {error}") from error
 
 
-def read_setup(args: PlanArguments, training: TrainingArguments) -> Setup:
-    """Return the choices of the recipe that change its memory."""
-    positive = {name: getattr(args, name) for name in ("gpus", "hours", "block_size", "price_per_hour", "mfu")}
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        positive[name] = getattr(training, name)
+def require_positive(args: Any, training: TrainingArguments) -> None:
+    """Raise UserError for a number that must be positive and is not."""
+    positive = {name: getattr(args, name) for name in ("gpus", "hours", "price_per_hour", "mfu", "cores")}
+    positive["block_size"] = getattr(args, "block_size", None)
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length"):
+        positive[name] = getattr(training, name, None)
     for name, value in positive.items():
         if value is not None and value <= 0:
             raise UserError(f"--{name} ({value}) must be more than 0")
     if args.mfu is not None and args.mfu > 1:
         raise UserError(f"--mfu {args.mfu}: must be a share of the peak, such as 0.4")
-    optimizer = args.optimizer or ("adamw_8bit" if "8bit" in str(training.optim) else "adamw")
-    mixed = training.bf16 or training.fp16
-    return Setup(
-        precision="bf16_params" if args.dtype == "bfloat16" else "fp32_master" if mixed else "fp32",
-        optimizer=optimizer,
-        block_size=args.block_size,
-        checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),
-        accumulation=int(training.gradient_accumulation_steps),
-        gpus=args.gpus,
-        zero_stage=_zero_stage(args),
-    )
 
 
-def _zero_stage(args: PlanArguments) -> int:
+def zero_stage(args: MachineArguments) -> int:
+    """Return the ZeRO stage of the options or of the accelerate config; FSDP counts as 2 or 3."""
     if args.accelerate_config is None:
         return args.zero_stage
     path = Path(args.accelerate_config)
@@ -174,165 +158,45 @@ def _zero_stage(args: PlanArguments) -> int:
         return stage
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Memory of a way of training.
-
-    Attributes:
-        name: What differs from the recipe.
-        peak: Bytes with the requested rows.
-        largest: Largest micro-batch that fits, in rows; None if it was not looked for.
-    """
-
-    name: str
-    peak: int
-    largest: int | None
-
-
-class Plan:
-    """A recipe on a GPU.
-
-    Args:
-        config: Config of the model.
-        setup: How it is trained.
-        gpu: GPU it is trained on.
-        rows: Rows in a micro-batch.
-    """
-
-    def __init__(self, config: PreTrainedConfig, setup: Setup, gpu: Gpu, rows: int) -> None:
-        self.config, self.setup, self.gpu, self.rows = config, setup, gpu, rows
-        self.usable = (gpu.memory - CONTEXT_BYTES) / (1 + FRAGMENTATION)
-        self._fake_models: dict[tuple, FakeModel] = {}
-        self.step = self.measure(setup)
-        largest = self.step.largest_micro_batch(self.usable, rows)
-        self.as_requested = Fit("as requested", self.step.peak(rows), largest)
-        self.fits = self.as_requested.peak <= self.usable
-
-    def measure(self, setup: Setup, vocab_size: int | None = None) -> StepMemory:
-        """Return the memory of a step. Setups with the same forward and backward passes share one measured model."""
-        key = (setup.computes_in, setup.checkpointing, setup.accumulation > 1, vocab_size)
-        if key not in self._fake_models:
-            config = self.config
-            if vocab_size is not None:
-                config = type(config).from_dict(config.to_dict() | {"vocab_size": vocab_size})
-            self._fake_models[key] = FakeModel(config, setup)
-        return StepMemory(self._fake_models[key], setup)
-
-    def fit(self, name: str, setup: Setup, vocab_size: int | None = None) -> Fit:
-        """Return the memory of an alternative, with the largest micro-batch if it fits."""
-        step = self.measure(setup, vocab_size)
-        peak, largest = step.peak(self.rows), None
-        if peak <= self.usable:
-            largest = step.largest_micro_batch(self.usable, self.rows, measurements=1)
-        return Fit(name, peak, largest)
-
-    def alternatives(self) -> list[Fit]:
-        """Return the fit of the recipe with one choice changed at a time, and with the least memory of all."""
-        setup = self.setup
-        changes: list[tuple[str, Setup]] = []
-        toggled = "without" if setup.checkpointing else "with"
-        changes.append((f"{toggled} activation checkpointing", replace(setup, checkpointing=not setup.checkpointing)))
-        if setup.optimizer == "adamw" and not setup.zero_stage:
-            changes.append(("8-bit AdamW", replace(setup, optimizer="adamw_8bit")))
-            changes.append(("Muon", replace(setup, optimizer="muon")))
-        if setup.computes_in != "bf16_params" and self.gpu.has_bf16:
-            changes.append(("bf16 weights without fp32 copies", replace(setup, precision="bf16_params")))
-        for stage in (2, 3):
-            if setup.gpus > 1 and setup.zero_stage < stage:
-                changes.append((f"ZeRO-{stage}", replace(setup, zero_stage=stage)))
-        if not setup.zero_stage:
-            least = replace(setup, checkpointing=True, accumulation=1, optimizer="muon")
-            name = "checkpointing, Muon"
-            if self.gpu.has_bf16:
-                least = replace(least, precision="bf16_params")
-                name += ", bf16 weights"
-            changes.append((f"{name}, no accumulation", least))
-
-        fits = [self.fit(name, changed) for name, changed in changes]
-        if self.config.vocab_size > SMALL_VOCABULARY:
-            fits.append(self.fit(f"a vocabulary of {SMALL_VOCABULARY:,}", setup, SMALL_VOCABULARY))
-        return fits
-
-
-def refusals(training: TrainingArguments, plan: Plan, alternatives: list[Fit]) -> list[str]:
+def refusals(training: TrainingArguments, plan: MemoryPlan, alternatives: list[Fit]) -> list[str]:
     """Return the reasons why the run is not possible; empty if it is."""
     found = []
-    if not plan.gpu.has_bf16 and (training.bf16 or plan.setup.precision == "bf16_params"):
+    machine = plan.machine
+    wants_bf16 = training.bf16 or plan.setup.precision == "bf16_params"
+    if not machine.has_bf16 and machine.kind == "gpu" and wants_bf16:
         found.append(
-            f"a {plan.gpu.name} has no bfloat16: set `bf16: false` and `fp16: true` in the recipe, and "
+            f"a {machine.name} has no bfloat16: set `bf16: false` and `fp16: true` in the recipe, and "
             "mixed_precision: fp16 in the accelerate config (FlashAttention-2 does not run on it either)"
         )
+    elif machine.kind != "gpu" and (training.bf16 or training.fp16):
+        found.append(f"{machine.title} trains in float32: set `bf16: false` (on most CPUs, bf16 is many times slower)")
     if plan.setup.optimizer == "muon" and plan.setup.zero_stage:
         found.append("Muon needs whole matrices, which ZeRO splits: use DDP or AdamW")
     if not plan.fits:
-        remedies = [fit.name for fit in alternatives if fit.peak <= plan.usable]
-        if plan.as_requested.largest:
-            remedies.insert(0, f"a micro-batch of {plan.as_requested.largest} with more gradient accumulation")
-        what_would = "; or ".join(remedies) or "nothing here: use a smaller model, shorter rows or a larger GPU"
         found.append(
-            f"{_gib(plan.as_requested.peak)} GiB do not fit into {_gib(plan.usable)} GiB. What would: {what_would}"
+            f"{gib(plan.as_requested.peak)} GiB do not fit into {gib(plan.usable)} GiB. What would: "
+            f"{plan.remedies(alternatives)}"
         )
     return found
 
 
-def describe_memory(plan: Plan, alternatives: list[Fit]) -> str:
-    """Return two tables: the parts of the memory at the peak of each phase, and the largest micro-batches."""
-    phases = plan.step.phases(plan.rows)
-    names: dict[str, None] = {}
-    for parts in phases.values():
-        names |= dict.fromkeys(name for name, size in parts.items() if size >= GIB / 200)
-    rows = [[name, *(_gib(parts.get(name, 0)) for parts in phases.values())] for name in names]
-    totals = [_gib(total_bytes(parts)) for parts in phases.values()]
-    peak = _gib(plan.as_requested.peak)
-    rows.append(["**total**", *(f"**{total}**" if total == peak else total for total in totals)])
-
-    variants = []
-    for fit in [plan.as_requested, *alternatives]:
-        largest = f"below {plan.rows}" if fit.largest is None else f"{fit.largest:,}"
-        variants.append([fit.name, _gib(fit.peak), "none fits" if largest in ("0", "below 1") else largest])
-    return "\n\n".join(
-        [
-            f"## Peak memory of one GPU in GiB, {plan.rows} x {plan.setup.block_size:,} tokens per micro-batch",
-            markdown_table(["", *phases], rows),
-            f"{_gib(plan.usable)} of {_gib(plan.gpu.memory)} GiB are available: {_gib(CONTEXT_BYTES)} are reserved "
-            f"for CUDA and {FRAGMENTATION:.0%} for fragmentation (assumed). torch.compile and fused kernels use less.",
-            markdown_table(["", "peak", "largest micro-batch"], variants),
-        ]
-    )
+def recipe_hours(training: TrainingArguments, plan: MemoryPlan, speed: Speed, work: float) -> float | None:
+    """Return the hours of the recipe's steps; None if it is measured in epochs."""
+    if training.max_steps <= 0:
+        return None
+    return training.max_steps * step_tokens(training, plan) * work / speed.flops / 3600
 
 
-def chinchilla_loss(parameters: float, tokens: float) -> float:
-    """Return the loss in nats per token: the law of Hoffmann et al. (arXiv:2203.15556), constants of Besiroglu et al.
-    (arXiv:2404.10102 table 1). They were fitted to English web text with a vocabulary of 32,000."""
-    return 1.8172 + 482.01 / parameters**0.3478 + 2085.43 / tokens**0.3658
+def step_tokens(training: TrainingArguments, plan: MemoryPlan) -> int:
+    return plan.rows * plan.setup.block_size * plan.setup.accumulation * plan.setup.gpus
 
 
-def measured_mfu(gpu: Gpu, model: str, compiled: bool = False) -> tuple[float, str] | None:
-    """Return the measured MFU of the model on such a GPU and its source; of an unknown model, the lowest of any."""
-    if compiled:
-        model += ", compiled"
-    for path in sorted(RESULTS.glob("gpu*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        device = result["machine"]["device"]
-        rows = {row["name"]: row["mfu"] for row in result["rows"] if row.get("mfu") and row.get("goal")}
-        if not rows or gpu.name is None:
-            continue
-        words = gpu.name.split(" ")
-        model_number = words[-1] if "RTX" in gpu.name else words[0]
-        if _plain(model_number) in _plain(device):
-            name = model if model in rows else min(rows, key=rows.get)
-            return rows[name], f"measured on {device} for {name} ({path.name})"
-    return None
-
-
-def describe_time(args: PlanArguments, training: TrainingArguments, plan: Plan) -> str:
-    """Return a table of speed, tokens, loss and cost in the given time."""
-    work = flops_per_token(plan.config, args.block_size)
+def describe_time(args: Any, training: TrainingArguments, plan: MemoryPlan, speed: Speed | None) -> str:
+    """Return a table of speed, tokens, bits per byte and cost in the given time."""
+    work = flops_per_token(plan.config, plan.setup.block_size)
     rows = [["work", f"{work / 1e9:.2f} GFLOP per token"]]
-    dtype = torch.bfloat16 if plan.gpu.has_bf16 else torch.float16
-    peak = plan.gpu.name and peak_flops(plan.gpu.name, dtype)
-    if peak and plan.setup.precision != "fp32":
-        rows += _describe_speed(args, training, plan, work, peak)
+    if speed:
+        rows += _describe_speed(args, training, plan, speed, work)
     else:
         rows.append(["tokens/s", "unknown: give a --gpu whose peak is known, and a recipe in bf16 or fp16"])
     if args.price_per_hour is not None:
@@ -341,39 +205,36 @@ def describe_time(args: PlanArguments, training: TrainingArguments, plan: Plan) 
     return "## Time\n\n" + markdown_table(["", ""], rows, ["---", "---"])
 
 
-def _describe_speed(args: PlanArguments, training: TrainingArguments, plan: Plan, work: float, peak: float) -> list:
-    """Return the rows that follow from the GPU's peak FLOP/s and the FLOPs of a token."""
-    name = Path(args.model_config or args.model_name_or_path).stem
-    mfu, source = _expected_mfu(args.mfu, measured_mfu(plan.gpu, name, training.torch_compile))
-    speed = mfu * peak * args.gpus / work
-    tokens = speed * args.hours * 3600
-
+def _describe_speed(
+    args: Any, training: TrainingArguments, plan: MemoryPlan, speed: Speed, work: float
+) -> list[list[str]]:
+    """Return the rows that follow from the speed of the machine and the FLOPs of a token."""
+    rate = speed.flops / work
+    tokens = rate * args.hours * 3600
     count = count_parameters(plan.config)
     active = count.active - (count.total - count.non_embedding)
-    low, high = chinchilla_loss(count.active, tokens), chinchilla_loss(active, tokens)
     scaling = " (all GPUs, assuming no loss to communication)" if args.gpus > 1 else ""
-    rows = [
-        ["peak", f"{peak / 1e12:,.1f} TFLOP/s (datasheet, dense {'bf16' if plan.gpu.has_bf16 else 'fp16'})"],
-        ["MFU", f"{mfu:.0%}, {source}"],
-        ["tokens/s", f"{speed:,.0f}{scaling}"],
-        [f"in {args.hours:g} h", f"{tokens / 1e9:.2f}B tokens, {tokens / active:,.0f} per active parameter"],
-        ["loss", f"roughly {low:.2f} to {high:.2f} nats per token: the law of arXiv:2404.10102 with and without the "
-                 "embedding, fitted to English text with 32,000 vocabulary entries, so only a hint for your data"],
-    ]  # fmt: skip
-    if training.max_steps > 0:
-        step = plan.rows * args.block_size * plan.setup.accumulation * args.gpus
-        hours = training.max_steps * step / speed / 3600
+    machine, rows = plan.machine, []
+    if speed.peak:
+        kind = "float32" if machine.kind == "apple" else "dense bf16" if machine.has_bf16 else "dense fp16"
+        rows.append(["peak", f"{speed.peak / 1e12:,.1f} TFLOP/s (datasheet, {kind})"])
+        rows.append(["MFU", f"{speed.flops / speed.peak / machine.count:.0%}, {speed.source}"])
+    else:
+        rows.append(["speed", f"{speed.source}"])
+    rows.append(["tokens/s", f"{rate:,.0f}{scaling}"])
+    rows.append([f"in {args.hours:g} h", f"{tokens / 1e9:.4g}B tokens, {tokens / active:,.0f} per active parameter"])
+    if args.stage == "pretrain":
+        optimizer = "muon" if plan.setup.optimizer == "muon" else "adamw"
+        bits = expected_bits_per_byte(count.active, tokens, optimizer)
+        rows.append(["bits per byte", f"about {bits:.2f} on held-out text: {describe_expectation(active, tokens)}"])
+    hours = recipe_hours(training, plan, speed, work)
+    if hours is not None:
+        step = step_tokens(training, plan)
         rows.append(["the recipe", f"{training.max_steps:,} steps of {step:,} tokens: {hours:,.1f} h"])
     return rows
 
 
-def _expected_mfu(given: float | None, measured: tuple[float, str] | None) -> tuple[float, str]:
-    if given is not None:
-        return given, "as given (--mfu)"
-    return measured or (ASSUMED_MFU, "assumed: there is no measurement on this GPU (set --mfu)")
-
-
-def describe_model(args: PlanArguments, plan: Plan) -> str:
+def describe_model(args: Any, name: str, plan: MemoryPlan) -> str:
     """Return a table of the model's size and of how it is trained."""
     count, setup = count_parameters(plan.config), plan.setup
     precision = {
@@ -391,32 +252,74 @@ def describe_model(args: PlanArguments, plan: Plan) -> str:
         ["vocabulary", f"{plan.config.vocab_size:,}"],
         ["training", ", ".join(training)],
     ]  # fmt: skip
-    title = f"# {args.model_config or args.model_name_or_path} on {setup.gpus} x {plan.gpu.name or args.memory}"
-    return f"{title}\n\n" + markdown_table(["", ""], rows, ["---", "---"])
+    stage = "" if args.stage == "pretrain" else f", {args.stage.upper()}"
+    return f"# {name}{stage} on {plan.machine.title}\n\n" + markdown_table(["", ""], rows, ["---", "---"])
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+def verdict(reasons: list[str], args: Any, training: TrainingArguments, plan: MemoryPlan, speed: Speed | None) -> str:
+    """Return whether the run fits and whether it finishes in time, a line each."""
+    if reasons:
+        lines = [f"Fits: **No**: {reason}." for reason in reasons]
+    else:
+        lines = [f"Fits: **Yes**: {gib(plan.as_requested.peak)} GiB at the peak, {gib(plan.usable)} are available."]
+    hours = speed and recipe_hours(training, plan, speed, flops_per_token(plan.config, plan.setup.block_size))
+    if hours is None:
+        reason = "its speed is unknown" if speed is None else "the recipe sets no max_steps"
+        lines.append(f"Finishes in time: **unknown**: {reason}.")
+    else:
+        answer = "Yes" if hours <= args.hours else "No"
+        lines.append(f"Finishes in time: **{answer}**: about {hours:,.2g} of {args.hours:g} h.")
+    return "\n".join(lines)
+
+
+def suggest_size(args: MachineArguments, machine: Machine) -> str:
+    """Return the size of model that the rules choose for the hours on this machine."""
+    speed = expected_speed(machine, mfu=args.mfu)
+    if speed is None:
+        raise UserError("give model_config: a preset's name or a config JSON; or a --gpu whose peak is known")
+    run = plan_budget(speed.flops * args.hours * 3600, speed.flops, BIG_TEXT)
+    shape = run.shape
+    bits = expected_bits_per_byte(shape.parameters, run.tokens)
+    rows = [
+        ["parameters", f"{shape.parameters / 1e6:,.1f}M: {shape.num_hidden_layers} layers, width {shape.hidden_size}, "
+                       f"vocabulary {shape.vocab_size:,}"],
+        ["tokens", f"{run.tokens / 1e6:,.1f}M: {run.steps:,} steps of {run.batch:,}"],
+        ["bits per byte", f"about {bits:.2f}: {describe_expectation(shape.parameters, run.tokens)}"],
+        ["speed", speed.source],
+    ]  # fmt: skip
+    size = f"{shape.parameters / 1e6:,.0f}M"
+    title = f"A model of about **{size}** parameters suits {args.hours:g} h of pretraining on {machine.title}."
+    table = markdown_table(["", ""], rows, ["---", "---"])
+    return f"{title}\n\n{table}\n\nIts recipe: `python runs/new.py NAME --gpu {args.gpu} --hours {args.hours:g}`"
 
 
 def main() -> None:
-    args, training = parse_arguments(PlanArguments, PlannedTraining, description=__doc__)
-    gpu, config, setup = find_gpu(args), read_model(args), read_setup(args, training)
-    with library_errors(f"cannot build {args.model_config or args.model_name_or_path}", "Fix its config"):
-        plan = Plan(config, setup, gpu, training.per_device_train_batch_size)
+    args, training, model_args = read_arguments()
+    machine = find_machine(args.gpu, args.memory, args.gpus, args.cores)
+    require_positive(args, training)
+    name = args.model_config or (model_args or args).model_name_or_path
+    if name is None and args.gpu and args.stage == "pretrain":
+        print(suggest_size(args, machine))
+        return
+    config = read_model(args, model_args)
+    setup = read_setup(args.stage, machine, args, training, model_args, zero_stage(args))
+    with library_errors(f"cannot build {name}", "Fix its config"):
+        plan = MemoryPlan(config, setup, machine, tuned_rows(args.stage, training))
     alternatives = [] if plan.fits else plan.alternatives()
-    sections = [
-        describe_model(args, plan),
-        describe_memory(plan, alternatives),
-        describe_time(args, training, plan),
-    ]
-    print("\n\n".join(sections), end="\n\n")
+    trains_in_16_bit = setup.precision != "fp32"
+    speed = None
+    if trains_in_16_bit or machine.kind != "gpu":
+        speed = expected_speed(machine, Path(name).stem, training.torch_compile, args.mfu)
     reasons = refusals(training, plan, alternatives)
-    for reason in reasons:
-        print(f"**No**: {reason}.")
+    sections = [
+        verdict(reasons, args, training, plan, speed),
+        describe_model(args, name, plan),
+        describe_memory(plan, alternatives),
+        describe_time(args, training, plan, speed),
+    ]
+    print("\n\n".join(sections))
     if reasons:
         sys.exit(1)
-    print(f"**Yes**: {_gib(plan.as_requested.peak)} GiB at the peak.")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from buddygpt.cli.errors import UserError
 from buddygpt.model import BuddyGPTConfig
+from buddygpt.planning import hardware
+from buddygpt.planning.hardware import Machine, expected_speed, measured_mfu
+from buddygpt.planning.step_memory import FakeModel, MemoryCounter, Setup, StepMemory
 from buddygpt.training.optimizers import muon_adamw
 
-ab, plan, step_memory = (importlib.import_module(name) for name in ("ab", "plan", "step_memory"))
-FakeModel, MemoryCounter, Setup, StepMemory = (
-    getattr(step_memory, name) for name in ("FakeModel", "MemoryCounter", "Setup", "StepMemory")
-)
+ab = importlib.import_module("ab")
 
 # 100 x 8 embedding; q and o 8 x 8, k and v 8 x 4; three 8 x 16 of SwiGLU; three norms of 8
 TINY = BuddyGPTConfig(
@@ -218,15 +218,27 @@ def test_a_recipe_that_fits(capsys):
     assert float(found.split("|")[2].split()[0].replace(",", "")) == pytest.approx(tokens_per_second, rel=0.01)
 
 
-def test_an_assumed_speed_is_called_so(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "RESULTS", tmp_path)
-    assert plan._expected_mfu(None, plan.measured_mfu(plan.Gpu("H200", 1.0), "debug"))[1].startswith("assumed")
+def test_an_assumed_speed_is_called_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware, "RESULTS", tmp_path)
+    h200, rtx = Machine("H200", "gpu", 1, 1.0), Machine("RTX 3090", "gpu", 1, 1.0)
+    assert expected_speed(h200, "debug").source.startswith("assumed")
     row = {"name": "debug", "mfu": 0.42, "goal": "40%"}
     result = {"machine": {"device": "NVIDIA H200"}, "rows": [row, {"name": "other", "mfu": 0.3, "goal": "40%"}]}
     (tmp_path / "gpu.json").write_text(json.dumps(result))
-    assert plan.measured_mfu(plan.Gpu("H200", 1.0), "debug") == (0.42, "measured on NVIDIA H200 for debug (gpu.json)")
-    assert plan.measured_mfu(plan.Gpu("H200", 1.0), "unknown")[0] == 0.3
-    assert plan.measured_mfu(plan.Gpu("RTX 3090", 1.0), "debug") is None
+    assert measured_mfu(h200, "debug") == (0.42, "measured on NVIDIA H200 for debug (gpu.json)")
+    assert measured_mfu(h200, "unknown")[0] == 0.3
+    assert measured_mfu(rtx, "debug") is None
+    assert expected_speed(h200, "debug").flops == pytest.approx(0.42 * 989e12)
+
+
+def test_cpus_and_apple_chips_are_machines():
+    cpu = hardware.find_machine("cpu", "8GB", 1, cores=3)
+    assert (cpu.kind, cpu.count, cpu.usable) == ("cpu", 3, 8e9 - 2 * 2**30)
+    assert expected_speed(cpu).flops == 3 * hardware.CORE_FLOPS and "measured" in expected_speed(cpu).source
+    known, unknown = (hardware.find_machine(name, None, 1) for name in ("M2 Pro", "m4-pro"))
+    assert known.kind == "apple" and not known.has_bf16
+    assert expected_speed(known).flops == expected_speed(unknown).flops == pytest.approx(0.3 * 6.8e12)
+    assert "that of the M2 Pro is assumed" in expected_speed(unknown).source
 
 
 @pytest.fixture(scope="module")
@@ -289,11 +301,15 @@ def test_muon_is_refused_under_zero(wide, capsys):
     ("arguments", "message"),
     [
         (["--model_config", "debug"], "give --gpu"),
-        (["--model_config", "debug", "--gpu", "voodoo"], "not known; give one of T4"),
+        (["--model_config", "debug", "--gpu", "voodoo"], "not known; give one of cpu"),
+        (["--model_config", "debug", "--gpu", "309"], "did you mean RTX 3090"),
         (["--model_config", "debug", "--gpu", "a100"], "which of A100 40GB, A100 80GB"),
         (["--model_config", "debug", "--memory", "12parsecs"], "give a size such as 12GB"),
         (["--model_config", "nothing", "--gpu", "3090"], "no preset or file nothing"),
-        (["--gpu", "3090"], "give model_config"),
+        (["--memory", "12GB"], "give model_config"),
+        (["--stage", "sft", "--gpu", "3090"], "give model_config"),
+        (["--stage", "kto"], "use one of pretrain, sft, dpo"),
+        (["--gpu", "cpu", "--cores", "0"], "must be more than 0"),
         (["--model_config", "debug", "--gpu", "3090", "--mfu", "40", "--bf16", "true"], "a share of the peak"),
         (["--model_config", "debug", "--gpu", "3090", "--hours", "0"], "must be more than 0"),
         (["--model_config", "debug", "--gpu", "3090", "--hours", "nan"], "`hours` is nan"),

@@ -115,6 +115,7 @@ class Setup:
         gpus: Data-parallel processes.
         zero_stage: What ZeRO divides among them: 1 optimizer states, 2 also gradients, 3 also weights.
         device: "cuda" or "cpu"; the chunks of logits are larger on CUDA.
+        reference: Bytes of each weight of a frozen copy, the reference model of DPO; 0: there is none.
     """
 
     precision: Precision = "fp32_master"
@@ -125,6 +126,7 @@ class Setup:
     gpus: int = 1
     zero_stage: int = 0
     device: str = "cuda"
+    reference: int = 0
 
     @property
     def computes_in(self) -> Precision:
@@ -242,6 +244,8 @@ class StepMemory:
             parts["communication"] = ZERO_BUCKET
         elif setup.gpus > 1:  # DDP's buckets are copies of the gradients
             parts["communication"] = self.element * self.total
+        if setup.reference:
+            parts["reference model"] = setup.reference * self.total
         return parts
 
     def _optimizer_bytes(self) -> int:

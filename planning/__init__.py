@@ -1,0 +1,1 @@
+"""Plan a run before it starts: sizes, memory, time and the expected result."""
