@@ -178,11 +178,10 @@ def _add_defaults(config: dict[str, Any], path: Path) -> dict[str, Any]:
     name = config[DEFAULTS]
     if not isinstance(name, str) or not name:
         raise UserError(f"`{DEFAULTS}` in {path} is `{name}`; name one YAML file, relative to {path}")
-    other = _read_mapping(f"`{DEFAULTS}` in {path}:", path.parent / name)
+    named = (path.resolve() if path.is_symlink() else path).parent / name  # relative to the file that a link leads to
+    other = _read_mapping(f"`{DEFAULTS}` in {path}:", named)
     if DEFAULTS in other:  # or a file could name itself
-        raise UserError(
-            f"`{DEFAULTS}` in {path} names {path.parent / name}, which has `{DEFAULTS}` itself; remove one"
-        )
+        raise UserError(f"`{DEFAULTS}` in {path} names {named}, which has `{DEFAULTS}` itself: remove it")
     own = {key: value for key, value in config.items() if key != DEFAULTS}
     return other | own
 

@@ -177,6 +177,9 @@ def test_a_config_begins_with_the_values_of_another(monkeypatch, tmp_path, capsy
     assert parse(monkeypatch, "--config", str(own)) == Arguments("own", 2, 0.5, flags=["a"])
     assert parse(monkeypatch, "--config", str(own), "--size", "3").size == 3
     assert read_option("size") == "3" and read_config(own)["flags"] == ["a"]
+    link = tmp_path / "link.yaml"
+    link.symlink_to(own)
+    assert read_config(link) == read_config(own)
     with pytest.raises(SystemExit):
         parse(monkeypatch, "--help")
     assert "`defaults: OTHER.yaml`" in capsys.readouterr().out
