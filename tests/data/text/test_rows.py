@@ -82,6 +82,12 @@ def test_gb18030_in_a_parquet_file_is_recognized(tmp_path):
     assert "it looks like GB18030" in row.error
 
 
+def test_zero_bytes_of_a_parquet_file_are_not_taken_for_utf32(tmp_path):
+    numbers = [str(number) for number in range(200)]  # as in Wikipedia, whose first column is the number of the article
+    pq.write_table(pa.table({"id": numbers, "text": ["text"] * 200}), tmp_path / "a.parquet", compression=None)
+    assert [row.content for row in read_rows(tmp_path / "a.parquet", ["text"])] == ["text"] * 200
+
+
 @pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
 def test_utf16_and_utf32_are_told_by_their_byte_order_marks(encoding, tmp_path):
     with pytest.raises(UserError, match=rf"a\.jsonl: cannot be read: it is {encoding}; .*`iconv -f {encoding} -t"):
