@@ -147,7 +147,6 @@ def read_rows(
         opened = fsspec.open(path) if is_url(path) else open(path, "rb")  # noqa: SIM115
         with opened as raw, decompress(raw, PurePosixPath(path).suffix.lower()) as stream:
             if suffix != ".parquet":  # its bytes are no text
-            if suffix != ".parquet":  # its bytes are no text
                 skip_byte_order_mark(stream)
             for row in readers[suffix](stream, text_key, keep):
                 number = row.number

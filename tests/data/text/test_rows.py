@@ -82,10 +82,11 @@ def test_gb18030_in_a_parquet_file_is_recognized(tmp_path):
     assert "it looks like GB18030" in row.error
 
 
-def test_zero_bytes_of_a_parquet_file_are_not_taken_for_utf32(tmp_path):
-    numbers = [str(number) for number in range(200)]  # as in Wikipedia, whose first column is the number of the article
-    pq.write_table(pa.table({"id": numbers, "text": ["text"] * 200}), tmp_path / "a.parquet", compression=None)
-    assert [row.content for row in read_rows(tmp_path / "a.parquet", ["text"])] == ["text"] * 200
+@pytest.mark.parametrize("rows", [200, 2000])  # once like UTF-32, once like UTF-16
+def test_zero_bytes_of_a_parquet_file_are_not_taken_for_an_encoding(rows, tmp_path):
+    columns = {"id": [str(number) for number in range(rows)], "text": ["text"] * rows}  # Wikipedia also begins with ids
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert [row.content for row in read_rows(tmp_path / "a.parquet", ["text"])] == ["text"] * rows
 
 
 @pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
