@@ -84,7 +84,7 @@ def test_gb18030_in_a_parquet_file_is_recognized(tmp_path):
 
 @pytest.mark.parametrize("rows", [200, 2000])  # once like UTF-32, once like UTF-16
 def test_zero_bytes_of_a_parquet_file_are_not_taken_for_an_encoding(rows, tmp_path):
-    columns = {"id": [str(number) for number in range(rows)], "text": ["text"] * rows}  # Wikipedia also begins with ids
+    columns = {"id": [str(number) for number in range(rows)], "text": ["text"] * rows}  # as in Wikipedia
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     assert [row.content for row in read_rows(tmp_path / "a.parquet", ["text"])] == ["text"] * rows
 
