@@ -32,6 +32,7 @@ from buddygpt.data.shards.format import MANIFEST
 from buddygpt.data.shards.history import describe_mixture, make_order, update_history
 from buddygpt.data.text.licenses import describe_data
 from buddygpt.model.presets import load_config
+from buddygpt.pretrain.annealing import count_decay_steps, start_with_optimizer_state
 from buddygpt.pretrain.replay import replay_step
 from buddygpt.pretrain.stream_trainer import PretrainTrainer
 from buddygpt.training.hardware import require_hardware
@@ -90,6 +91,10 @@ class PretrainArguments:
         default=None,
         metadata={"choices": ["muon"], "help": "muon: Muon for matrices, AdamW for the rest. Default: see `optim`."},
     )
+    keep_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Also take the optimizer state of model_name_or_path, a checkpoint-N folder."},
+    )
     z_loss_coef: float | None = field(
         default=None, metadata={"help": "Weight of the z-loss. Default: as in the model's config."}
     )
@@ -138,6 +143,7 @@ def main() -> None:
     # Order of the blocks. A resumed run keeps the order it had, even if data was appended meanwhile.
     start = find_start(training_args, model)
     stream, data_history = open_stream(blocks["train"], training_args, start)
+    count_decay_steps(training_args)
 
     # Trainer. Tokens per byte turn each loss into bits per byte. Flash attention needs the bounds of the documents.
     tokens_per_byte = {split: dataset.tokens_per_byte for split, dataset in blocks.items()}
@@ -154,6 +160,8 @@ def main() -> None:
             processing_class=tokenizer,
             tokens_per_byte=tokens_per_byte,
         )
+    if args.keep_optimizer:
+        start_with_optimizer_state(trainer, args.model_name_or_path)
     if args.replay_step is not None:
         replay_step(trainer, args.replay_step)
         return
