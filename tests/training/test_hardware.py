@@ -56,7 +56,9 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_every_hardware_config(config):
     loaded = load_config_from_file(str(config))  # raises on unknown keys
-    several = {"zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP", "cpu": "NO", "single_gpu": "NO"}
+    several = {"zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"} | dict.fromkeys(
+        ("cpu", "mps", "single_gpu"), "NO"
+    )
     assert loaded.distributed_type == several.get(config.stem, "MULTI_GPU")
     assert (loaded.num_processes > 1) == (loaded.distributed_type != "NO")
     assert all("#" in line for line in config.read_text().splitlines())
