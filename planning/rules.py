@@ -116,7 +116,7 @@ EMBEDDING_SHARE = 0.5  # of all parameters, at most: 39% in the measured run of 
 
 def vocabulary(text_bytes: float, width: int | None = None) -> int:
     """Return the entries of a tokenizer for so much text and a model of this width."""
-    entries = next(size for most, size in VOCABULARIES if text_bytes < most)
+    entries = next(size for most, size in VOCABULARIES if text_bytes <= most)
     while width and entries > 1024 and entries * width > EMBEDDING_SHARE * shape_of_width(width, entries).parameters:
         entries //= 2
     return entries
@@ -249,19 +249,17 @@ def expected_bits_per_byte(parameters: float, tokens: float, optimizer: Optimize
     run), for fewer than 0.8M tokens, and for all sizes between 4M and 135M parameters, where nothing was measured.
     """
     if optimizer == "adamw":
-        tokens /= next(factor for most, factor in ADAMW_NEEDS if parameters < most)
+        tokens /= next(factor for most, factor in ADAMW_NEEDS if parameters <= most)
     return IRREDUCIBLE + OF_PARAMETERS / parameters**0.3478 + OF_TOKENS / tokens**0.3658
 
 
 def describe_expectation(parameters: float, tokens: float) -> str:
     """Return how far a run is from those that the law was fitted to, in words."""
-    if parameters < 2 * MEASURED_PARAMETERS and 0.4e6 < tokens < 14e6:
+    if 2e6 < parameters < 8e6 and 0.4e6 < tokens < 14e6:
         return "close to a measured run of 4.0M parameters and 6.6M tokens; other text may differ by a third"
     if parameters > 60e6 and tokens > 5e8:
         return "close to runs that nanochat has published, on English web text; not measured here"
-    return (
-        "extrapolated: the law was fitted to 4.0M parameters with 0.8M to 6.6M tokens, and to nanochat's 135M and more"
-    )
+    return "extrapolated from 4.0M parameters with 0.8M to 6.6M tokens, and from nanochat's 135M and more"
 
 
 # --- all of it ---

@@ -43,6 +43,7 @@ class Stage(NamedTuple):
 PRETRAIN = ("train_data", "eval_data", "tokenizer", "model_config", "model_name_or_path")
 TUNE = ("train_files", "eval_files", "model_name_or_path", "exams")
 STAGES = {  # in the order of runs/recipe.sh
+    "sample": Stage("data/sample/make_sample.py", (), (), "output"),
     "tokenizer": Stage("tokenizer/train_tokenizer.py", (), ("files",), "output"),
     "data": Stage("data/prepare_pretrain.py", (), ("sources", "tokenizer", "decontaminate"), "output"),
     "pretrain": Stage("pretrain/pretrain.py", (), PRETRAIN, "output_dir"),
@@ -189,7 +190,8 @@ def check_input(name: str, key: str, value: Any, check: Check) -> str:
     if name == "eval" and key == "checkpoints":
         value = value.partition("=")[2]
     path = str(Path(value))
-    if path in check.made:
+    is_checkpoint = Path(value).name.startswith("checkpoint-") and str(Path(value).parent) in check.models
+    if path in check.made or is_checkpoint:
         return ""
     if key == "model_config" and value in PRESETS:
         return f"preset {value}"
@@ -226,6 +228,9 @@ def add_outputs(name: str, options: dict[str, Any], check: Check) -> None:
             check.made |= {f"{output}/eval", f"{output}/eval.jsonl"}
     if name in ("chat", "pairs") and options["eval_output"]:
         check.made.add(str(Path(options["eval_output"])))
+    if name == "sample":
+        kinds = ("sft", "preference")
+        check.made |= {f"{output}/{kind}_{part}.jsonl" for kind in kinds for part in ("train", "eval")}
     if name == "tokenizer":
         check.vocabularies[output] = options["vocab_size"]
 
@@ -250,8 +255,9 @@ def read_model(name: str, options: dict[str, Any], check: Check) -> PreTrainedCo
     """Return the config of the model that a stage trains; None if it is on the Hub."""
     start = options["model_name_or_path"]
     if start:
-        if str(Path(start)) in check.models:
-            return check.models[str(Path(start))]
+        for folder in (Path(start), Path(start).parent):  # or one of its checkpoints
+            if str(folder) in check.models:
+                return check.models[str(folder)]
         return load_config(start) if Path(start).is_dir() else None
     vocab_size = options.get("vocab_size") or count_entries(options["tokenizer"], check)
     try:

@@ -44,7 +44,8 @@ run() {
     [ ! -e "$folder/$1.yaml" ] || stage "$@" --config "$folder/$1.yaml"
 }
 
-# Tokenizer and token shards.
+# The bundled sample, for recipes that use its chats. Tokenizer and token shards.
+run sample python data/sample/make_sample.py
 run tokenizer python tokenizer/train_tokenizer.py
 run data python data/prepare_pretrain.py
 
