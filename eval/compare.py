@@ -17,9 +17,9 @@ from typing import Any
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, did_you_mean, reading, run_script
-from buddygpt.cli.files import read_json, require_output, write_atomically
+from buddygpt.cli.files import read_json, write_atomically
 from buddygpt.eval.reporting.comparisons import Comparison, compare_outcomes, compare_scores, difference_table, explain
-from buddygpt.eval.reporting.page import Block, Heading, Table, Text, to_html, to_markdown
+from buddygpt.eval.reporting.page import Block, Heading, Table, Text, require_markdown, to_html, to_markdown
 from buddygpt.eval.reporting.results import few_shot, prompt_form, read_runs, reported_tasks
 from buddygpt.eval.reporting.scores import TaskOutcomes, TaskScores, equalize_kinds, read_outcomes, score_all
 
@@ -54,7 +54,7 @@ class Model:
 def main() -> None:
     (args,) = parse_arguments(CompareArguments, description=__doc__)
     if args.output:
-        require_output(Path(args.output), "file")
+        require_markdown(Path(args.output))
     models: dict[str, Model] = {}
     for item in args.results:
         for name, model in read_models(item).items():

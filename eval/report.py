@@ -20,10 +20,20 @@ from typing import Any
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, did_you_mean, reading, run_script
-from buddygpt.cli.files import require_output, write_atomically
+from buddygpt.cli.files import write_atomically
 from buddygpt.eval.reporting.comparisons import Comparison, compare_outcomes, compared_pairs, difference_table, explain
 from buddygpt.eval.reporting.examples import wrong_answers
-from buddygpt.eval.reporting.page import Block, Folded, Heading, Picture, Table, Text, to_html, to_markdown
+from buddygpt.eval.reporting.page import (
+    Block,
+    Folded,
+    Heading,
+    Picture,
+    Table,
+    Text,
+    require_markdown,
+    to_html,
+    to_markdown,
+)
 from buddygpt.eval.reporting.plots import plot_scores, plot_steps
 from buddygpt.eval.reporting.results import Run, by_run, few_shot, leaf_tasks, prompt_form, read_runs, reported_tasks
 from buddygpt.eval.reporting.scores import (
@@ -101,7 +111,7 @@ class Report:
 def main() -> None:
     (args,) = parse_arguments(ReportArguments, description=__doc__)
     output = Path(args.output)
-    require_output(output, "file")
+    require_markdown(output)
     report = evaluate(args)
     blocks = build(report, args)
 

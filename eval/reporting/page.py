@@ -11,6 +11,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from buddygpt.cli.errors import UserError
+from buddygpt.cli.files import require_output
 from buddygpt.cli.tables import escape_markdown, markdown_table, one_line
 
 TEMPLATE = "report.html.jinja"
@@ -65,6 +67,13 @@ class Folded:
 
 
 Block = Heading | Text | Table | Picture | Folded
+
+
+def require_markdown(output: Path) -> None:
+    """Raise UserError if `output` cannot be written, or is no .md: it could be one of the files written beside it."""
+    require_output(output, "file")
+    if output.suffix != ".md":
+        raise UserError(f"output: {output} is no Markdown file; give FILE.md")
 
 
 def to_markdown(blocks: list[Block]) -> str:

@@ -111,6 +111,7 @@ def test_mistakes_are_told_in_one_line(evaluations, tmp_path):
         ([theirs], "there is only base"),
         ([ours, "--baseline", "bsae"], "baseline: there is no model `bsae`; did you mean `base`"),
         ([ours, "/nowhere"], "there is no /nowhere"),
+        ([ours, "--output", f"{tmp_path}/table.json"], "table.json is no Markdown file; give FILE.md"),
         ([theirs, f"x={tmp_path}/other"], "no other model has a score of the same task and metric as base"),
     ]:
         with pytest.raises(UserError, match=match):
