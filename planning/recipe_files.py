@@ -28,6 +28,7 @@ class Inputs:
         anneal_sources: Entries of better text for the end of pretraining; empty: no such stage.
         chat, pairs: Inputs of convert_chat; empty: the bundled sample, and no pairs without it.
         eval_fraction: Share of documents to hold out.
+        exams: "cmmlu" and "ceval" -> the folder of a local copy.
     """
 
     sources: list[Any]
@@ -38,6 +39,7 @@ class Inputs:
     chat: list[str]
     pairs: list[str]
     eval_fraction: float
+    exams: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ def recipe_files(recipe: Recipe) -> dict[str, str]:
         "dpo": ("Preference optimization.", dpo(recipe)),
         "eval": ("Bits per byte of the held-out text after each stage.", evaluation(recipe)),
     }
+    if inputs.exams:
+        tasks = inputs.exams | {"output": f"{recipe.folder}/tasks"}
+        stages["exams"] = ("Task files of local exams.", tasks)
     if not inputs.chat or not inputs.pairs:
         stages["sample"] = ("The bundled sample: chats and pairs about facts.", {"output": f"{recipe.folder}/sample"})
     if inputs.anneal_sources:
@@ -112,7 +117,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     if machine.kind == "cpu":
         content |= {"gpu": "cpu", "threads": machine.count}
     else:
-        content |= {"gpu": machine.name, "gpus": machine.count}
+        memory = f"{machine.memory / GIB:.2f}GiB"
+        content |= {"gpu": machine.name, "gpus": machine.count, "memory": memory}
     needs = [f"{recipe.plan.disk / 1e9:.1f} GB of disk", f"{recipe.plan.peak / GIB:.2f} GiB of memory for training"]
     return content | {"hours": float(recipe.hours), "needs": needs}
 
@@ -150,6 +156,7 @@ def data(recipe: Recipe, sources: list[Any], folder: str) -> dict[str, Any]:
         "languages": recipe.inputs.languages,
         "clean": "text",
         "deduplicate": "minhash",
+        "decontaminate": list(recipe.inputs.exams.values()) or None,
         "tokenizer": f"{recipe.folder}/tokenizer",
         "output": f"{recipe.folder}/{folder}",
         "eval_fraction": recipe.inputs.eval_fraction,
@@ -287,11 +294,14 @@ def dpo(recipe: Recipe) -> dict[str, Any]:
 def evaluation(recipe: Recipe) -> dict[str, Any]:
     base = "anneal" if recipe.inputs.anneal_sources else "pretrain"
     folders = {"base": base, "sft": "sft", "dpo": "dpo"}
+    names = {"cmmlu": "cmmlu", "ceval": "ceval-valid"}
+    exams = [names[name] for name in recipe.inputs.exams]
     return {
         "checkpoints": [f"{name}={recipe.folder}/{folder}" for name, folder in folders.items()],
         "chat": ["sft", "dpo"],
-        "tasks": ["heldout_text"],
+        "tasks": ["heldout_text", *exams],
+        **({"include_path": [f"{recipe.folder}/tasks"]} if exams else {}),
         "heldout_text": f"{recipe.folder}/shards/eval.jsonl",
         "output": f"{recipe.folder}/eval",
-        "limit": 50 if recipe.machine.kind == "cpu" else 500,
+        "limit": 20 if recipe.machine.kind == "cpu" else 500,  # of each task
     }

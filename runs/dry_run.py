@@ -3,7 +3,8 @@
     python runs/dry_run.py FOLDER    # the same as: bash runs/recipe.sh FOLDER --dry_run
 
 For each stage: its own script parses its YAML, its files exist or an earlier stage makes them, the model's shape is
-possible and its rows are not longer than its positions. recipes/README.md describes the folder.
+possible, its rows are not longer than its positions, and training fits into the memory of the recipe's machine.
+recipes/README.md describes the folder.
 """
 
 import contextlib
@@ -20,12 +21,15 @@ from transformers import PreTrainedConfig
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.checkpoints import load_tokenizer
-from buddygpt.cli.errors import ArgumentParser, UserError, did_you_mean, reading, run_script
+from buddygpt.cli.errors import ArgumentParser, UserError, did_you_mean, library_errors, reading, run_script
 from buddygpt.cli.files import find_files
 from buddygpt.cli.tables import markdown_table
 from buddygpt.data.text.sources import load_readers
 from buddygpt.model.parameters import count_parameters
 from buddygpt.model.presets import PRESETS, load_config
+from buddygpt.planning.hardware import find_machine
+from buddygpt.planning.memory import MemoryPlan, gib
+from buddygpt.planning.setups import read_setup, tuned_rows
 from buddygpt.training.limits import require_limits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +57,7 @@ STAGES = {  # in the order of runs/recipe.sh
     "sft": Stage("sft/sft.py", (), TUNE, "output_dir"),
     "pairs": Stage("data/convert_chat.py", ("--kind", "preference"), ("input", "exams"), "output"),
     "dpo": Stage("rlhf/dpo.py", (), TUNE, "output_dir"),
+    "exams": Stage("eval/local_exams.py", (), ("cmmlu", "ceval"), "output"),
     "eval": Stage("eval/run_eval.py", (), ("checkpoints", "include_path", "heldout_text", "sample_dir"), "output"),
 }
 TRAINING = ("pretrain", "anneal", "sft", "dpo")
@@ -64,6 +69,7 @@ KEYS = {  # of recipe.yaml -> whether it is required, and its type
     "threads": (False, int),
     "gpu": (False, str),
     "gpus": (False, int),
+    "memory": (False, str),
     "hours": (False, float),
     "needs": (False, list),
 }
@@ -78,20 +84,24 @@ class Check:
     """What is known of a recipe so far.
 
     Attributes:
+        folder: The recipe's.
         settings: Content of recipe.yaml.
         made: Paths that the stages so far make.
         vocabularies: Entries of each tokenizer that a stage makes.
         models: Config of each checkpoint that a stage makes.
         rows: A row of the table per stage.
+        measured: Memory of the training stages so far.
         problems: What prevents the recipe from running.
         notes: What could not be checked here.
     """
 
+    folder: Path
     settings: dict[str, Any]
     made: set[str] = field(default_factory=set)
     vocabularies: dict[str, int] = field(default_factory=dict)
     models: dict[str, PreTrainedConfig] = field(default_factory=dict)
     rows: list[list[str]] = field(default_factory=list)
+    measured: dict[tuple, MemoryPlan] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -112,6 +122,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
             raise ValueError(error) from error
         if not isinstance(settings, dict):
             raise ValueError("not a mapping of keys")
+    if isinstance(settings.get("gpu"), int):
+        settings["gpu"] = str(settings["gpu"])  # 3090 is a number to YAML
     for key, value in settings.items():
         if key not in KEYS:
             match = did_you_mean(str(key), KEYS)
@@ -161,7 +173,8 @@ def parse(stage: Stage, config: Path, more: list[str]) -> tuple[Any, ...]:
 def check_stage(name: str, config: Path, check: Check) -> None:
     """Check one stage, and add what it makes to `check`."""
     stage = STAGES[name]
-    needs_gpu = name in TRAINING and check.settings.get("gpu") and not torch.cuda.is_available()
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    needs_gpu = name in TRAINING and read_hardware(check).get("use_cpu") is False and not has_gpu
     parsed = parse(stage, config, ["--use_cpu", "true"] if needs_gpu else [])
     if needs_gpu and "this machine has no GPU" not in "".join(check.notes):
         check.notes.append("this machine has no GPU: precision and kernels were not checked")
@@ -172,6 +185,8 @@ def check_stage(name: str, config: Path, check: Check) -> None:
         inputs = [check_input(name, key, value, check) for key in stage.reads for value in as_list(options[key])]
     add_outputs(name, options, check)
     shape = check_shape(name, options, check) if name in TRAINING else ""
+    if shape:
+        shape += check_memory(name, parsed, check)
     check.rows.append([name, "; ".join(filter(None, inputs)), str(options[stage.writes]), shape])
 
 
@@ -251,6 +266,44 @@ def check_shape(name: str, options: dict[str, Any], check: Check) -> str:
     return f"{count_parameters(config).total / 1e6:,.1f}M parameters, rows of {length}"
 
 
+def check_memory(name: str, parsed: tuple[Any, ...], check: Check) -> str:
+    """Return the memory of a training stage on the machine that the recipe names; add a problem if it does not fit."""
+    settings, training = check.settings, parsed[1]
+    machine = find_machine(settings.get("gpu", "cpu"), settings.get("memory"), settings.get("gpus", 1))
+    stage = "pretrain" if name in ("pretrain", "anneal") else name
+    setup = read_setup(stage, machine, parsed[0], training, parsed[2] if len(parsed) > 2 else None, zero_stage(check))
+    rows = tuned_rows(stage, training)
+    key = (rows, setup, count_parameters(check.models[str(Path(training.output_dir))]))
+    if key not in check.measured:  # stages of the same shape share it
+        config = check.models[str(Path(training.output_dir))]
+        with library_errors(f"{name}.yaml: cannot build the model", "Fix its config"):
+            check.measured[key] = MemoryPlan(config, setup, machine, rows)
+    plan = check.measured[key]
+    if not plan.fits:
+        check.problems.append(
+            f"{name}.yaml: {gib(plan.as_requested.peak)} GiB do not fit into {gib(plan.usable)} GiB of "
+            f"{machine.title}; tools/plan.py tells what would"
+        )
+    return f", {gib(plan.as_requested.peak)} of {gib(plan.usable)} GiB"
+
+
+def read_hardware(check: Check) -> dict[str, Any]:
+    """Return the content of the recipe's hardware file; nothing for a CPU without one."""
+    for path in (check.folder / "accelerate.yaml", ROOT / check.settings.get("accelerate_config", "")):
+        if path.is_file():
+            with reading(path):
+                return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return {}
+
+
+def zero_stage(check: Check) -> int:
+    """Return the ZeRO stage of the recipe's hardware; FSDP counts as 3."""
+    content = read_hardware(check)
+    if content.get("distributed_type") == "FSDP":
+        return 3
+    return content.get("deepspeed_config", {}).get("zero_stage", 0)
+
+
 def read_model(name: str, options: dict[str, Any], check: Check) -> PreTrainedConfig | None:
     """Return the config of the model that a stage trains; None if it is on the Hub."""
     start = options["model_name_or_path"]
@@ -279,7 +332,7 @@ def check_recipe(folder: Path) -> Check:
     Raises:
         UserError: A YAML has a wrong name or cannot be parsed.
     """
-    check = Check(read_settings(folder))
+    check = Check(folder, read_settings(folder))
     check_names(folder)
     accelerate = check.settings.get("accelerate_config")
     if accelerate and not (ROOT / accelerate).is_file():

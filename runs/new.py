@@ -21,18 +21,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from buddygpt.cli.errors import ArgumentParser, UserError, run_script
-from buddygpt.cli.files import COMPRESSIONS, file_type, find_files, require_output, write_atomically
+from buddygpt.cli.files import file_type, find_files, require_output, write_atomically
 from buddygpt.data.text.rows import is_url, read_rows
 from buddygpt.data.text.sources import load_readers
-from buddygpt.planning.budget import Budget, Plan, make_plan, relative
+from buddygpt.planning.budget import Budget, Plan, bytes_of_text, make_plan, relative
 from buddygpt.planning.explanation import explain
 from buddygpt.planning.hardware import GPUS, find_machine
 from buddygpt.planning.recipe_files import Inputs, Recipe, recipe_files
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT_KEYS = ["text", "content", "completion"]
-# Bytes of text in a byte of a compressed file: 53.7 MB of text came from 22 MB of .jsonl.gz (docs/results.md).
-COMPRESSION = 2.4
 CHARACTERS_TO_JUDGE = 20_000
 
 # Public sets by name (data/sources.yaml), for budgets without --text. Above SMALL_RUN tokens, Ultra-FineWeb: each of
@@ -74,6 +72,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", default=[], help="files of preference pairs")
     parser.add_argument("--languages", help="requested ratio of tokens, such as zh=3,en=1")
     parser.add_argument("--eval_fraction", type=float, default=0.005, help="share of documents to hold out")
+    parser.add_argument("--cmmlu", help="folder of CMMLU, to evaluate on and to keep out of the text")
+    parser.add_argument("--ceval", help="folder of C-Eval, likewise")
     parser.add_argument("--mfu", type=float, help="share of the GPU's peak that training reaches; default: measured")
     parser.add_argument("--price_per_hour", type=float, help="price of one GPU per hour")
     return parser.parse_args()
@@ -85,6 +85,9 @@ def main() -> None:
     languages = parse_languages(args.languages)
     require_numbers(args)
     machine = find_machine(args.gpu, args.memory, args.gpus, args.cores)
+    for name in ("cmmlu", "ceval"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_dir():
+            raise UserError(f"--{name} {getattr(args, name)} is not a folder")
     names = [name for name in args.text if is_url(name) or is_reader(name)]
     files = inspect_text([name for name in args.text if name not in names], args.text_column)
 
@@ -177,8 +180,7 @@ def inspect_text(names: list[str], columns: list[str]) -> list[TextFile]:
     """
     found = []
     for path in find_files(names) if names else []:
-        packed = path.suffix.lower() in COMPRESSIONS or file_type(path) == ".parquet"
-        size = path.stat().st_size * (COMPRESSION if packed else 1)
+        size = bytes_of_text(path)
         column = find_column(path, columns)
         if size:
             found.append(TextFile(path, size, column, find_language(path, columns)))
@@ -213,9 +215,7 @@ def local_bytes(names: list[str]) -> float | None:
     """Return the bytes of local files; None if there is none, or if one is of a hub."""
     if not names or any(is_url(name) for name in names):
         return None
-    return sum(
-        path.stat().st_size * (COMPRESSION if path.suffix.lower() in COMPRESSIONS else 1) for path in find_files(names)
-    )
+    return sum(bytes_of_text(path) for path in find_files(names))
 
 
 def choose_inputs(
@@ -251,6 +251,7 @@ def choose_inputs(
         chat=absolute(args.chat) or (PUBLIC_CHAT if is_public else []),
         pairs=absolute(args.pairs) or (PUBLIC_PAIRS if is_public else []),
         eval_fraction=args.eval_fraction,
+        exams={name: absolute([getattr(args, name)])[0] for name in ("cmmlu", "ceval") if getattr(args, name)},
     )
 
 

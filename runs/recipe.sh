@@ -60,7 +60,8 @@ run sft recipe sft/sft.py
 run pairs python data/convert_chat.py --kind preference
 run dpo recipe rlhf/dpo.py
 
-# Scores with a report, and the last checkpoint as a stock architecture.
+# Task files of local exams, scores with a report, and the last checkpoint as a stock architecture.
+run exams python eval/local_exams.py
 run eval python eval/run_eval.py
 results=$(value eval.yaml output)
 [ -z "$results" ] || stage report python eval/report.py --results "$results" --output "$OUT/report.md"

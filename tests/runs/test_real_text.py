@@ -1,4 +1,4 @@
-"""runs/real_text.sh takes any text, and rows and exams as options. The commands are recorded, not run."""
+"""runs/real_text.sh is runs/new.py for a CPU, then runs/recipe.sh. The commands are recorded, not run."""
 
 import os
 import shutil
@@ -10,18 +10,16 @@ from conftest import ROOT
 
 @pytest.fixture
 def chain(tmp_path):
-    """Return a function that runs the script in a copy of the project, with recorders for python and accelerate."""
+    """Return a function that runs the script in a copy of the project, with recorders for python and recipe.sh."""
     for folder in ("runs", "bin", "my text", "cmmlu"):
         (tmp_path / folder).mkdir()
-    for name in ("real_text.sh", "stages.sh"):
-        shutil.copy(ROOT / "runs" / name, tmp_path / "runs")
+    shutil.copy(ROOT / "runs" / "real_text.sh", tmp_path / "runs")
     for name in ("chat one.json", "chat2.jsonl"):
         (tmp_path / name).touch()
-    for name in ("python", "accelerate"):
-        (tmp_path / "bin" / name).write_text(
-            f'#!/bin/sh\nprintf "|%s" {name} "$@" >> {tmp_path}/log\necho >> {tmp_path}/log\n'
-        )
-        (tmp_path / "bin" / name).chmod(0o755)
+    recorder = f'#!/bin/sh\nprintf "|%s" "$@" >> {tmp_path}/log\necho >> {tmp_path}/log\n'
+    for path in (tmp_path / "bin" / "python", tmp_path / "runs" / "recipe.sh"):
+        path.write_text(recorder)
+        path.chmod(0o755)
 
     def run(*words):
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
@@ -36,30 +34,25 @@ def chain(tmp_path):
 def test_text_alone_is_enough(chain, tmp_path):
     done, commands = chain("my text")
     assert done.returncode == 0, done.stderr
-    scripts = [next(word for word in words if word.endswith(".py")) for words in commands]
-    assert scripts[0] == "data/sample/make_sample.py" and scripts[-1] == "export/to_native.py"
-    assert "eval/local_exams.py" not in scripts and scripts.count("data/convert_chat.py") == 2
-    by_script = dict(zip(scripts, commands, strict=True))
-    shards, exam = by_script["data/prepare_pretrain.py"], by_script["eval/run_eval.py"]
-    assert shards[shards.index("--sources") + 1 :][:3] == [f"{tmp_path}/my text", "--text_key", "text"]
-    assert shards[-4:] == ["--eval_fraction", "0.005", "--decontaminate", "null"]
-    assert exam[exam.index("--tasks") + 1 :] == ["heldout_text", "--include_path", "null"]
+    new = ["runs/new.py", "./outputs/real_text", "--gpu", "cpu", "--hours", "0.5", "--text", f"{tmp_path}/my text"]
+    assert commands == [new, ["outputs/real_text"]]
+
+
+def test_a_recipe_that_is_there_continues(chain, tmp_path):
+    (tmp_path / "outputs" / "real_text").mkdir(parents=True)
+    (tmp_path / "outputs" / "real_text" / "recipe.yaml").touch()
+    assert chain("my text")[1] == [["outputs/real_text"]]
 
 
 def test_rows_and_exams_are_options(chain, tmp_path):
     files = ["--instructions", "chat one.json", "chat2.jsonl", "--preferences", "chat2.jsonl"]
-    done, commands = chain(
-        "my text", *files, "--cmmlu", str(tmp_path / "cmmlu"), "--text_column", "content", "--eval_fraction", "0.1"
-    )
+    more = ["--cmmlu", str(tmp_path / "cmmlu"), "--text_column", "content", "--eval_fraction", "0.1"]
+    done, (new, _) = chain("my text", *files, *more)
     assert done.returncode == 0, done.stderr
-    by_script = {next(word for word in reversed(words) if word.endswith(".py")): words for words in reversed(commands)}
-    assert "data/sample/make_sample.py" not in by_script
-    rows = by_script["data/convert_chat.py"]
-    assert rows[rows.index("--input") + 1 :][:2] == [f"{tmp_path}/chat one.json", f"{tmp_path}/chat2.jsonl"]
-    exam = by_script["eval/run_eval.py"]
-    assert exam[exam.index("--tasks") + 1 :] == ["heldout_text", "cmmlu", "--include_path", "outputs/real_text/tasks"]
-    assert by_script["data/prepare_pretrain.py"][-3:] == ["0.1", "--decontaminate", f"{tmp_path}/cmmlu"]
-    assert by_script["tokenizer/train_tokenizer.py"][-1] == "content"
+    assert new[new.index("--chat") + 1 :][:2] == [f"{tmp_path}/chat one.json", f"{tmp_path}/chat2.jsonl"]
+    assert new[-2:] == ["--pairs", f"{tmp_path}/chat2.jsonl"]
+    for option, value in (("cmmlu", f"{tmp_path}/cmmlu"), ("text_column", "content"), ("eval_fraction", "0.1")):
+        assert new[new.index(f"--{option}") + 1] == value
 
 
 @pytest.mark.parametrize(
