@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= quickstart
 BIN := .venv/bin
 
-.PHONY: setup quickstart alignment chat test check lint imports
+.PHONY: setup quickstart alignment chat test check lint imports docs
 
 setup: .venv/installed
 
@@ -45,3 +45,8 @@ lint: .venv/installed-dev
 # Does every import of ours exist, as an editor sees it? Half a minute, but in a new environment it may take ten.
 imports: .venv/installed-dev
 	$(BIN)/pyright --project . --level error  # a pyrightconfig.json in a folder above would win over pyproject.toml
+
+# The documentation site. Search needs a server: .venv/bin/python -m http.server --directory outputs/docs
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "wrote outputs/docs: open index.html in a browser"
