@@ -15,7 +15,10 @@ INDUSTRIES = [
 WORDS = {
     "zh": "山水之间有一座小城，春天的花开在河边，老人和孩子一起散步；傍晚的灯光照亮了街道，人们谈论着今年的收成。",
     "en": "a small town lies between hills and water, children walk by the river while people talk of the harvest ",
-    "code": "def add(first, second):\n    total = first + second\n    return total\n\n\nprint(add(1, 2))\n",
+    "code": "".join(
+        f"def add_{name}(first, second):\n    total = first + second\n    return total  # of {name}\n\n\n"
+        for name in ("apples", "pears", "plums", "houses", "rivers", "letters", "numbers")
+    ),
 }
 
 

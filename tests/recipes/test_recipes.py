@@ -14,8 +14,9 @@ import yaml
 from conftest import ROOT, run
 from data_hubs import Hub, serving, use_endpoint
 
-from buddygpt.cli.arguments import read_config
+from buddygpt.cli.arguments import parse_arguments, read_config
 from buddygpt.data.text.sources import load_readers
+from buddygpt.eval.running.arguments import EvalArguments
 from buddygpt.model.presets import PRESETS
 
 RECIPES = ROOT / "recipes"
@@ -103,6 +104,14 @@ def test_each_stage_reads_what_an_earlier_one_writes(name):
     assert evaluation["output"] == f"{out}/eval"
 
 
+def test_every_evaluation_parses(monkeypatch):
+    """The other stages are parsed by their scripts below."""
+    for name in NAMES:
+        monkeypatch.setattr("sys.argv", ["run_eval.py", "--config", str(RECIPES / name / "eval.yaml")])
+        (args,) = parse_arguments(EvalArguments)
+        assert args.suite and args.skip_missing and len(args.checkpoints) == 3
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_learning_rates_and_lengths_are_those_published(name):
     rows, rates = BATCHES[name]
@@ -159,7 +168,7 @@ SMALL = {
     "qk_nope_head_dim": 4, "v_head_dim": 8,
 }  # fmt: skip
 HERE = {  # what does not exist on a CPU, or would take long, or writes more than the test reads
-    "bf16": "false", "use_cpu": "true", "max_steps": 3, "logging_steps": 3, "warmup_steps": 0, "eval_strategy": "no",
+    "bf16": "false", "use_cpu": "true", "max_steps": 3, "logging_steps": 100, "warmup_steps": 0, "eval_strategy": "no",
     "save_strategy": "no", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
     "sample_prompts": "null", "attn_implementation": "sdpa", "report_to": "none", "dataloader_num_workers": 0,
 }  # fmt: skip
