@@ -38,6 +38,7 @@ class Budget:
         parameters: Wished size of the model, or None.
         vocab_size: Wished vocabulary, or None.
         mfu: Share of the peak, or None.
+        speed: Measured speed of the machine, or None.
     """
 
     machine: Machine
@@ -48,6 +49,7 @@ class Budget:
     parameters: float | None = None
     vocab_size: int | None = None
     mfu: float | None = None
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,8 @@ def make_plan(budget: Budget) -> Plan:
         UserError: The budget is too small, the text too little, or the model does not fit; with what would do.
     """
     machine = budget.machine
-    _require_text(budget)
-    speed = expected_speed(machine, mfu=budget.mfu)
-    if speed is None:
-        raise UserError("the speed of this machine is unknown: give --gpu with a name that tools/plan.py knows")
+    require_text(budget)
+    speed = find_speed(budget)
     workers = machine.count if machine.kind == "cpu" else GPU_CORES
     text_bytes, prepare = budget.text_bytes, 0.0
     if text_bytes is not None:
@@ -142,7 +142,15 @@ def make_plan(budget: Budget) -> Plan:
     )
 
 
-def _require_text(budget: Budget) -> None:
+def find_speed(budget: Budget) -> Speed:
+    """Return the measured or expected speed of the budget's machine."""
+    speed = budget.speed or expected_speed(budget.machine, mfu=budget.mfu)
+    if speed is None:
+        raise UserError("the speed of this machine is unknown: give --gpu with a name that tools/plan.py knows")
+    return speed
+
+
+def require_text(budget: Budget) -> None:
     """Raise UserError if there is too little text, or too little for the vocabulary."""
     if budget.text_bytes is None:
         return
@@ -203,15 +211,16 @@ def choose_micro_batch(run: rules.Pretraining, machine: Machine) -> tuple[int, i
     most = min(wished, 64 if machine.kind == "gpu" else 16)
     for checkpointing in (False, True):
         plan = _memory(run, machine, checkpointing)
-        largest = plan.step.largest_micro_batch(plan.usable, plan.rows)
-        if largest >= 1:
+        if plan.fits:
+            largest = max(1, plan.step.largest_micro_batch(plan.usable, 1, measurements=1))
             rows = min(most, 2 ** (largest.bit_length() - 1))
-            peak = plan.step.peak(rows)
-            if peak <= plan.usable:
-                return rows, max(1, wished // rows), checkpointing, peak
+            while rows > 1 and plan.step.peak(rows) > plan.usable:
+                rows //= 2
+            return rows, max(1, wished // rows), checkpointing, plan.step.peak(rows)
     raise UserError(
         f"a model of {run.shape.parameters / 1e6:,.0f}M parameters needs {gib(plan.step.peak(1))} GiB, but "
-        f"{machine.title} has {gib(machine.usable)} GiB for it. {_what_would_fit(run, machine)}"
+        f"{machine.title} has {gib(machine.usable)} GiB for it. "
+        f"{_what_would_fit(run, machine, plan.step.peak(1))}"
     )
 
 
@@ -226,18 +235,19 @@ def _memory(run: rules.Pretraining, machine: Machine, checkpointing: bool) -> Me
         gpus=machine.count if machine.kind == "gpu" else 1,
         device="cpu" if machine.kind == "cpu" else "cuda",
     )
-    return MemoryPlan(config, setup, machine, rows=4)
+    return MemoryPlan(config, setup, machine, rows=1)
 
 
-def _what_would_fit(run: rules.Pretraining, machine: Machine) -> str:
-    """Return a smaller size that fits, in words."""
-    parameters = run.shape.parameters / 2
-    while parameters > 1e5:
-        smaller = replace(run, shape=rules.shape_of_size(parameters, run.shape.vocab_size))
-        plan = _memory(smaller, machine, checkpointing=True)
-        if plan.step.peak(1) <= machine.usable:
-            return f"--params {smaller.shape.parameters / 1e6:.0f}M would fit"
-        parameters /= 2
+def _what_would_fit(run: rules.Pretraining, machine: Machine, peak: int) -> str:
+    """Return a smaller size that fits, in words; `peak` is that of the run. Memory is nearly proportional to size."""
+    parameters = run.shape.parameters * machine.usable / peak
+    for _ in range(3):
+        parameters *= 0.8
+        if parameters < 2e5:
+            break
+        smaller = replace(run, shape=rules.shape_of_size(parameters, min(run.shape.vocab_size, 8192)))
+        if _memory(smaller, machine, checkpointing=True).fits:
+            return f"--params {smaller.shape.parameters / 1e6:.1f}M would fit"
     return "No model would fit: give more --memory"
 
 

@@ -310,7 +310,7 @@ def plan_shape(shape: Shape, flops: float, speed: float, optimizer: Optimizer = 
     for _ in range(8):  # the batch depends on the tokens, and Muon's work on the number of steps
         batch = batch_tokens(tokens, length)
         tokens = flops / (work + (shape.muon_flops() / batch if optimizer == "muon" else 0))
-    return Pretraining(shape, length, round(tokens), batch, optimizer, flops / speed)
+    return Pretraining(shape, length, max(1, round(tokens)), batch, optimizer, flops / speed)
 
 
 def plan_budget(

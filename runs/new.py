@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,19 @@ from buddygpt.cli.errors import ArgumentParser, UserError, run_script
 from buddygpt.cli.files import file_type, find_files, require_output, write_atomically
 from buddygpt.data.text.rows import is_url, read_rows
 from buddygpt.data.text.sources import load_readers
-from buddygpt.planning.budget import Budget, Plan, bytes_of_text, make_plan, relative
+from buddygpt.planning.budget import (
+    Budget,
+    Plan,
+    bytes_of_text,
+    choose_run,
+    find_speed,
+    make_plan,
+    relative,
+    require_text,
+)
 from buddygpt.planning.explanation import explain
-from buddygpt.planning.hardware import GPUS, find_machine
+from buddygpt.planning.hardware import GPUS, Speed, find_machine
+from buddygpt.planning.probe import measure_speed
 from buddygpt.planning.recipe_files import Inputs, Recipe, recipe_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +86,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--cmmlu", help="folder of CMMLU, to evaluate on and to keep out of the text")
     parser.add_argument("--ceval", help="folder of C-Eval, likewise")
     parser.add_argument("--mfu", type=float, help="share of the GPU's peak that training reaches; default: measured")
+    parser.add_argument("--gflops", type=float, help="GFLOP/s of a core; default: measured on this machine")
     parser.add_argument("--price_per_hour", type=float, help="price of one GPU per hour")
     return parser.parse_args()
 
@@ -101,6 +113,13 @@ def main() -> None:
         vocab_size=args.vocab_size,
         mfu=args.mfu,
     )
+    if machine.name == "a CPU" and args.gflops is None:
+        require_text(budget)
+        run = choose_run(budget, find_speed(budget), args.hours * 3600 / 2)
+        budget = replace(budget, speed=measure_speed(run, machine.count))
+    elif machine.kind == "cpu" and args.gflops:
+        speed = Speed(args.gflops * 1e9 * machine.count, None, f"{args.gflops:g} GFLOP/s a core, as given (--gflops)")
+        budget = replace(budget, speed=speed)
     plan = make_plan(budget)
     require_disk(plan, folder)
     inputs = choose_inputs(args, files, names, languages, plan)
@@ -129,7 +148,7 @@ def choose_folder(name: str) -> Path:
 
 
 def require_numbers(args: argparse.Namespace) -> None:
-    for name in ("hours", "gpus", "vocab_size", "mfu", "cores", "price_per_hour"):
+    for name in ("gflops", "hours", "gpus", "vocab_size", "mfu", "cores", "price_per_hour"):
         value = getattr(args, name)
         if value is not None and not 0 < value < 10**9:
             raise UserError(f"--{name} {value:g}: must be more than 0")

@@ -68,6 +68,7 @@ OTHERS = (
     "data/doctor.py",
     "data/inspect_shards.py",
     "export/publish.py",
+    "runs/dry_run.py",
     "buddygpt.check",
     "buddygpt.model.parameters",
 )

@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, run
 
 from buddygpt.cli.errors import UserError
-from buddygpt.planning import budget, hardware
+from buddygpt.planning import budget, hardware, probe, rules
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,21 @@ def new(*words) -> str:
 def made(text, tmp_path_factory, workspace) -> Path:
     folder = tmp_path_factory.mktemp("recipes") / "mine"
     rows = workspace / "sample" / "sft_eval.jsonl"
-    new(folder, "--cores", 2, "--hours", 0.1, "--text", text, "--chat", rows, "--languages", "zh=3,en=1")
+    new(
+        folder,
+        "--cores",
+        2,
+        "--hours",
+        0.1,
+        "--gflops",
+        70,
+        "--text",
+        text,
+        "--chat",
+        rows,
+        "--languages",
+        "zh=3,en=1",
+    )
     return folder
 
 
@@ -65,6 +79,7 @@ def test_the_recipe_is_what_was_asked_for(made, text, capsys):
 @pytest.mark.slow
 def test_public_sets_are_used_by_name_and_a_second_stage_anneals(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(budget, "choose_micro_batch", lambda run, machine: (32, 4, False, 10**10))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**12})())
     new(tmp_path / "gpu", "--gpu", "3090", "--gpus", 2, "--hours", 24, "--params", "64M", "--price_per_hour", 1.3)
     pretrain, anneal, hardware_file = (read(tmp_path / "gpu", name) for name in ("pretrain", "anneal", "accelerate"))
     assert read(tmp_path / "gpu", "data")["sources"][0]["reader"] == "ultra-fineweb"
@@ -81,7 +96,7 @@ def test_public_sets_are_used_by_name_and_a_second_stage_anneals(tmp_path, capsy
     [
         (["mine", "--hours", "0"], "--hours 0: must be more than 0"),
         (["mine", "--hours", "nan"], "--hours nan: must be more than 0"),
-        (["mine", "--hours", "0.01"], r"too short: .* Give --hours"),
+        (["mine", "--hours", "0.01", "--gflops", "70"], r"too short: .* Give --hours"),
         (["mine"], "required: --hours"),
         (["mine", "--hours", "1", "--gpu", "3091"], "not known; did you mean RTX 3090"),
         (["mine", "--hours", "1", "--gpu", "voodoo"], "not known; give one of cpu"),
@@ -93,6 +108,7 @@ def test_public_sets_are_used_by_name_and_a_second_stage_anneals(tmp_path, capsy
         (["mine", "--hours", "1", "--languages", "zh:3"], "write it as zh=3,en=1"),
         (["{text}", "--hours", "1"], "exists: give another name"),
         (["a b", "--hours", "1"], "use letters, digits"),
+        (["mine", "--hours", "1", "--gflops", "0"], "--gflops 0: must be more than 0"),
         (["mine", "--hours", "1", "--gpu", "cpu", "--memory", "12"], "give a size such as 12GB"),
     ],
 )
@@ -105,14 +121,22 @@ def test_mistakes_are_one_line(words, message, text):
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path, text, monkeypatch):
-    words = ["--gpu", "cpu", "--memory", "2.3GiB", "--hours", 3, "--params", "60M", "--text", text]
-    with pytest.raises(UserError, match=r"a model of .*M parameters needs .* GiB.* --params \d+M would fit"):
+    words = ["--gpu", "cpu", "--gflops", 70, "--memory", "2.1GiB", "--hours", 3, "--params", "20M", "--text", text]
+    with pytest.raises(UserError, match=r"a model of .*M parameters needs .* GiB.* --params [\d.]+M would fit"):
         new(tmp_path / "large", *words)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**6})())
     monkeypatch.setattr(budget, "choose_micro_batch", lambda run, machine: (4, 1, False, 10**8))
     with pytest.raises(UserError, match=r"the run writes about .* GB, .* free"):
-        new(tmp_path / "disk", "--hours", 1, "--text", text)
+        new(tmp_path / "disk", "--gflops", 70, "--hours", 1, "--text", text)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_speed_of_this_machine_is_measured(monkeypatch):
+    monkeypatch.setattr(probe, "LEAST_SECONDS", 0)
+    shape = rules.Shape(512, 64, 4)
+    speed = probe.measure_speed(rules.plan_shape(shape, 1e12, 1e10), cores=1)
+    assert 1e8 < speed.flops < 1e13 and "measured on this machine" in speed.source
 
 
 def test_too_little_text_is_a_warning():
