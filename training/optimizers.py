@@ -43,6 +43,7 @@ def choose_optimizer(name: str | None, args: TrainingArguments) -> tuple[Callabl
             f"optimizer: muon uses AdamW for all other parameters and cannot use optim: {optim}. Remove one of the two"
         )
     kwargs = {
+        **read_muon_arguments(args.optim_args),
         "lr": args.learning_rate,
         "weight_decay": args.weight_decay,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -51,6 +52,26 @@ def choose_optimizer(name: str | None, args: TrainingArguments) -> tuple[Callabl
     }
     # `Trainer` calls the first function, without arguments, to get the second, which it calls with model and kwargs.
     return lambda: muon_adamw, kwargs
+
+
+def read_muon_arguments(text: str | None) -> dict[str, float]:
+    """Return what `optim_args` says about Muon: `adamw_lr=NUMBER`, the learning rate of what AdamW trains.
+
+    Small models learn their embedding sooner at a higher rate than their matrices (docs/speedrun.md; nanochat trains
+    embeddings at 0.3 and matrices at 0.02). `learning_rate` is then Muon's, and the schedule scales both.
+
+    Raises:
+        UserError: Anything else.
+    """
+    if not text:
+        return {}
+    key, _, value = text.replace(" ", "").partition("=")
+    try:
+        if key != "adamw_lr" or not 0 < float(value) < 100:
+            raise ValueError
+    except ValueError as error:
+        raise UserError(f"optim_args: {text}: with optimizer: muon, only adamw_lr=NUMBER is possible") from error
+    return {"adamw_lr": float(value)}
 
 
 def muon_adamw(model: nn.Module, weight_decay: float, **kwargs: Any) -> "MuonAdamW":
@@ -94,12 +115,13 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Both work on the same list of groups and the same state, so that schedulers, gradient clipping, saving and resuming
     work as usual. Muon's update is scaled to the size of AdamW's (arXiv:2502.16982 section 2.2), so that one learning
-    rate and one weight decay suit both.
+    rate and one weight decay suit both, unless they are set apart.
 
     Args:
         matrices: Two-dimensional parameters, for Muon.
         others: Groups for AdamW: parameters and their weight decay. LoRA may have none.
-        lr: Learning rate of both.
+        lr: Learning rate of both, or of Muon.
+        adamw_lr: Learning rate of AdamW, if it differs.
         weight_decay: Weight decay of the matrices.
         adamw: Further arguments of AdamW.
     """
@@ -110,10 +132,11 @@ class MuonAdamW(torch.optim.Optimizer):
         others: list[dict[str, Any]],
         lr: float,
         weight_decay: float,
+        adamw_lr: float | None = None,
         **adamw: Any,
     ) -> None:
         self.muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = AdamW(others or [{"params": []}], lr=lr, **adamw)
+        self.adamw = AdamW(others or [{"params": []}], lr=adamw_lr or lr, **adamw)
         super().__init__(self.muon.param_groups + self.adamw.param_groups, defaults={})
         self._share_groups_and_state()
 

@@ -60,14 +60,19 @@ def test_which_parameters_muon_gets(variant, tied, tmp_path):
     assert set(matrices + others) == set(decayed) & set(names.values())
 
 
-def test_updates_equal_those_of_muon_and_adamw_and_have_the_same_size():
+@pytest.mark.parametrize("rate", [None, 0.03])
+def test_updates_equal_those_of_muon_and_adamw_and_have_the_same_size(rate, tmp_path):
     model, reference_model = make_model(), make_model()
-    optimizer = muon_adamw(model, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95))
+    options = dict(learning_rate=0.01, weight_decay=0.1, adam_beta2=0.95, optim="adamw_torch")
+    if rate:
+        options["optim_args"] = f"adamw_lr={rate}"
+    make, kwargs = choose_optimizer("muon", make_arguments(tmp_path, **options))
+    optimizer = make()(model, **kwargs)
     matrices, others, vectors = split_parameters(reference_model)
     groups = [dict(params=others, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
     references = [
         Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        AdamW(groups, lr=0.01, betas=(0.9, 0.95)),
+        AdamW(groups, lr=rate or 0.01, betas=(0.9, 0.95)),
     ]
     ids = make_rows()[0]["input_ids"][None]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -139,6 +144,9 @@ def test_optimizers_that_cannot_run_are_refused(tmp_path, monkeypatch):
     args = make_arguments(tmp_path, optim="adafactor")
     with pytest.raises(UserError, match="adafactor"):
         choose_optimizer("muon", args)
+    for wrong in ("adamw_lr", "adamw_lr=-1", "adamw_lr=x", "lr=0.1", "adamw_lr=0.1,momentum=0.9"):
+        with pytest.raises(UserError, match=f"optim_args: {wrong}: with optimizer: muon, only adamw_lr=NUMBER"):
+            choose_optimizer("muon", make_arguments(tmp_path, optim_args=wrong))
     args = make_arguments(tmp_path)
     args.deepspeed_plugin = object()
     with pytest.raises(UserError, match="ZeRO flattens"):
