@@ -43,6 +43,7 @@ REMEDIES = {
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, so the Hub is not asked; HF_HUB_OFFLINE=0 allows it",
     "ConnectError": UNREACHABLE,
     "ConnectTimeout": UNREACHABLE,
+    "ConnectionError": UNREACHABLE,
     "NetworkError": UNREACHABLE,
     "RequestTimeoutError": UNREACHABLE,
     "NotExistError": f"there is no such data set on ModelScope; if it is private, {MODELSCOPE_LOGIN}",
