@@ -5,6 +5,7 @@ import math
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from buddygpt.data.shards.order import BlockOrder
 from buddygpt.data.shards.trace import Passage, describe_blocks, trace_block
 from buddygpt.model.presets import load_config
 from buddygpt.training.callbacks.alarms import AlarmCallback
+from buddygpt.training.callbacks.curve import PAUSE, CurveCallback
 from buddygpt.training.callbacks.experts import ExpertLoadCallback
 from buddygpt.training.callbacks.progress import describe_log
 from buddygpt.training.callbacks.throughput import ThroughputCallback
@@ -281,6 +283,25 @@ def test_mfu_is_work_over_time_over_peak(tmp_path, blocks, monkeypatch):
     trainer, _ = train_watched(tmp_path, blocks, 10)
     for row in (row for row in trainer.state.log_history if "loss" in row):
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops_per_token(trainer.model.config, 32) / 1e9)
+
+
+def test_the_curve_is_drawn_at_the_end_and_now_and_then(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("buddygpt.training.callbacks.curve.time.monotonic", lambda: now[0])
+    args, curve, path = SimpleNamespace(output_dir=str(tmp_path)), CurveCallback(), tmp_path / "loss_curve.png"
+    state = SimpleNamespace(is_world_process_zero=True, log_history=[{"step": 1, "eval_loss": 2.0}])
+
+    def drawn_after(event: str, seconds: float) -> bool:
+        now[0] += seconds
+        path.unlink(missing_ok=True)
+        getattr(curve, event)(args, state, None)
+        return path.exists()
+
+    assert not drawn_after("on_evaluate", PAUSE / 2) and drawn_after("on_evaluate", PAUSE / 2)
+    assert not drawn_after("on_evaluate", 1) and drawn_after("on_train_end", 1)
+    assert drawn_after("on_evaluate", 1), "an evaluation after the last step is part of the curve"
+    state.is_world_process_zero = False
+    assert not drawn_after("on_train_end", PAUSE)
 
 
 def test_progress_lines_are_short():

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ PANELS = {
     "expert load (1 = even)": {"router/load_max": "busiest expert", "router/load_min": "idlest expert"},
     "learning rate": {"learning_rate": "learning rate"},
 }
+PAUSE = 10  # seconds between two drawings, each of which takes up to one
 SOURCE = re.compile("eval_(.+)_bits_per_byte")  # bits per byte of the held-out text of one source
 SOURCES_PANEL = "held-out bits per byte by source"
 REWARD = re.compile("rewards/(.+)/mean")
@@ -38,13 +40,24 @@ LOG_SCALE = ("loss", "bits per byte", SOURCES_PANEL)  # if the first steps would
 
 
 class CurveCallback(TrainerCallback):
-    """Draws `output_dir/loss_curve.png` at every evaluation and at the end."""
+    """Draws `output_dir/loss_curve.png` at the end, and at evaluations that are `PAUSE` seconds apart or more."""
+
+    def __init__(self):
+        self.drawn = time.monotonic()
+        self.is_over = False
 
     def on_evaluate(self, args, state, control, **kwargs):
+        if self.is_over or time.monotonic() - self.drawn >= PAUSE:
+            self._draw(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.is_over = True  # an evaluation may follow
+        self._draw(args, state)
+
+    def _draw(self, args, state) -> None:
         if state.is_world_process_zero:
             plot_history(state.log_history, Path(args.output_dir) / "loss_curve.png")
-
-    on_train_end = on_evaluate
+            self.drawn = time.monotonic()
 
 
 def plot_history(history: list[dict[str, Any]], path: Path) -> None:
