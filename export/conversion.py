@@ -64,7 +64,7 @@ def _write_and_compare(checkpoint: str, output: Path, configs: Iterator[PreTrain
     while True:
         convert(model, config).save_pretrained(output)
         if not isinstance(config, BuddyGPTConfig):
-            add_fields_of_transformers_4(output / "config.json")
+            add_fields_of_other_readers(output / "config.json")
         save_tokenizer(tokenizer, output)
         finish_checkpoint(output)
         converted, converted_tokenizer = read_checkpoint(output)
@@ -109,8 +109,11 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     return model, tokenizer
 
 
-def add_fields_of_transformers_4(file: Path) -> None:
-    """Repeat in config.json what transformers 5 has renamed: version 4 would silently use its defaults."""
+def add_fields_of_other_readers(file: Path) -> None:
+    """Add to config.json what others read there, and would replace by defaults of their own.
+
+    transformers 4 has other names than version 5; vLLM and SGLang need those of DeepSeek's own file for its routing.
+    """
     config = json.loads(file.read_text(encoding="utf-8"))
     scaling = dict(config["rope_parameters"])
     config["rope_theta"] = scaling.pop("rope_theta")
@@ -120,6 +123,8 @@ def add_fields_of_transformers_4(file: Path) -> None:
         config["rope_scaling"] = scaling
     if "num_local_experts" in config:
         config["num_experts"] = config["num_local_experts"]
+    if config["model_type"] == "deepseek_v3":
+        config["scoring_func"], config["topk_method"] = "sigmoid", "noaux_tc"
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -128,9 +133,14 @@ def is_same_tokenizer(tokenizer: PreTrainedTokenizerBase, other: PreTrainedToken
     return json.loads(tokenizer.backend_tokenizer.to_str()) == json.loads(other.backend_tokenizer.to_str())
 
 
-@torch.no_grad()
 def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
-    """Return the largest difference of the logits for two random sequences, relative to the largest logit.
+    """Return the largest of [`logit_differences`]."""
+    return logit_differences(model, other).max().item()
+
+
+@torch.no_grad()
+def logit_differences(model: PreTrainedModel, other: PreTrainedModel) -> torch.Tensor:
+    """Return each token's largest difference of the logits, for two random sequences, relative to the largest logit.
 
     Both models are converted to float32 in place.
     """
@@ -138,4 +148,4 @@ def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
     tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     expected = model.float().eval()(tokens, use_cache=False).logits
     found = other.float().eval()(tokens, use_cache=False).logits
-    return ((expected - found).abs().max() / expected.abs().max()).item()
+    return (expected - found).abs().amax(dim=-1) / expected.abs().max()

@@ -208,6 +208,9 @@ def test_engines_find_an_output_head_and_no_unknown_layers(tmp_path, export):
         assert config["rope_theta"] == 500000.0 and "rope_scaling" not in config
         assert config.get("partial_rotary_factor") == (1.0 if name == "Glm4MoeForCausalLM" else None)
         assert config.get("num_experts") == (sizes["n_routed_experts"] if name == "Qwen3MoeForCausalLM" else None)
+        # vLLM reads DeepSeek's routing here; its default is softmax scores without a selection bias.
+        routing = ("sigmoid", "noaux_tc") if name == "DeepseekV3ForCausalLM" else (None, None)
+        assert (config.get("scoring_func"), config.get("topk_method")) == routing
 
 
 def test_a_scaled_rope_and_an_uneven_head_survive(tmp_path, export):

@@ -3,10 +3,12 @@
 import itertools
 import json
 import sys
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
+import gguf_tensors
 import gguf_tokenizer
 import jinja2
 import pytest
@@ -45,6 +47,31 @@ VARIANTS = {
     "plain-wide": (WIDE, "llama"),
     "plain-linear": (dict(rope_parameters=LINEAR), "llama"),
 }
+LATENT = dict(num_key_value_heads=None, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=24, v_head_dim=20)
+EXPERTS = dict(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
+SIGMOID = EXPERTS | dict(
+    scoring_func="sigmoid", first_k_dense_replace=1, n_shared_experts=2, routed_scaling_factor=1.5
+)
+MIXTURES = {
+    "latent": (LATENT, "deepseek2"),
+    "latent-bias-experts": (
+        LATENT | SIGMOID | dict(q_lora_rank=20, n_group=2, topk_group=1, tie_word_embeddings=True),
+        "deepseek2",
+    ),
+    "bias-experts": (SIGMOID | dict(attention_bias=True), "glm4moe"),
+    "norm-wide-experts": (
+        SIGMOID | WIDE | dict(use_qk_norm=True, n_shared_experts=0, norm_topk_prob=False),
+        "glm4moe",
+    ),
+    "softmax-experts": (EXPERTS | dict(use_qk_norm=True, tie_word_embeddings=True), "qwen3moe"),
+}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "天气", "parameters": {"type": "object"}}}]
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"city": "北京"}}}
+TOOL_CHAT = [
+    *CHAT,
+    {"role": "assistant", "content": "", "reasoning_content": "t", "tool_calls": [CALL]},
+    {"role": "tool", "content": "1"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +106,9 @@ def checkpoint(tmp_path, sample):
         model = BuddyGPTForCausalLM(BuddyGPTConfig(**(defaults | fields)))
         for parameter, weight in model.named_parameters():
             torch.nn.init.normal_(weight, mean=1.0 if "norm" in parameter else 0.0, std=0.15)
+        for buffer, bias in model.named_buffers():
+            if buffer.endswith("e_score_correction_bias") and model.config.scoring_func == "sigmoid":
+                torch.nn.init.normal_(bias, std=0.3)
         model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, 0])
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -172,7 +202,7 @@ def test_rows_that_do_not_fill_blocks_stay_in_f16_with_a_message(tmp_path, check
 @pytest.mark.parametrize("fault", ["permutation", "rotary base", "tensor"])
 def test_a_file_that_is_not_the_model_is_refused_and_removed(tmp_path, checkpoint, export, monkeypatch, fault):
     if fault == "permutation":
-        monkeypatch.setattr(to_gguf, "permute", lambda weight, heads: weight)
+        monkeypatch.setattr(gguf_tensors, "permute", lambda weight, heads: weight)
     elif fault == "rotary base":
         right = gguf.GGUFWriter.add_rope_freq_base
         monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", lambda writer, base: right(writer, base / 10))
@@ -192,18 +222,30 @@ def test_a_file_that_is_not_the_model_is_refused_and_removed(tmp_path, checkpoin
     assert set(tmp_path.iterdir()) == before
 
 
-LATENT = dict(num_key_value_heads=None, kv_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10)
-EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", MIXTURES)
+def test_experts_and_latent_attention_are_written_and_read_back(tmp_path, checkpoint, export, variant):
+    fields, architecture = MIXTURES[variant]
+    source = checkpoint(**fields)
+    assert "the logits differ by 0.0e+00" in export(source, tmp_path / "out", "f32")
+    export(source, tmp_path / "out", "q8_0")
+    reader = gguf.GGUFReader(tmp_path / "out" / "model-q8_0.gguf")
+    assert fields_of(reader)["general.architecture"] == architecture
+    types = {each.name: each.tensor_type.name for each in reader.tensors}
+    has_experts = "n_routed_experts" in fields
+    assert (types.get("blk.1.ffn_gate_inp.weight") == "F32") == has_experts  # the router
+    assert (types.get("blk.1.ffn_gate_exps.weight") == "Q8_0") == has_experts
+    assert ("output.weight" in types) == (architecture != "qwen3moe")  # the other two are untied by the export
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            EXPERTS | dict(scoring_func="sigmoid"),
-            "it is `glm4_moe`, and GGUF is .* dense models only.*convert_hf_to_gguf.py",
-        ),
-        (LATENT, "it is `deepseek_v3`, and GGUF is .* dense models only.*convert_hf_to_gguf.py"),
+        (EXPERTS | dict(use_qk_norm=True, first_k_dense_replace=1), "Qwen3-MoE has experts in every layer"),
+        (EXPERTS | dict(use_qk_norm=True, norm_topk_prob=False), "always normalizes the scores"),
+        (LATENT | dict(rms_norm_eps=1e-5), "uses `rms_norm_eps` 1e-05 for the norms of the latents"),
+        (LATENT | dict(rope_parameters=YARN), "latent attention is written with plain"),
+        (LATENT | dict(attention_bias=True), "has no such bias"),
         (dict(rope_parameters=YARN | {"beta_fast": 16.0}), "its `rope_parameters` .*beta_fast.* not written here"),
     ],
 )
@@ -320,28 +362,79 @@ def test_published_tokenizers_are_known(name, expected):
     assert choose_pre_tokenizer(tokenizer.backend_tokenizer) == (expected, 0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_llama_cpp_generates_the_same_tokens(tmp_path, checkpoint, export, variant):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    source = checkpoint(**VARIANTS[variant][0])
+def ask(server, path: str, **body) -> dict:
+    """Post to llama.cpp's server in this process and return its answer."""
+    request = urllib.request.Request(
+        server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def start_llama_cpp(path: Path):
+    """Start llama.cpp's server with a cache in float32, as transformers has it."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(path)
+    settings.hostnames, settings.port = ["127.0.0.1"], 0
+    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = 256, 1, 1
+    settings.warmup, settings.verbosity = False, -1
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return xllamacpp.Server(settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS | MIXTURES)
+def test_llama_cpp_answers_like_generate(tmp_path, checkpoint, export, variant):
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    source = checkpoint(**(VARIANTS | MIXTURES)[variant][0])
     export(source, tmp_path / "out", "f32")
-    path = str(tmp_path / "out" / "model-f32.gguf")
-    engine = llama_cpp.Llama(path, n_ctx=256, verbose=False, logits_all=True, type_k=0, type_v=0)  # cache in f32
+    server = start_llama_cpp(tmp_path / "out" / "model-f32.gguf")
     tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
+
+    # The same tokens, and the same chat template, tools included
+    assert ask(server, "/tokenize", content=PROBE)["tokens"] == tokenizer(PROBE).input_ids
+    for messages, tools in ((CHAT, None), (TOOL_CHAT, TOOLS)):
+        rendered = ask(server, "/apply-template", messages=as_openai(messages), **({"tools": tools} if tools else {}))
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+        assert rendered["prompt"] == text
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer(text, return_tensors="pt").input_ids
-    assert engine.tokenize(text.encode(), add_bos=False, special=True) == prompt[0].tolist()
-    assert engine.tokenize(PROBE.encode(), add_bos=False, special=False) == tokenizer(PROBE).input_ids
-    engine.eval(prompt[0].tolist())
-    with torch.no_grad():
-        expected = model(prompt).logits[0]
-    actual = torch.tensor(engine.scores[: prompt.shape[1]])
-    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
-    model.generation_config.eos_token_id = None  # llama.cpp's generator does not stop either
+    assert ask(server, "/tokenize", content=text, parse_special=True)["tokens"] == prompt[0].tolist()
+
+    # The same greedy answer, and the same probabilities of a token; the server leaves some out if text is incomplete.
+    answer = ask(
+        server,
+        "/completion",
+        prompt=prompt[0].tolist(),
+        n_predict=16,
+        temperature=0,
+        n_probs=model.config.vocab_size,
+        return_tokens=True,
+    )
     greedy = model.generate(prompt, do_sample=False, max_new_tokens=16)
-    engine.reset()
-    generated = itertools.islice(engine.generate(prompt[0].tolist(), temp=0, repeat_penalty=1.0), 16)
-    assert list(generated) == greedy[0, prompt.shape[1] :].tolist()
+    assert answer["tokens"] == greedy[0, prompt.shape[1] :].tolist()[: len(answer["tokens"])]
+    first = answer["completion_probabilities"][0]
+    position = prompt.shape[1] - 1 + answer["tokens"].index(first["id"])
+    with torch.no_grad():
+        expected = model(greedy).logits[0, position].log_softmax(-1)
+    actual = torch.full_like(expected, -torch.inf)
+    for each in first["top_logprobs"]:
+        actual[each["id"]] = each["logprob"]
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def as_openai(messages: list[dict]) -> list[dict]:
+    """Return messages in the form of the OpenAI API: arguments of calls are JSON text, calls have ids."""
+    converted = json.loads(json.dumps(messages))
+    for message in converted:
+        for number, call in enumerate(message.get("tool_calls", [])):
+            call["id"] = str(number)
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        if message["role"] == "tool":
+            message["tool_call_id"] = "0"
+    return converted
 
 
 def test_a_file_left_by_a_killed_run_does_not_matter(tmp_path, checkpoint, export):
