@@ -71,6 +71,7 @@ KEYS = {  # of recipe.yaml -> whether it is required, and its type
     "gpus": (False, int),
     "memory": (False, str),
     "hours": (False, float),
+    "export": (False, str),
     "needs": (False, list),
 }
 

@@ -70,6 +70,7 @@ for last in dpo sft anneal pretrain; do
     [ -z "$checkpoint" ] || break
 done
 if [ -n "$checkpoint" ]; then
-    stage export python export/to_native.py --checkpoint "$checkpoint" --output "$OUT/native"
+    [ "$(value recipe.yaml export)" = none ] ||
+        stage export python export/to_native.py --checkpoint "$checkpoint" --output "$OUT/native"
     echo "Next: make chat MODEL=$checkpoint"
 fi

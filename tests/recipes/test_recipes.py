@@ -17,7 +17,8 @@ from data_hubs import Hub, serving, use_endpoint
 from buddygpt.cli.arguments import parse_arguments, read_config
 from buddygpt.data.text.sources import load_readers
 from buddygpt.eval.running.arguments import EvalArguments
-from buddygpt.model.presets import PRESETS
+from buddygpt.export.architectures import native_configs
+from buddygpt.model.presets import PRESETS, load_config
 
 RECIPES = ROOT / "recipes"
 NAMES = sorted(path.parent.relative_to(RECIPES).as_posix() for path in RECIPES.rglob("recipe.yaml"))
@@ -63,6 +64,14 @@ def settings(name: str) -> dict:
     return yaml.safe_load((RECIPES / name / "recipe.yaml").read_text("utf-8"))
 
 
+def find_architecture(model) -> str | None:
+    """Return the stock architecture that a model can be exported to, or None."""
+    try:
+        return next(iter(native_configs(model))).model_type
+    except ValueError:
+        return None
+
+
 def test_no_recipe_is_missing():
     assert set(PUBLISHED) | {"mini-qwen-1b/12gb"} == set(NAMES) == set(BATCHES)
 
@@ -80,6 +89,8 @@ def test_a_recipe_is_a_whole_folder_that_names_what_exists(name):
     assert accelerate["num_processes"] == found["gpus"]
     assert found["output"] == f"outputs/{found['name']}"
     assert Path(config(name, "pretrain")["model_config"]).stem in PRESETS
+    model = load_config(str(ROOT / config(name, "pretrain")["model_config"]))
+    assert (found.get("export") == "none") == (find_architecture(model) is None)
     readers = load_readers()
     for source in config(name, "data")["sources"]:
         source = {"reader": source} if isinstance(source, str) else source
