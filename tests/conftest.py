@@ -1,5 +1,6 @@
 """Run the project's scripts in this process, because imports take ten seconds, and train one tiny chain of models."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -13,6 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Leave the objects of all imports out of later garbage collections: every training collects several times."""
+    gc.collect()
+    gc.freeze()
 
 
 def run(script: str, *arguments: object) -> None:
