@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("*.md", "[!.]*/*.md", "[!.]*/*/README.md")
 OTHER_FOLDERS = ("outputs", "datasets")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+CODE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
+LINE_END = re.compile(r"(?<=[\u4e00-\u9fff，。；：、）])\n(?=[\u4e00-\u9fff（])")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -24,6 +26,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     theme = [file for file in files if file.generated_by or not file.abs_src_path.startswith(config.docs_dir)]
     names = sorted(path.relative_to(ROOT).as_posix() for path in pages | linked | {ROOT / "docs/site/style.css"})
     return Files(theme + [File(name, str(ROOT), config.site_dir, config.use_directory_urls) for name in names])
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Join lines of Chinese text, between which a browser would show a space; not those of code."""
+    texts = CODE.split(markdown)
+    return "".join(text if number % 2 else LINE_END.sub("", text) for number, text in enumerate(texts))
 
 
 def on_page_context(context: dict[str, Any], page: Page, config: MkDocsConfig, nav: object) -> dict[str, Any]:
