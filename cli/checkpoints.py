@@ -24,23 +24,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class under its names in transformers 4 and 5
 TEMPLATE_SECONDS = 2  # of a CPU; a usual template takes milliseconds
 TEMPLATE_BYTES = 2**29
 TEMPLATE_TURNS = 8  # a loop in a loop over the turns of a chat shows
 
 
 def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
-    """Call `AutoTokenizer.from_pretrained`, and warn if it reads the files in another way than they say.
+    """Return what `AutoTokenizer.from_pretrained` does, and warn if it reads the files in another way than they say.
 
     Raises:
         UserError: The folder is missing, or no tokenizer can be read from it.
     """
-    from transformers import AutoTokenizer  # slow to import, and not every script that imports this file needs it
-
     if "/" in name_or_path and _is_missing(name_or_path):
         raise UserError(f"no such tokenizer folder: {name_or_path}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = _read_tokenizer(name_or_path)
         _warn_if_class_overrides_file(tokenizer)
         if not isinstance(tokenizer.model_max_length, int | float):
             raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}")
@@ -48,6 +47,23 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
         raise UserError(f"cannot read a tokenizer from {name_or_path}: {_first_line(error)}") from error
     require_quick_template(tokenizer)
     return tokenizer
+
+
+def _read_tokenizer(name_or_path: str) -> "PreTrainedTokenizerBase":
+    """Call `AutoTokenizer.from_pretrained`, which imports torch; not for a folder where it would take the plain class.
+
+    That is one with no model, whose tokenizer is all in tokenizer.json.
+    """
+    file = Path(name_or_path) / "tokenizer_config.json"
+    if file.is_file() and not (file.parent / "config.json").exists():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in config:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(name_or_path)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name_or_path)
 
 
 def require_quick_template(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -66,6 +66,7 @@ CHAT_TEXT = re.compile(
     r"<start_of_turn>|<｜User｜>|\[INST\]|\[Human\]:|### (?:Human|Instruction|User):|"
     r"(?:Human|USER): .*\n\s*(?:Assistant|ASSISTANT):|Below is an instruction that describes a task)"
 )
+SORTED_JSON = json.JSONEncoder(sort_keys=True)
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 KINDS = {"sft": "sft", "dpo": "preference", "kto": "kto", "pretrain": "text"}  # stage -> kind of row
 
@@ -359,7 +360,7 @@ def identity(standard: dict[str, Any], keys: tuple[str, ...]) -> str:
     for key in keys:
         turns += [[turn["role"], visible(turn["content"]), turn.get("tool_calls")] for turn in standard[key]]
     others = [standard.get(key) for key in ("tools", "label", TEMPLATE_OPTIONS)]
-    return json.dumps([turns, *others], sort_keys=True)
+    return SORTED_JSON.encode([turns, *others])
 
 
 def fingerprint(text: str) -> int:

@@ -174,12 +174,11 @@ def convert(
 
     standard, escaped = [], 0
     for each in rows if isinstance(rows, list) else [rows]:
-        each, count = escape(each | switch, special_tokens)
+        each, count, as_json = escape(each | switch, special_tokens)
+        check_row(each, schema.kind, special_tokens, as_json)
+        check_marks(each, schema.kind)
         standard.append(each)
         escaped += count
-    for each in standard:
-        check_row(each, schema.kind, special_tokens)
-        check_marks(each, schema.kind)
     if unread is not None:
         unread += unread_keys(row, watched.read)
     return standard, escaped

@@ -33,11 +33,14 @@ UNKNOWN_MARK = re.compile(r"(?:.*_)?(?:loss|train|trained|training|masks?|masked
 LISTS = (*MARKS, "weights", "loss_weights", "loss_masks")  # of a row: one value per turn
 PARTIAL = ("train_detail",)  # axolotl: parts of a turn
 VALUES = {"0": False, "0.0": False, "false": False, "no": False, "1": True, "1.0": True, "true": True, "yes": True}
+PLAIN_KEYS = frozenset(["role", "content", "from", "value", "tool_calls"])  # of turns; none is a mark
 TURN_LISTS = ("messages", "conversations", "conversation")
 
 
 def carries_loss(turn: dict[str, Any]) -> bool:
     """Return False if a turn is marked as without loss. Raises [`BadRow`] for a mark other than yes or no."""
+    if turn.keys() <= PLAIN_KEYS:
+        return True
     for key in PARTIAL:
         if turn.get(key):
             raise BadRow(f"`{key}` gives parts of a turn loss; give all of it or none (`weight` 1 or 0)")

@@ -72,7 +72,9 @@ THINKING_KEYS = (
     "think_content",
     "rationale",
 )
+ALL_THINKING_KEYS = frozenset(THINKING_KEYS)
 MEDIA = re.compile(r"(?:image|picture|video|audio)s?(?:_(?:url|path|file)s?)?$", re.IGNORECASE)
+NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # in JSON
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -80,14 +82,18 @@ class BadRow(ValueError):
     """A row that cannot be trained on. The message is the reason."""
 
 
+to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder for each row
+
+
 # --- The rules ---
 
 
-def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = ()) -> None:
+def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = (), as_json: str = "") -> None:
     """Raise [`BadRow`] unless `row` is in the standard form of `kind` and fit to train on.
 
     Args:
         special_tokens: Tokens of the tokenizer in use that no text may contain, in addition to `SPECIAL_TOKEN`.
+        as_json: `to_json(row)`, if the caller has it.
     """
     keys = FORMS[kind]
     refuse_media(row)
@@ -110,7 +116,7 @@ def check_row(row: dict[str, Any], kind: str, special_tokens: tuple[str, ...] = 
         raise BadRow(f"{TEMPLATE_OPTIONS} is {options!r:.60}; it may be {{'enable_thinking': true or false}}")
     if kind == "kto" and not isinstance(row.get("label"), bool):
         raise BadRow("label is neither true nor false")
-    _check_text(json.dumps(row, ensure_ascii=False), special_tokens)
+    _check_text(as_json or to_json(row), special_tokens)
 
 
 def check_messages(messages: Any) -> None:
@@ -124,9 +130,10 @@ def check_messages(messages: Any) -> None:
         role, content = message["role"], message["content"]
         if not isinstance(content, str):
             raise BadRow(f"the content of turn {number} is not a string")
-        for key in THINKING_KEYS:
-            if message.get(key):
-                raise BadRow(f"turn {number} has `{key}`, which chat templates leave out: convert the row")
+        if not ALL_THINKING_KEYS.isdisjoint(message):
+            for key in THINKING_KEYS:
+                if message.get(key):
+                    raise BadRow(f"turn {number} has `{key}`, which chat templates leave out: convert the row")
         is_call = role == "assistant" and message.get("tool_calls")
         current = "call" if is_call else role
         if current not in NEXT[previous]:
@@ -158,15 +165,20 @@ def _check_text(row_as_json: str, special_tokens: tuple[str, ...]) -> None:
         raise BadRow(f"the text contains the special token {token[0]}")
     if re.search("[\ud800-\udfff]", row_as_json):
         raise BadRow("the text contains half a surrogate pair")
-    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", row_as_json):
+    if "\\u0000" in row_as_json and NUL.search(row_as_json):
         raise BadRow("the text contains a NUL character")
 
 
 def refuse_media(item: dict[str, Any]) -> None:
     """Raise [`BadRow`] if a row or a turn has pictures, sound or video."""
     for key in item:
-        if item[key] and MEDIA.match(key):
+        if _is_media(key) and item[key]:
             raise BadRow(f"it needs a picture, sound or video (`{key}`)")
+
+
+@cache
+def _is_media(key: str) -> bool:
+    return MEDIA.match(key) is not None
 
 
 def is_blank(text: str) -> bool:
@@ -185,6 +197,8 @@ def refuse_label(row: dict[str, Any]) -> None:
 
     The label 0 or 1 of a row without messages is a class of the task that the row is about.
     """
+    if "label" not in row and "kto_tag" not in row and "is_safe" not in row:
+        return
     is_class = str(row.get("label")) in ("0", "1") and not {"messages", "conversations", "kto_tag"} & row.keys()
     if read_label(row) is not None and not is_class:
         raise BadRow("the answer is labeled good or bad (kto), so it is no instruction; drop a label of other meaning")
@@ -206,8 +220,8 @@ def _special_token_pattern(tokens: tuple[str, ...]) -> re.Pattern:
     return re.compile("|".join([SPECIAL_TOKEN, *map(re.escape, longest_first)]))
 
 
-def escape(row: dict[str, Any], special_tokens: tuple[str, ...] = ()) -> tuple[dict[str, Any], int]:
-    """Return `row` with spaces inside every text that looks like a special token, and how many there were.
+def escape(row: dict[str, Any], special_tokens: tuple[str, ...] = ()) -> tuple[dict[str, Any], int, str]:
+    """Return `row` with spaces inside every text that looks like a special token, how many there were, and its JSON.
 
     A tokenizer reads `<|im_end|>` in a text as the end of the turn, and `<tool_call>` as the start of a call, so a row
     could open turns and make calls itself. `<| im_end |>` and `< tool_call >` stay readable and are ordinary tokens.
@@ -220,8 +234,8 @@ def escape(row: dict[str, Any], special_tokens: tuple[str, ...] = ()) -> tuple[d
     def add_spaces(match: re.Match) -> str:
         return " ".join(TOKEN_PARTS.fullmatch(match[0]).groups())
 
-    text, count = _special_token_pattern(special_tokens).subn(add_spaces, json.dumps(row, ensure_ascii=False))
-    return (json.loads(text), count) if count else (row, 0)
+    text, count = _special_token_pattern(special_tokens).subn(add_spaces, to_json(row))
+    return json.loads(text) if count else row, count, text
 
 
 # --- Placeholders, remarks, choice of turns ---

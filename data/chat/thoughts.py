@@ -44,6 +44,8 @@ def split_by_questions(row: dict[str, Any]) -> list[dict[str, Any]]:
     """
     messages = row["messages"]
     starts = [number for number, message in enumerate(messages) if message["role"] == "user"]
+    if len(starts) == 1:
+        return [row]
     empty = template_options(row).get("enable_thinking") is False
     rows, trained = [], 0  # up to where answers carry loss in rows above
     for end in [*starts[1:], len(messages)]:

@@ -1,5 +1,6 @@
 """Turn chat rows into the tokens that TRL's trainers make of them, and mark the tokens that carry loss."""
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -8,12 +9,6 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import (
-    get_training_chat_template,
-    has_generation_markers,
-    supports_tool_calling,
-)
-from trl.data_utils import common_prefix_length
 
 from buddygpt.cli.checkpoints import end_of_answer_token
 from buddygpt.cli.errors import UserError
@@ -21,6 +16,8 @@ from buddygpt.data.chat.loss_marks import carries_loss
 from buddygpt.data.chat.rules import FORMS, BadRow
 from buddygpt.data.chat.thoughts import PARTS, mask_parts, template_options
 
+ONES = re.compile(b"\x01+")
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 MAX_UNTRAINED = 0.1  # share of rows whose answer is cut off; more are not fit to train on
 
 
@@ -119,7 +116,7 @@ def _tokenize_instructions(
         chats,
         return_assistant_tokens_mask=needs_marks,
         return_dict=True,
-        tokenizer_kwargs={"return_offsets_mapping": masks_parts},
+        tokenizer_kwargs={"return_offsets_mapping": masks_parts, "return_attention_mask": False},
         **rendering,
     )
     texts = tokenizer.apply_chat_template(chats, tokenize=False, **rendering) if masks_parts else []
@@ -143,13 +140,7 @@ def _tokenize_instructions(
 
 def _find_answers(mask: list[int]) -> list[tuple[int, int]]:
     """Return the start and the end of each run of ones."""
-    answers, start = [], 0
-    for marked, run in groupby(mask):
-        end = start + len(list(run))
-        if marked:
-            answers.append((start, end))
-        start = end
-    return answers
+    return [found.span() for found in ONES.finditer(bytes(mask))]
 
 
 def _tokenize_answers(
@@ -166,9 +157,15 @@ def _tokenize_answers(
         conversations.append([ids[: _end_of_answer(ids, tokenizer)] for ids in encoded])
     sequences = []
     for prompt, *answers in zip(prompts, *conversations, strict=True):
-        start = min(common_prefix_length(prompt, ids) for ids in answers)
+        start = min(shared_start(prompt, ids) for ids in answers)
         sequences.append([TokenSequence(ids, [0] * start + [1] * (len(ids) - start)) for ids in answers])
     return sequences
+
+
+def shared_start(first: list[int], second: list[int]) -> int:
+    """Return the number of tokens at the start that two sequences share."""
+    differ = (number for number, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differ, min(len(first), len(second)))
 
 
 def _end_of_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -182,11 +179,11 @@ def _end_of_answer(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
         end -= 1
     if not end or ids[end - 1] not in _marks(tokenizer):
         return len(ids)
-    mark = _end_mark(tokenizer, tokenizer.chat_template)
+    mark, eos = _end_mark(tokenizer, tokenizer.chat_template)
     for position in range(end - 1, -1, -1):
         if ids[position] == mark:
             end = position + 1
-        elif ids[position] != tokenizer.eos_token_id and not _is_blank(tokenizer, ids[position]):
+        elif ids[position] != eos and not _is_blank(tokenizer, ids[position]):
             break
     return end
 
@@ -198,15 +195,19 @@ def _is_blank(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
 
 @cache
 def _shows_calls(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    from trl.chat_template_utils import supports_tool_calling  # imports torch, which takes seconds
+
     return supports_tool_calling(tokenizer)
 
 
 @cache
-def _end_mark(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+def _end_mark(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int | None, int | None]:
+    """Return the token that ends an answer and the eos token; None for one that there is not."""
     try:
-        return tokenizer.convert_tokens_to_ids(end_of_answer_token(tokenizer))
+        mark = tokenizer.convert_tokens_to_ids(end_of_answer_token(tokenizer))
     except UserError:  # the recipes report it
-        return None
+        mark = None
+    return mark, tokenizer.eos_token_id
 
 
 @cache
@@ -223,8 +224,10 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template
     if template is None:
         raise UserError(f"{tokenizer.name_or_path} has no chat template: put a chat_template.jinja into it")
-    if has_generation_markers(template):
+    if GENERATION_MARK.search(template if isinstance(template, str) else template["default"]):
         return template
+    from trl.chat_template_utils import get_training_chat_template  # imports torch, which takes seconds
+
     try:
         return get_training_chat_template(tokenizer)
     except ValueError as error:

@@ -5,7 +5,7 @@ from typing import Any
 
 from buddygpt.data.chat.calls import read_calls, read_calls_in_text, read_tools
 from buddygpt.data.chat.loss_marks import mark_turn
-from buddygpt.data.chat.rules import MEDIA, THINKING_KEYS, BadRow, refuse_media
+from buddygpt.data.chat.rules import ALL_THINKING_KEYS, MEDIA, THINKING_KEYS, BadRow, refuse_media
 
 ROLES = {
     "user": "user",
@@ -66,9 +66,11 @@ def read_turns(items: Any) -> list[dict[str, Any]]:
     if items and all(isinstance(item, str) for item in items):  # LIMA, UltraChat, HuatuoGPT
         texts = [LIST_PREFIX.sub("", item, count=1) if LIST_PREFIX.match(item) else item for item in items]
         return [turn("user" if number % 2 == 0 else "assistant", text) for number, text in enumerate(texts)]
-    for question, answer in EXCHANGES:
-        if items and all(isinstance(item, dict) and {question, answer} <= item.keys() for item in items):
-            return read_exchanges(items, question, answer)
+    if items and all(isinstance(item, dict) for item in items):
+        shared = set(items[0]).intersection(*items[1:])
+        for question, answer in EXCHANGES:
+            if question in shared and answer in shared:
+                return read_exchanges(items, question, answer)
     messages: list[dict[str, Any]] = []
     thinking = ""
     for item in order_results(items):
@@ -123,7 +125,7 @@ def read_turn(item: Any) -> dict[str, Any]:
     refuse_media(item)
     name = str(item.get("from", item.get("role"))).lower()
     content = next((item[key] for key in ("value", "content", "text") if item.get(key) is not None), None)
-    if name in THINKING_KEYS:
+    if name in ALL_THINKING_KEYS:
         return turn("thinking", read_text(content))
     if name not in ROLES:
         raise BadRow(f"unknown role {item.get('from', item.get('role'))!r:.40}")
@@ -203,6 +205,8 @@ def think(thinking: str, answer: Any, has_calls: bool = False) -> Any:
 
 def read_thinking(row: dict[str, Any]) -> str:
     """Return the thinking that a row or a turn has under a key of its own, or ""."""
+    if ALL_THINKING_KEYS.isdisjoint(row):
+        return ""
     for key in (key for key in THINKING_KEYS if key in row):
         value = row[key]
         if isinstance(value, str) and value.strip() and value not in ("on", "off"):  # Nemotron's switch

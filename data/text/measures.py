@@ -11,6 +11,7 @@ duplicate lines follows Gopher (https://arxiv.org/abs/2112.11446, table A1).
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache, lru_cache
@@ -143,7 +144,10 @@ COMMON_WORDS = {  # `sin` is not among them: it is in formulas
     "la": "et in est non ad cum ut qui quod sed quae ex per ab enim atque aut esse quam sunt etiam",
     "vi": "va cua la co cho mot khong nguoi trong duoc nhung voi nhu cac khi da nay",
 }
-COMMON_WORDS = {name: frozenset(words.split()) for name, words in COMMON_WORDS.items()}
+LANGUAGES_OF: dict[str, list[str]] = {}  # word -> languages in which it is frequent
+for _name, _words in COMMON_WORDS.items():
+    for _word in set(_words.split()):
+        LANGUAGES_OF.setdefault(_word, []).append(_name)
 LATIN_WORD = re.compile("[a-z]{2,}")
 LATIN_SAMPLE = 20_000  # characters
 
@@ -154,8 +158,8 @@ def _is_english(text: str, min_share: float) -> bool:
     `min_share` is the least share of English ones among the words, unless frequent words of any language are few.
     """
     words = LATIN_WORD.findall(text[:LATIN_SAMPLE].lower())
-    counts = {name: sum(word in common for word in words) for name, common in COMMON_WORDS.items()}
-    most = max(counts.values())
+    counts = Counter(name for word in words for name in LANGUAGES_OF.get(word, ()))
+    most = max(counts.values(), default=0)
     return counts["en"] >= max(most, min_share * len(words)) or min_share == 0 and most < 0.1 * len(words)
 
 

@@ -1,15 +1,20 @@
 """Chat rows become tokens whose answers end at their mark; what cannot be learned is left out."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_tokenizer import train_tiny_tokenizer
 from transformers import AutoTokenizer
+from trl.chat_template_utils import has_generation_markers
+from trl.data_utils import common_prefix_length
 
+from buddygpt.cli.checkpoints import load_tokenizer
 from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.rules import BadRow
-from buddygpt.data.chat.tokens import tokenize, tokenize_rows
+from buddygpt.data.chat.tokens import GENERATION_MARK, shared_start, tokenize, tokenize_rows
 
 ZH = [{"role": "user", "content": "你是谁？"}, {"role": "assistant", "content": "我是一个小模型。"}]
 PAIR = {"prompt": ZH[:1], "chosen": ZH[1:], "rejected": [{"role": "assistant", "content": "走开。"}]}
@@ -100,3 +105,36 @@ def test_cached_tokens_are_not_those_of_another_eos_token(tokenizer, tmp_path, m
         loaded.eos_token = eos
         [row] = load_rows([str(tmp_path / "a.jsonl")], "sft", tokenizer=loaded)
         assert loaded.decode(row["input_ids"]).startswith(eos)
+
+
+def test_the_doctor_reads_a_tokenizer_as_auto_tokenizer_does_but_without_torch(tokenizer):
+    ours, theirs = load_tokenizer(str(tokenizer)), AutoTokenizer.from_pretrained(tokenizer)
+    assert type(ours) is type(theirs) and ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    for field in ("special_tokens_map", "chat_template", "init_kwargs", "model_max_length", "name_or_path"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    code = (
+        "import sys; from buddygpt.cli.checkpoints import load_tokenizer; import buddygpt.data.doctor; "
+        "load_tokenizer(sys.argv[1]); print({'torch', 'trl', 'datasets', 'scipy'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tokenizer)], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n", "these take seconds to import"
+
+
+def test_marks_and_shared_starts_are_found_as_trl_finds_them():
+    for template in (
+        "{% generation %}",
+        "{%- generation -%}",
+        "{%-  generation%}",
+        "{% endgeneration %}",
+        "generation",
+    ):
+        assert bool(GENERATION_MARK.search(template)) == has_generation_markers(template)
+    for first, second in (
+        ([], []),
+        ([1], []),
+        ([1, 2], [1, 2]),
+        ([1, 2], [1, 2, 3]),
+        ([1, 2, 4], [1, 3, 4]),
+        ([1], [2]),
+    ):
+        assert shared_start(first, second) == common_prefix_length(first, second)
