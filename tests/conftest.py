@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_finish() -> None:
-    """Leave the objects of all imports out of later garbage collections: every training collects several times."""
+    """Leave the objects of all imports out of later garbage collections: every training ends with one."""
     gc.collect()
     gc.freeze()
 
