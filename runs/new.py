@@ -82,7 +82,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--chat", nargs="+", default=[], help="files of chats, of any schema of data/convert_chat.py")
     parser.add_argument("--pairs", nargs="+", default=[], help="files of preference pairs")
     parser.add_argument("--languages", help="requested ratio of tokens, such as zh=3,en=1")
-    parser.add_argument("--eval_fraction", type=float, default=0.005, help="share of documents to hold out")
+    parser.add_argument(
+        "--eval_fraction", type=float, help="share of documents to hold out; default: more of less text"
+    )
     parser.add_argument("--cmmlu", help="folder of CMMLU, to evaluate on and to keep out of the text")
     parser.add_argument("--ceval", help="folder of C-Eval, likewise")
     parser.add_argument("--mfu", type=float, help="share of the GPU's peak that training reaches; default: measured")
@@ -154,7 +156,7 @@ def require_numbers(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {value:g}: must be more than 0")
     if args.mfu is not None and args.mfu > 1:
         raise UserError(f"--mfu {args.mfu}: must be a share of the peak, such as 0.4")
-    if not 0 < args.eval_fraction < 0.5:
+    if args.eval_fraction is not None and not 0 < args.eval_fraction < 0.5:
         raise UserError(f"--eval_fraction {args.eval_fraction}: must be a share, such as 0.005")
     if args.vocab_size is not None and args.vocab_size < 512:
         raise UserError(f"--vocab_size {args.vocab_size}: must be at least 512")
@@ -269,9 +271,15 @@ def choose_inputs(
         anneal_sources=anneal,
         chat=absolute(args.chat) or (PUBLIC_CHAT if is_public else []),
         pairs=absolute(args.pairs) or (PUBLIC_PAIRS if is_public else []),
-        eval_fraction=args.eval_fraction,
+        eval_fraction=args.eval_fraction or held_out_share(files if args.text and not names else None),
         exams={name: absolute([getattr(args, name)])[0] for name in ("cmmlu", "ceval") if getattr(args, name)},
     )
+
+
+def held_out_share(files: list[TextFile] | None) -> float:
+    """Return the share of documents to hold out: of little text a larger one, so that there is enough to judge by."""
+    size = float("inf") if files is None else sum(file.size for file in files)
+    return 0.05 if size < 5e6 else 0.01 if size < 50e6 else 0.005
 
 
 def column_of(name: str, files: list[TextFile]) -> str | None:

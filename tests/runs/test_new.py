@@ -66,6 +66,7 @@ def test_the_recipe_is_what_was_asked_for(made, text, capsys):
         "zh": "zh.jsonl",
         "en": "en.txt",
     }
+    assert data["eval_fraction"] == 0.05  # of little text
     assert settings["threads"] == 2 and pretrain["use_cpu"] and pretrain["optimizer"] == "muon"
     assert isinstance(pretrain["learning_rate"], float)
     assert (made / "sample.yaml").exists() and not (made / "anneal.yaml").exists()  # no pairs were given
