@@ -234,7 +234,20 @@ def train(candidate: Candidate, steps: int, seed: int, work: Path, evaluate: boo
 
 
 def probe(candidate: Candidate, args: SweepArguments, work: Path) -> float:
-    """Return the CPU seconds of a step: the median of a few, without the first."""
+    """Return the CPU seconds of a step: the median of a few, without the first.
+
+    Measured once for each shape and batch, so that runs that differ in the rate only have the same number of steps.
+    """
+    path = work / "probes.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    key = " ".join(map(str, candidate.key[:-1]))
+    if key not in known:
+        known[key] = measure_step(candidate, args, work)
+        path.write_text(json.dumps(known, indent=2))
+    return known[key]
+
+
+def measure_step(candidate: Candidate, args: SweepArguments, work: Path) -> float:
     ends = train(candidate, PROBE_STEPS, args.seed, work, evaluate=False).ends
     seconds = sorted(after - before for before, after in zip(ends[1:], ends[2:], strict=False))
     return seconds[len(seconds) // 2]
