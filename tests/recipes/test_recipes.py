@@ -51,7 +51,6 @@ LENGTHS = {  # tokens of a row: pretraining, SFT, DPO
     "minimind-3": (340, 768, 1024),
     "bitbrain": (2048, None, None),
     "steel": (2048, 768, 1536),
-    "mini-qwen-1b/12gb": (1024, 1024, 768),
     "mini-qwen": (1024, 1024, 1024),
 }
 
