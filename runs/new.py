@@ -118,6 +118,7 @@ def main() -> None:
     if machine.name == "a CPU" and args.gflops is None:
         require_text(budget)
         run = choose_run(budget, find_speed(budget), args.hours * 3600 / 2)
+        print("measuring the speed of this CPU: some seconds, more if other programs use it", file=sys.stderr)
         budget = replace(budget, speed=measure_speed(run, machine.count))
     elif machine.kind == "cpu" and args.gflops:
         speed = Speed(args.gflops * 1e9 * machine.count, None, f"{args.gflops:g} GFLOP/s a core, as given (--gflops)")
