@@ -104,6 +104,8 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(args, name)} is not a folder")
     names = [name for name in args.text if is_url(name) or is_reader(name)]
     files = inspect_text([name for name in args.text if name not in names], args.text_column)
+    if files and not names:
+        local_sources(files, languages)  # refuse languages that no file has before anything is measured
 
     budget = Budget(
         machine=machine,
@@ -296,7 +298,10 @@ def local_sources(files: list[TextFile], languages: dict[str, float] | None) -> 
              for language in ("zh", "en")}  # fmt: skip
     for language in languages:
         if not found.get(language):
-            raise UserError(f"--languages: no file of --text is {language} by its beginning")
+            raise UserError(
+                f"--languages: no file of --text is {language} by its beginning; put each language into files of its "
+                "own, or leave --languages out"
+            )
     sources = [{"name": name, "path": group, "language": name} for name, group in found.items() if group]
     return sources, paths
 
