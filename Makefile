@@ -30,9 +30,10 @@ alignment: setup
 chat: setup
 	$(BIN)/python runs/chat_page.py $(if $(filter-out file,$(origin MODEL)),--models $(MODEL))
 
-# Two processes with one thread each: two threads gain little on the small models of the tests.
+# Two processes with one thread each: two threads gain little on the small models of the tests. tests/conftest.py orders
+# the files.
 test: setup
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Before every commit: lint and the tests that are not marked slow, in under two minutes on two cores.
 check: lint

@@ -56,6 +56,12 @@ def test_every_package_is_part_of_the_layout():
     assert folders - {"tests"} == set(ALLOWED)
 
 
+def test_files_of_tests_have_different_names():
+    """pytest imports a file under its name, without its folder, and leaves out the second of the same name."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_optional_steps_are_imported_inside_functions_only():
     for folder in ("data", "eval", "pretrain", "sft", "rlhf", "training"):
         for path in python_files(folder):
