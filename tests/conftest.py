@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that have the most slow tests, so that two processes end at about the same time."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])  # a file's tests stay together: files of equal counts keep their order
+    items.sort(key=lambda item: -slow[item.path])  # stable: the tests of a file stay together
 
 
 def pytest_collection_finish() -> None:
