@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a small chat model from scratch on two CPU cores in about ten minutes, without network access:
+# Train a small chat model from scratch on two CPU cores in about seven minutes, without network access:
 #     make quickstart
 # Train another model of model/configs on the same data, with the same settings:
 #     make quickstart MODEL=quickstart-mla-moe
@@ -31,7 +31,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))} TOKENIZERS
 # Defines `stage NAME COMMAND`, which runs and times a command, and `recipe SCRIPT`, which runs `accelerate launch`.
 . runs/stages.sh
 
-echo "Training a model of about a million parameters, from text to chat, without network: about ten minutes on two cores."
+echo "Training a model of about a million parameters, from text to chat, without network: about seven minutes on two cores."
 echo "Ctrl-C stops it; the same command continues. Everything is written to $OUT."
 
 # config FOLDER: copy FOLDER/configs/quickstart.yaml to $OUT with the paths of this model, and print the copy's path.
