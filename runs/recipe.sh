@@ -17,10 +17,14 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then
     export PATH=$PWD/.venv/bin:$PATH
 fi
 
-# value FILE KEY: print a value of a YAML file of the recipe; nothing if the file or the key is absent.
+# value FILE KEY: print a value of a YAML file of the recipe; nothing if the file or the key is absent. As in the scripts,
+# the file may begin with the values of another (`defaults`).
 value() {
-    [ ! -e "$folder/$1" ] || python -c 'import sys, yaml
-content = yaml.safe_load(open(sys.argv[1], encoding="utf-8")) or {}
+    [ ! -e "$folder/$1" ] || python -c 'import pathlib, sys, yaml
+file = pathlib.Path(sys.argv[1])
+content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+if "defaults" in content:
+    content = yaml.safe_load((file.parent / content["defaults"]).read_text(encoding="utf-8")) | content
 print(content.get(sys.argv[2]) or "")' "$folder/$1" "$2"
 }
 
