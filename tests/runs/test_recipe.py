@@ -53,7 +53,11 @@ def script(words):
 def test_stages_with_a_file_run_in_order_and_are_not_repeated(chain, tmp_path):
     configs = {"recipe": "name: a\noutput: out\naccelerate_config: mine.yaml\n", "data": "output: s\n"}
     (tmp_path / "shared.yaml").write_text("output_dir: out/sft\n")
-    configs |= {"sft": "defaults: ../shared.yaml\n", "pretrain": "output_dir: out/pretrain\n", "eval": "output: out/eval\n"}
+    configs |= {
+        "sft": "defaults: ../shared.yaml\n",
+        "pretrain": "output_dir: out/pretrain\n",
+        "eval": "output: out/eval\n",
+    }
     done, commands = chain("recipe", **configs)
     assert done.returncode == 0, done.stderr
     assert [script(words) for words in commands] == [
