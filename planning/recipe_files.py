@@ -214,6 +214,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     optimization = {
         "optimizer": run.optimizer,
         "learning_rate": run.learning_rate,
+        "optim_args": f"adamw_lr={run.embedding_rate:g}",
         "warmup_steps": run.warmup_steps,
         "weight_decay": rules.WEIGHT_DECAY,
         "adam_beta2": 0.95,

@@ -58,6 +58,17 @@ class Model:
     can_think: bool
 
 
+@dataclass
+class Conversation:
+    """The questions put to one model, and its answers.
+
+    An answer that is under way ends as soon as `turns` is another list: so "stop", "new chat" and a new question work
+    in whatever order the server hears of them. A browser's request to cancel can come too early or too late.
+    """
+
+    turns: list[Message] = field(default_factory=list)
+
+
 def main() -> None:
     (args,) = parse_arguments(PageArguments, description=__doc__)
     checkpoints = args.models or [str(newest_run(Path("outputs")))]
@@ -99,7 +110,7 @@ def build_page(models: list[Model], client: OpenAI) -> gr.Blocks:
         with gr.Row(scale=1):
             for model in models:
                 with gr.Column():
-                    conversations.append(gr.State([]))
+                    conversations.append(gr.State(Conversation()))
                     chatbots.append(
                         gr.Chatbot(
                             label=model.name,
@@ -120,25 +131,19 @@ def build_page(models: list[Model], client: OpenAI) -> gr.Blocks:
             [box.submit, send.click],
             ask,
             [box, *conversations],
-            [box, *conversations, *chatbots],
+            [box, *chatbots],
             show_progress="hidden",
         )
-        answering = []
         for model, conversation, chatbot, note in zip(models, conversations, chatbots, notes, strict=True):
-            inputs, outputs = [conversation, *settings], [conversation, chatbot, note]
+            inputs, outputs = [conversation, *settings], [chatbot, note]
             first, again = make_answer(model, client), make_answer(model, client, again=True)
-            answering.append(asked.then(first, inputs, outputs, show_progress="hidden"))
-            answering.append(retry.click(again, inputs, outputs, show_progress="hidden"))
-        for chatbot, conversation in zip(chatbots, conversations, strict=True):
-            chatbot.clear(list, None, conversation, cancels=answering)
-        stop.click(None, cancels=answering)
-        # An answer that is under way would bring its conversation back, so it is stopped too.
-        clear.click(
-            lambda: [[]] * (2 * len(models)) + [""] * len(models),
-            None,
-            [*conversations, *chatbots, *notes],
-            cancels=[asked, *answering],
-        )
+            asked.then(first, inputs, outputs, show_progress="hidden")
+            retry.click(again, inputs, outputs, show_progress="hidden")
+            chatbot.clear(forget, conversation, [chatbot, note])
+        stop.click(stop_answers, conversations)
+        emptied = clear.click(forget, conversations, [*chatbots, *notes])
+        # An answer may have sent its last words at the same moment; show what stands now.
+        emptied.then(show, conversations, chatbots, show_progress="hidden")
     return page
 
 
@@ -158,39 +163,71 @@ def build_settings(models: list[Model], text: gr.I18n) -> list[gr.components.Com
     return [system, temperature, top_p, repetition, length, thinking, tools]
 
 
-def ask(question: str, *conversations: list[Message]) -> list[Any]:
+def ask(question: str, *conversations: Conversation) -> list[Any]:
     """Add the question to every conversation, and empty the box."""
     if question.strip():
-        conversations = [[*conversation, {"role": "user", "content": question}] for conversation in conversations]
-    return ["", *conversations, *map(display, conversations)]
+        for conversation in conversations:
+            conversation.turns = [*conversation.turns, {"role": "user", "content": question}]
+    return ["", *(display(conversation.turns) for conversation in conversations)]
+
+
+def stop_answers(*conversations: Conversation) -> None:
+    """Stop the answers that are under way, and keep what they have said."""
+    for conversation in conversations:
+        conversation.turns = list(conversation.turns)
+
+
+def forget(*conversations: Conversation) -> list[Any]:
+    """Begin new conversations; return an empty chat and an empty line below it for each."""
+    for conversation in conversations:
+        conversation.turns = []
+    return [[]] * len(conversations) + [""] * len(conversations)
+
+
+def show(*conversations: Conversation) -> list[Any]:
+    """Return what stands in the conversations, for the page: a list for each, or the list of the only one."""
+    shown = [display(conversation.turns) for conversation in conversations]
+    return shown if len(shown) > 1 else shown[0]
 
 
 def make_answer(model: Model, client: OpenAI, again: bool = False) -> Any:
     """Return the function that streams a model's answer into its conversation; `again` replaces the last answer."""
 
-    def answer(browser: gr.Request, conversation: list[Message], *settings: Any) -> Iterator[tuple]:
-        if again and conversation and conversation[-1]["role"] == "assistant":
-            conversation = conversation[:-1]
-        if not conversation or conversation[-1]["role"] != "user":
-            return
+    def answer(browser: gr.Request, conversation: Conversation, *settings: Any) -> Iterator[tuple]:
         text = TEXTS["zh" if browser.headers.get("accept-language", "").startswith("zh") else "en"]
-        reply: Message = {"role": "assistant", "content": ""}
-        started, usage = None, None
-        try:
-            stream = client.chat.completions.create(
-                model=model.folder, stream=True, **build_request(model, conversation, *settings)
-            )
-            for chunk in stream:
-                usage = chunk.usage or usage
-                if add_chunk(reply, chunk.choices[0].delta) and started is None:
-                    started = time.monotonic()  # after the prompt was read, and the model loaded
-                yield [*conversation, reply], display([*conversation, reply], text), ""
-        except (OpenAIError, ValueError) as error:
-            raise gr.Error(str(error)) from error
-        note = describe(usage, started, model.context, text) if usage else ""
-        yield [*conversation, reply], display([*conversation, reply], text), note
+        turns = list(conversation.turns)
+        if again and turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        note = ""
+        if turns and turns[-1]["role"] == "user":
+            conversation.turns = turns
+            try:
+                request = build_request(model, turns, *settings)
+                with client.chat.completions.create(model=model.folder, stream=True, **request) as stream:
+                    for note in stream_reply(stream, model, conversation, text):
+                        yield display(turns, text), note
+            except (OpenAIError, ValueError) as error:
+                raise gr.Error(str(error)) from error
+        yield display(conversation.turns, text), note  # other turns by now, if the answer was stopped
 
     return answer
+
+
+def stream_reply(stream: Any, model: Model, conversation: Conversation, text: dict[str, str]) -> Iterator[str]:
+    """Add the answer to the conversation piece by piece, until it ends or is stopped; yield the line below it."""
+    turns = conversation.turns
+    reply: Message = {"role": "assistant", "content": ""}
+    started, usage = None, None
+    for chunk in stream:
+        if conversation.turns is not turns:
+            return
+        usage = chunk.usage or usage
+        if add_chunk(reply, chunk.choices[0].delta) and started is None:
+            started = time.monotonic()  # after the prompt was read, and the model loaded
+            turns.append(reply)
+        yield ""
+    if usage:
+        yield describe(usage, started, model.context, text)
 
 
 def build_request(

@@ -121,6 +121,33 @@ def test_texts_thoughts_and_calls_of_a_stream_become_one_answer():
     assert note.startswith("20 tokens, 19 tokens/s") and "70 tokens, more than the 64 positions" in note
 
 
+@pytest.mark.parametrize("action", ["stop", "new chat", "question"])
+def test_an_answer_under_way_ends_when_its_conversation_goes_on(action):
+    pytest.importorskip("gradio")
+    import chat_page
+    from openai.types.chat import ChatCompletionChunk
+
+    pieces = [{"delta": {"content": word}, "index": 0, "finish_reason": None} for word in "abcd"]
+    empty = {"id": "1", "created": 0, "model": "m", "object": "chat.completion.chunk"}
+    stream = iter([ChatCompletionChunk(**empty, choices=[piece]) for piece in pieces])
+    question = {"role": "user", "content": "?"}
+    conversation = chat_page.Conversation([question])
+    model = chat_page.Model("m", "m", 64, False)
+    notes = chat_page.stream_reply(stream, model, conversation, chat_page.TEXTS["en"])
+    next(notes), next(notes)
+    said = [question, {"role": "assistant", "content": "ab"}]
+    assert conversation.turns == said
+    if action == "stop":
+        chat_page.stop_answers(conversation)
+    elif action == "new chat":
+        chat_page.forget(conversation)
+    else:
+        chat_page.ask("and?", conversation)
+    assert list(notes) == []
+    expected = {"stop": said, "new chat": [], "question": [*said, {"role": "user", "content": "and?"}]}
+    assert conversation.turns == expected[action]
+
+
 def test_both_languages_have_the_same_texts():
     pytest.importorskip("gradio")
     import chat_page

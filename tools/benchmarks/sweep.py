@@ -38,7 +38,7 @@ from buddygpt.planning.budget import bytes_of_text, model_config
 from buddygpt.planning.hardware import CORE_FLOPS
 from buddygpt.pretrain import pretrain
 
-AXES = ("rate", "batch", "shape", "vocabulary")
+AXES = ("rate", "embedding", "batch", "shape", "vocabulary")
 LARGEST_BATCH = 16  # rows of a micro-batch
 PROBE_STEPS = 12
 GOAL = 0.01  # the rules' choice should be within this share of the best
@@ -51,7 +51,7 @@ class SweepArguments:
         default_factory=lambda: [2.0, 8.0, 30.0], metadata={"help": "CPU-minutes of each run: one budget or several."}
     )
     vary: list[str] = field(
-        default_factory=lambda: ["rate", "batch", "shape"], metadata={"help": f"What to vary: {', '.join(AXES)}."}
+        default_factory=lambda: list(AXES[:-1]), metadata={"help": f"What to vary: {', '.join(AXES)}."}
     )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     eval_fraction: float = field(default=0.005, metadata={"help": "Share of documents to hold out."})
@@ -74,7 +74,8 @@ class Candidate:
         shape: Of the model.
         length: Tokens in a row.
         batch: Tokens of a step.
-        rate: Peak learning rate.
+        rate: Peak learning rate of Muon.
+        embedding: That of AdamW, which trains the embedding, over Muon's.
     """
 
     name: str
@@ -82,11 +83,17 @@ class Candidate:
     length: int
     batch: int
     rate: float
+    embedding: float = rules.EMBEDDING_OVER_MUON
+
+    @property
+    def step_key(self) -> list[int]:
+        """What the time of a step depends on."""
+        shape = self.shape
+        return [shape.vocab_size, shape.hidden_size, shape.num_hidden_layers, self.length, self.batch]
 
     @property
     def key(self) -> list[Any]:
-        shape = self.shape
-        return [shape.vocab_size, shape.hidden_size, shape.num_hidden_layers, self.length, self.batch, self.rate]
+        return [*self.step_key, self.rate, self.embedding]
 
 
 # --- candidates ---
@@ -103,6 +110,10 @@ def candidates(center: Candidate, axes: list[str]) -> list[Candidate]:
     found = [center]
     if "rate" in axes:
         found += [replace(center, name=f"rate x {factor:g}", rate=center.rate * factor) for factor in (0.5, 2)]
+    if "embedding" in axes:
+        for factor in (1 / 3, 2):
+            ratio = center.embedding * factor
+            found.append(replace(center, name=f"embedding's rate {ratio:g} x Muon's", embedding=ratio))
     if "batch" in axes:
         for factor in (0.5, 2):
             batch = int(center.batch * factor)
@@ -207,6 +218,7 @@ def train(candidate: Candidate, steps: int, seed: int, work: Path, evaluate: boo
         "max_steps": steps,
         "optimizer": "muon",
         "learning_rate": candidate.rate,
+        "optim_args": f"adamw_lr={candidate.embedding * candidate.rate:g}",
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": json.dumps(decay),
         "warmup_steps": rules.warmup_steps(candidate.shape.parameters, candidate.batch, steps),
@@ -240,7 +252,7 @@ def probe(candidate: Candidate, args: SweepArguments, work: Path) -> float:
     """
     path = work / "probes.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    key = " ".join(map(str, candidate.key[:-1]))
+    key = " ".join(map(str, candidate.step_key))
     if key not in known:
         known[key] = measure_step(candidate, args, work)
         path.write_text(json.dumps(known, indent=2))
