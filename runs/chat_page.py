@@ -204,7 +204,7 @@ def make_answer(model: Model, client: OpenAI, again: bool = False) -> Any:
             try:
                 request = build_request(model, turns, *settings)
                 with client.chat.completions.create(model=model.folder, stream=True, **request) as stream:
-                    for note in stream_reply(stream, model, conversation, text):
+                    for note in stream_reply(stream, model, conversation, turns, text):
                         yield display(turns, text), note
             except (OpenAIError, ValueError) as error:
                 raise gr.Error(str(error)) from error
@@ -213,9 +213,14 @@ def make_answer(model: Model, client: OpenAI, again: bool = False) -> Any:
     return answer
 
 
-def stream_reply(stream: Any, model: Model, conversation: Conversation, text: dict[str, str]) -> Iterator[str]:
-    """Add the answer to the conversation piece by piece, until it ends or is stopped; yield the line below it."""
-    turns = conversation.turns
+def stream_reply(
+    stream: Any, model: Model, conversation: Conversation, turns: list[Message], text: dict[str, str]
+) -> Iterator[str]:
+    """Add the answer to `turns` piece by piece, until it ends or `turns` are no longer those of the conversation.
+
+    Yields:
+        The line below the answer: empty until it ends.
+    """
     reply: Message = {"role": "assistant", "content": ""}
     started, usage = None, None
     for chunk in stream:

@@ -121,8 +121,9 @@ def test_texts_thoughts_and_calls_of_a_stream_become_one_answer():
     assert note.startswith("20 tokens, 19 tokens/s") and "70 tokens, more than the 64 positions" in note
 
 
+@pytest.mark.parametrize("pieces_read", [0, 2])
 @pytest.mark.parametrize("action", ["stop", "new chat", "question"])
-def test_an_answer_under_way_ends_when_its_conversation_goes_on(action):
+def test_an_answer_under_way_ends_when_its_conversation_goes_on(action, pieces_read):
     pytest.importorskip("gradio")
     import chat_page
     from openai.types.chat import ChatCompletionChunk
@@ -133,9 +134,12 @@ def test_an_answer_under_way_ends_when_its_conversation_goes_on(action):
     question = {"role": "user", "content": "?"}
     conversation = chat_page.Conversation([question])
     model = chat_page.Model("m", "m", 64, False)
-    notes = chat_page.stream_reply(stream, model, conversation, chat_page.TEXTS["en"])
-    next(notes), next(notes)
-    said = [question, {"role": "assistant", "content": "ab"}]
+    notes = chat_page.stream_reply(stream, model, conversation, conversation.turns, chat_page.TEXTS["en"])
+    said = [question]
+    for _ in range(pieces_read):
+        next(notes)
+    if pieces_read:
+        said.append({"role": "assistant", "content": "ab"})
     assert conversation.turns == said
     if action == "stop":
         chat_page.stop_answers(conversation)
