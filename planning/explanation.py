@@ -73,11 +73,13 @@ def choices(recipe: Recipe) -> list[list[str]]:
          f"much computation is {rules.tokens_per_parameter(run.seconds * plan.speed.flops):.1f}"],
         ["shape", f"{shape.num_hidden_layers} layers, width {shape.hidden_size}", f"about {rules.ASPECT} times as "
          f"wide as deep, at least {rules.LEAST_LAYERS} layers"],
-        ["vocabulary", f"{shape.vocab_size:,}", "by the amount of text, and at most half of all parameters"],
+        ["vocabulary", f"{shape.vocab_size:,}", f"by the amount of text; at most {rules.EMBEDDING_SHARE:.0%} of all "
+         "parameters"],
         ["tokens", f"{run.tokens / 1e6:,.1f}M, {plan.epochs:,.1f} times the text", "what the time allows; up to "
          f"{rules.GOOD_EPOCHS} times is nearly as good as new text"],
         ["batch", f"{run.batch:,} tokens, rows of {run.block_size}", "grows with the tokens"],
-        ["optimizer", f"Muon, rate {run.learning_rate:g}", "needs 1.4 to 2.6 times fewer tokens than AdamW at these "
+        ["optimizer", f"Muon, rate {run.learning_rate:g}; AdamW for the embedding, rate {run.embedding_rate:g}",
+         "needs 1.4 to 2.6 times fewer tokens than AdamW at these "
          "sizes; the rate falls with the size and grows with the batch"],
         ["schedule", schedule(recipe), "warmup, stable, linear decay to a twentieth"],
         ["weight decay", f"{rules.WEIGHT_DECAY}", "as the OLMo ladder"],
@@ -119,11 +121,12 @@ def choices_zh(recipe: Recipe) -> list[list[str]]:
         ["规模", f"{shape.parameters / 1e6:,.2f}M 参数", f"每个参数 {ratio:,.1f} 个 token"],
         ["形状", f"{shape.num_hidden_layers} 层，宽 {shape.hidden_size}", f"宽度约为层数的 {rules.ASPECT} 倍，至少 "
          f"{rules.LEAST_LAYERS} 层"],
-        ["词表", f"{shape.vocab_size:,}", "由文本量决定，且不超过参数总量的一半"],
+        ["词表", f"{shape.vocab_size:,}", f"由文本量决定，且不超过参数总量的 {rules.EMBEDDING_SHARE:.0%}"],
         ["token 数", f"{run.tokens / 1e6:,.1f}M，文本读 {plan.epochs:,.1f} 遍",
          "时间允许多少就读多少；重复四遍以内与新文本相差不大"],
         ["批大小", f"{run.batch:,} token，每行 {run.block_size}", "随 token 总数增大"],
-        ["优化器", f"Muon，学习率 {run.learning_rate:g}", "同样效果所需的 token 比 AdamW 少 1.4 到 2.6 倍"],
+        ["优化器", f"Muon，学习率 {run.learning_rate:g}；嵌入层用 AdamW，学习率 {run.embedding_rate:g}",
+         "同样效果所需的 token 比 AdamW 少 1.4 到 2.6 倍"],
         ["学习率曲线", f"{run.steps:,} 步，预热 {run.warmup_steps} 步", "预热、稳定、线性下降"],
         ["SFT", f"{plan.sft.steps:,} 步，学习率 {plan.sft.learning_rate:g}",
          f"占时间的五分之一，最多 {rules.SFT_EPOCHS} 遍"],

@@ -111,7 +111,7 @@ VOCABULARIES = ((1e6, 1024), (5e6, 2048), (20e6, 4096), (200e6, 8192), (5e9, 16_
 # Byte-level entries must occur to be learned. tokenizer/train_tokenizer.py finds that many in such a text; assumed.
 BYTES_PER_ENTRY = 250
 LEAST_TEXT = 200_000  # bytes; assumed: below, a held-out document is a tenth of the text
-EMBEDDING_SHARE = 0.6  # of all parameters, at most: 39% in the measured run of 4.0M parameters
+EMBEDDING_SHARE = 2 / 3  # of all parameters, at most: 60% in the best of the runs of 2 CPU-minutes (docs/results.md)
 
 
 def vocabulary(text_bytes: float, width: int | None = None) -> int:
@@ -138,8 +138,8 @@ def bytes_per_token(vocab_size: int) -> float:
 # --- tokens ---
 
 # Tokens per parameter by training FLOPs. 20 at 10^21 is Hoffmann et al. (2203.15556); 8 to 12 at 10^18 to 10^19 is
-# nanochat with Muon. Below 10^17 nobody has published any: the ratio falls with the budget, since a few hundred steps
-# are not enough for 20 tokens per parameter. Assumed; tools/benchmarks/sweep.py measures it.
+# nanochat with Muon. Below 10^17 nobody has published any. Measured (docs/results.md,
+# "The rules and their neighbours"): at 7 x 10^12, a model with 3 tokens per parameter is 3% better than one with 0.5.
 TOKENS_PER_PARAMETER = ((1e13, 2.5), (1e14, 3.5), (1e15, 5.0), (1e17, 8.0), (1e18, 12.0), (1e21, 20.0))
 
 
@@ -186,7 +186,8 @@ def batch_tokens(tokens: float, length: int) -> int:
 # at a width of 768 is 3.6e-3 here, 1.4 times the rate of the OLMo ladder for AdamW at that size and batch.
 MUON_OVER_ADAMW = 1.4
 HIGHEST_RATE = 1e-2  # measured: best of two on the quickstart's 1.0M parameters
-# Beside Muon, AdamW trains the embedding, which prefers a higher rate: 3e-2 beside 1e-2 (measured, docs/speedrun.md).
+# Beside Muon, AdamW trains the embedding, which prefers a higher rate: 3e-2 beside 1e-2 (measured, docs/speedrun.md);
+# three times Muon's rate is better by 4% than the same (docs/results.md).
 EMBEDDING_OVER_MUON = 3
 
 
