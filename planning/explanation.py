@@ -2,7 +2,7 @@
 
 from buddygpt.cli.tables import markdown_table
 from buddygpt.planning import rules
-from buddygpt.planning.hardware import GIB
+from buddygpt.planning.hardware import GIB, Machine
 from buddygpt.planning.recipe_files import Recipe, anneal_steps
 
 
@@ -99,10 +99,16 @@ def schedule(recipe: Recipe) -> str:
     return f"{text}; the rate falls in the last {run.decay_steps:,}"
 
 
+def machine_zh(machine: Machine) -> str:
+    if machine.kind == "cpu":
+        return f"{machine.count} 核 CPU"
+    return f"{machine.count} × {machine.name or f'{machine.memory / GIB:.1f} GiB 显卡'}"
+
+
 def expectations_zh(recipe: Recipe, price_per_hour: float | None) -> list[list[str]]:
     plan, run = recipe.plan, recipe.plan.run
     rows = [
-        ["硬件", recipe.machine.title],
+        ["硬件", f"{machine_zh(recipe.machine)}，约 {plan.speed.flops / 1e9:,.0f} GFLOP/s（依据见英文部分）"],
         ["时间", f"共 {recipe.hours:g} 小时：准备文本约 {plan.prepare_seconds / 60:,.1f} 分钟，预训练 "
                  f"{run.seconds / 60:,.1f} 分钟"],
         ["内存（显存）", f"预训练峰值 {plan.peak / GIB:.2f} GiB，可用 {recipe.machine.usable / GIB:.1f} GiB"],

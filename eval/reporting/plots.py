@@ -42,7 +42,7 @@ def plot_scores(scores: dict[str, TaskScores], runs: dict[str, list[Run]], path:
     for axes, row in zip(all_axes[:, 0], rows, strict=True):
         draw_bars(axes, row, scores, names)
         axes.set_xticks(range(len(row)), [titles[group] for group in row], fontsize=9)
-        axes.set(ylim=(0, 102), xlim=(-0.5, min(BARS, len(groups)) - 0.5))
+        axes.set(ylim=(0, 102), xlim=(-0.5, min(BARS, max(1, len(groups))) - 0.5))
     figure.supylabel("score in %, with 95% interval (dashed: chance)", fontsize=9)
     labels = all_axes[0, 0].get_legend_handles_labels()
     if labels[0]:

@@ -72,6 +72,7 @@ def test_the_recipe_is_what_was_asked_for(made, text, capsys):
     assert (made / "sample.yaml").exists() and not (made / "anneal.yaml").exists()  # no pairs were given
     readme = (made / "README.md").read_text(encoding="utf-8")
     assert "bits per byte" in readme and "## 中文" in readme and "tokens per parameter" in readme
+    assert "2 核 CPU，约 " in readme and f"rate {pretrain['optim_args'].removeprefix('adamw_lr=')}" in readme
 
     run("runs/dry_run.py", made)
     assert "Every stage can run" in capsys.readouterr().out
