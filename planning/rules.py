@@ -139,7 +139,7 @@ def bytes_per_token(vocab_size: int) -> float:
 
 # Tokens per parameter by training FLOPs. 20 at 10^21 is Hoffmann et al. (2203.15556); 8 to 12 at 10^18 to 10^19 is
 # nanochat with Muon. Below 10^17 nobody has published any. Measured (docs/results.md,
-# "The rules and their neighbours"): at 7 x 10^12, a model with 3 tokens per parameter is 3% better than one with 0.5.
+# "The rules and their neighbours"): at 7 x 10^12, 3 tokens per parameter are 1.5% better than 0.5.
 TOKENS_PER_PARAMETER = ((1e13, 2.5), (1e14, 3.5), (1e15, 5.0), (1e17, 8.0), (1e18, 12.0), (1e21, 20.0))
 
 
@@ -187,7 +187,7 @@ def batch_tokens(tokens: float, length: int) -> int:
 MUON_OVER_ADAMW = 1.4
 HIGHEST_RATE = 1e-2  # measured: best of two on the quickstart's 1.0M parameters
 # Beside Muon, AdamW trains the embedding, which prefers a higher rate: 3e-2 beside 1e-2 (measured, docs/speedrun.md);
-# three times Muon's rate is better by 4% than the same (docs/results.md).
+# three times Muon's rate is 1 to 4% better than the same (docs/results.md).
 EMBEDDING_OVER_MUON = 3
 
 
