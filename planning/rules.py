@@ -139,7 +139,8 @@ def bytes_per_token(vocab_size: int) -> float:
 
 # Tokens per parameter by training FLOPs. 20 at 10^21 is Hoffmann et al. (2203.15556); 8 to 12 at 10^18 to 10^19 is
 # nanochat with Muon. Below 10^17 nobody has published any. Measured (docs/results.md,
-# "The rules and their neighbours"): at 7 x 10^12, 3 tokens per parameter are 1.5% better than 0.5.
+# "The rules and their neighbours"): at 7 x 10^12, 3 tokens per parameter are 1.5% better than 0.5; up to
+# 10^17 it is interpolated.
 TOKENS_PER_PARAMETER = ((1e13, 2.5), (1e14, 3.5), (1e15, 5.0), (1e17, 8.0), (1e18, 12.0), (1e21, 20.0))
 
 
