@@ -79,8 +79,8 @@ def choices(recipe: Recipe) -> list[list[str]]:
          f"{rules.GOOD_EPOCHS} times is nearly as good as new text"],
         ["batch", f"{run.batch:,} tokens, rows of {run.block_size}", "grows with the tokens"],
         ["optimizer", f"Muon, rate {run.learning_rate:g}; AdamW for the embedding, rate {run.embedding_rate:g}",
-         "needs 1.4 to 2.6 times fewer tokens than AdamW at these "
-         "sizes; the rate falls with the size and grows with the batch"],
+         f"AdamW needs {rules.adamw_needs(shape.parameters)} times the tokens; the rate falls with the size and grows "
+         "with the batch"],
         ["schedule", schedule(recipe), "warmup, stable, linear decay to a twentieth"],
         ["weight decay", f"{rules.WEIGHT_DECAY}", "as the OLMo ladder"],
         ["SFT", f"{plan.sft.steps:,} steps, rate {plan.sft.learning_rate:g}", f"a fifth of the time, at most "
@@ -132,7 +132,7 @@ def choices_zh(recipe: Recipe) -> list[list[str]]:
          "时间允许多少就读多少；重复四遍以内与新文本相差不大"],
         ["批大小", f"{run.batch:,} token，每行 {run.block_size}", "随 token 总数增大"],
         ["优化器", f"Muon，学习率 {run.learning_rate:g}；嵌入层用 AdamW，学习率 {run.embedding_rate:g}",
-         "同样效果所需的 token 比 AdamW 少 1.4 到 2.6 倍"],
+         f"同样效果，AdamW 需要 {rules.adamw_needs(shape.parameters)} 倍的 token"],
         ["学习率曲线", f"{run.steps:,} 步，预热 {run.warmup_steps} 步", "预热、稳定、线性下降"],
         ["SFT", f"{plan.sft.steps:,} 步，学习率 {plan.sft.learning_rate:g}",
          f"占时间的五分之一，最多 {rules.SFT_EPOCHS} 遍"],

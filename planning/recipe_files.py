@@ -1,6 +1,7 @@
 """The files of a recipe folder, as recipes/README.md describes it, from a plan."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def tokenizer(recipe: Recipe) -> dict[str, Any]:
         "files": recipe.inputs.tokenizer_files,
         "output": f"{recipe.folder}/tokenizer",
         "vocab_size": recipe.plan.run.shape.vocab_size,
-        "text_column": recipe.inputs.text_keys[0],
+        "text_column": recipe.inputs.text_keys,
         "max_bytes": 20_000_000 if recipe.machine.kind == "cpu" else 50_000_000,
     }
 
@@ -175,9 +176,9 @@ def precision(machine: Machine) -> dict[str, bool]:
     return {"bf16": machine.has_bf16} | ({} if machine.has_bf16 else {"fp16": True})
 
 
-def logging(steps: int) -> dict[str, Any]:
-    """Return how often a run of so many steps logs, evaluates and saves."""
-    every = max(1, steps // EVALUATIONS)
+def logging(steps: int, evaluations: int = EVALUATIONS) -> dict[str, Any]:
+    """Return how often a run of so many steps logs, evaluates and saves. The last step always does."""
+    every = math.ceil(steps / evaluations)
     return {
         "logging_steps": max(1, min(20, steps // 20)),
         "eval_strategy": "steps",
@@ -267,6 +268,7 @@ def tune(recipe: Recipe, stage: str, base: str) -> dict[str, Any]:
         "train_files": [f"{recipe.folder}/{rows}_train.jsonl"],
         "eval_files": [f"{recipe.folder}/{rows}_eval.jsonl"],
         "model_name_or_path": f"{recipe.folder}/{base}",
+        "train_on_unfit_data": True,  # the plan chose short rows: what does not fit is left out, and counted
         "max_length": numbers.length,
         "per_device_train_batch_size": numbers.rows,
         "gradient_accumulation_steps": numbers.accumulation,
@@ -277,8 +279,7 @@ def tune(recipe: Recipe, stage: str, base: str) -> dict[str, Any]:
         "activation_checkpointing": recipe.plan.checkpointing,
     }
     output = {"output_dir": f"{recipe.folder}/{stage}", "per_device_eval_batch_size": numbers.rows}
-    every = max(1, numbers.steps // 2)
-    logs = logging(numbers.steps) | {"eval_steps": every, "save_steps": every}
+    logs = logging(numbers.steps, evaluations=2)
     return content | precision(recipe.machine) | output | logs | {"sample_prompts": PROMPTS}
 
 

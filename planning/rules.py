@@ -233,8 +233,8 @@ DPO_EPOCHS = 1
 # --- result ---
 
 # Bits per byte = E + A / N^0.28 + B / D^0.16 with N parameters and D tokens: the form of Chinchilla (2203.15556). Its
-# exponents for large models (0.35 and 0.37 as refitted in 2404.10102) miss ours by up to 10%; these five numbers are the
-# best fit to the runs below.
+# exponents for large models (0.35 and 0.37 as refitted in 2404.10102) miss ours by up to 10%; these five numbers are
+# the best fit to the runs below.
 IRREDUCIBLE, OF_PARAMETERS, OF_TOKENS = 0.175, 23.4, 16.5
 EXPONENT_OF_PARAMETERS, EXPONENT_OF_TOKENS = 0.28, 0.16
 # Parameters, tokens, bits per byte. Measured: runs of 2, 8 and 30 CPU-minutes (docs/results.md, "The rules and their
@@ -242,19 +242,24 @@ EXPONENT_OF_PARAMETERS, EXPONENT_OF_TOKENS = 0.28, 0.16
 MEASURED = ((0.435e6, 1.430e6, 2.456), (0.521e6, 0.971e6, 2.513), (0.697e6, 4.024e6, 2.228), (1.787e6, 1.995e6, 2.219),
             (1.787e6, 8.122e6, 1.956), (2.157e6, 1.774e6, 2.243), (3.197e6, 1.325e6, 2.298))  # fmt: skip
 PUBLISHED = ((135e6, 1.156e9, 0.854), (730e6, 5.8e9, 0.718))
-# AdamW needs more tokens for the same: 1.22M where Muon needs 0.58M (measured, docs/speedrun.md). The advantage shrinks
-# to 1.4 at 0.1B and 1.1 at 1.2B (2509.02046).
+# AdamW needs more tokens for the same: 1.22M where Muon needs 0.58M (measured, docs/speedrun.md). The advantage
+# shrinks to 1.4 at 0.1B and 1.1 at 1.2B (2509.02046).
 ADAMW_NEEDS = ((20e6, 2.1), (0.6e9, 1.4), (math.inf, 1.1))
+
+
+def adamw_needs(parameters: float) -> float:
+    """Return how many times the tokens of Muon AdamW needs for the same bits per byte."""
+    return next(factor for most, factor in ADAMW_NEEDS if parameters <= most)
 
 
 def expected_bits_per_byte(parameters: float, tokens: float, optimizer: Optimizer = "muon") -> float:
     """Return the bits per byte of held-out text of the same kind that a run of these sizes can expect.
 
-    Near the fitted runs, within 4%. It is a guess for other text (poems have 2.9, statutes 1.9 in the same run), and for
-    all sizes between 4M and 135M parameters, where nothing was measured.
+    Near the fitted runs, within 4%. It is a guess for other text (poems have 2.9, statutes 1.9 in the same run), and
+    for all sizes between 4M and 135M parameters, where nothing was measured.
     """
     if optimizer == "adamw":
-        tokens /= next(factor for most, factor in ADAMW_NEEDS if parameters <= most)
+        tokens /= adamw_needs(parameters)
     of_parameters = OF_PARAMETERS / parameters**EXPONENT_OF_PARAMETERS
     return IRREDUCIBLE + of_parameters + OF_TOKENS / tokens**EXPONENT_OF_TOKENS
 

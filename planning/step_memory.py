@@ -252,7 +252,7 @@ class StepMemory:
         """Return the bytes of all optimizer states, before ZeRO divides them."""
         setup, model = self.setup, self.fake_model.model
         element = 4 if setup.zero_stage else self.element
-        muon_takes = {id(matrix) for matrix in split_parameters(model)[0]}
+        muon_takes = {id(matrix) for matrix in split_parameters(model).matrices}
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
         end_weights = {id(end.weight) for end in ends if end is not None}
 
@@ -273,7 +273,7 @@ class StepMemory:
         """Return the parts at the peak of the optimizer step."""
         model, working = self.fake_model.model, 0  # fused AdamW works in place
         if self.setup.optimizer == "muon":
-            largest = max(split_parameters(model)[0], key=torch.Tensor.numel)
+            largest = max(split_parameters(model).matrices, key=torch.Tensor.numel)
             working = _muon_bytes(largest.shape, largest.dtype)
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         size = self.element * self.total

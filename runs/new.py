@@ -16,7 +16,6 @@ import itertools
 import re
 import shutil
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,11 +58,10 @@ PUBLIC_PAIRS = ["hf://jingyaogong/minimind_dataset/dpo.jsonl"]
 
 
 class TextFile(NamedTuple):
-    """A file of text: its bytes of text, the column that holds it, and the language of its beginning."""
+    """A file of text: its bytes of text, and the language of its beginning."""
 
     path: Path
     size: float
-    column: str | None
     language: str
 
 
@@ -197,7 +195,7 @@ def is_reader(name: str) -> bool:
 
 
 def inspect_text(names: list[str], columns: list[str]) -> list[TextFile]:
-    """Return the files of text, each with the column that holds it and its language.
+    """Return the files of text, each with its size and language.
 
     Raises:
         UserError: There is no such file, or a file has none of the columns.
@@ -205,24 +203,20 @@ def inspect_text(names: list[str], columns: list[str]) -> list[TextFile]:
     found = []
     for path in find_files(names) if names else []:
         size = bytes_of_text(path)
-        column = find_column(path, columns)
+        require_column(path, columns)
         if size:
-            found.append(TextFile(path, size, column, find_language(path, columns)))
+            found.append(TextFile(path, size, find_language(path, columns)))
     return found
 
 
-def find_column(path: Path, columns: list[str]) -> str | None:
-    """Return the first of the columns that the first good row has; None for files without columns."""
+def require_column(path: Path, columns: list[str]) -> None:
+    """Raise UserError if the first good row has none of the columns; .txt and .md files have no columns."""
     if file_type(path) in (".txt", ".md"):
-        return None
+        return
     row = next((row for row in itertools.islice(read_rows(path), 100) if not row.error and row.content), None)
-    if row is None:
-        return None
-    column = next((column for column in columns if column in row.content), None)
-    if column is None:
+    if row and not set(columns) & set(row.content):
         known = ", ".join(row.content)
         raise UserError(f"{path} has no column {' or '.join(columns)}, but {known}. Give --text_column")
-    return column
 
 
 def find_language(path: Path, columns: list[str]) -> str:
@@ -256,10 +250,6 @@ def choose_inputs(
         sources, tokenizer_files = local_sources(files, languages)
         sources += names
         tokenizer_files += [name for name in names if is_url(name)]
-        columns = Counter(file.column for file in files if file.column)
-        if columns:  # the tokenizer reads one column
-            keys.sort(key=lambda key: -columns[key])
-            tokenizer_files = [name for name in tokenizer_files if column_of(name, files) in (None, keys[0])]
         if not tokenizer_files:
             raise UserError("--text names public sets only: give a file for the tokenizer, too, or leave --text out")
     else:
@@ -283,10 +273,6 @@ def held_out_share(files: list[TextFile] | None) -> float:
     """Return the share of documents to hold out: of little text a larger one, so that there is enough to judge by."""
     size = float("inf") if files is None else sum(file.size for file in files)
     return 0.05 if size < 5e6 else 0.01 if size < 50e6 else 0.005
-
-
-def column_of(name: str, files: list[TextFile]) -> str | None:
-    return next((file.column for file in files if glob.escape(str(file.path.absolute())) == name), None)
 
 
 def local_sources(files: list[TextFile], languages: dict[str, float] | None) -> tuple[list[Any], list[str]]:

@@ -8,12 +8,13 @@ Data: rows of `messages` (make them with data/convert_chat.py). Every option of 
 
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig
 
 import buddygpt.model  # noqa: F401  registers the model with AutoModel
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.data.chat.load import load_rows
 from buddygpt.data.chat.thoughts import PARTS
+from buddygpt.training.packed_rows import PackedRowsTrainer
 from buddygpt.training.run import building, recipe_defaults, run_recipe, run_training
 from buddygpt.training.starting_checkpoint import prepare_for_trl
 from buddygpt.training.tuning import TuningArguments, chat_prompts, describe_run, load_both, trainer_options
@@ -41,7 +42,7 @@ def main() -> None:
     # TRL replaces the model's forward pass and computes the loss itself (trl/trainer/sft_trainer.py, compute_loss).
     with building("trainer"):
         options = trainer_options(model_args, training_args, tokenizer)
-        trainer = SFTTrainer(train_dataset=train_rows, eval_dataset=eval_rows, **options)
+        trainer = PackedRowsTrainer(train_dataset=train_rows, eval_dataset=eval_rows, **options)
     run_training(trainer, chat_prompts(args.sample_prompts), describe_run("sft", args, model_args))
 
 

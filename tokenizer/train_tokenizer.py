@@ -47,7 +47,9 @@ class TokenizerArguments:
     )
     output: str = field(metadata={"help": "Tokenizer folder to write."})
     vocab_size: int = field(default=16384, metadata={"help": "Entries, including 256 bytes and the special tokens."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_column: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "Columns that may hold the text; the first found counts."}
+    )
     max_bytes: int = field(
         default=50_000_000,
         metadata={"help": "Read at most this much text; each file contributes its share of the bytes on disk."},
@@ -120,20 +122,20 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output} holds a tokenizer from elsewhere; choose another `output`")
 
 
-def read_all_texts(patterns: list[str], column: str, max_bytes: int) -> list[str]:
+def read_all_texts(patterns: list[str], columns: list[str], max_bytes: int) -> list[str]:
     """Return the pieces of [`read_texts`] from files, globs or folders.
 
     Raises:
         UserError: No file matches, a row cannot be read, or there is no text.
     """
     files = list(dict.fromkeys(file for pattern in patterns for file in find_source_files(pattern)))
-    texts = list(read_texts(files, column, max_bytes))
+    texts = list(read_texts(files, columns, max_bytes))
     if not texts:
-        raise UserError(f"there is no text in column `{column}` of {', '.join(patterns)}")
+        raise UserError(f"there is no text in column `{'` or `'.join(columns)}` of {', '.join(patterns)}")
     return texts
 
 
-def read_texts(files: list[str], column: str, max_bytes: int) -> Iterator[str]:
+def read_texts(files: list[str], columns: list[str], max_bytes: int) -> Iterator[str]:
     """Yield text in pieces of at most `PIECE_LENGTH` characters, in total at most `max_bytes` of UTF-8.
 
     Each file contributes its share of the bytes on disk.
@@ -145,15 +147,15 @@ def read_texts(files: list[str], column: str, max_bytes: int) -> Iterator[str]:
     with progress_bar(files, desc="reading") as bar:
         for file in files:
             budget = max_bytes * sizes[file] // max(sum(sizes.values()), 1)
-            for piece in _read_pieces(file, column, bar):
+            for piece in _read_pieces(file, columns, bar):
                 budget -= len(piece.encode())
                 if budget < 0:
                     break
                 yield piece
 
 
-def _read_pieces(file: str, column: str, bar: tqdm) -> Iterator[str]:
-    for row in read_rows(file, [column], bar, txt_sample_by="line"):
+def _read_pieces(file: str, columns: list[str], bar: tqdm) -> Iterator[str]:
+    for row in read_rows(file, columns, bar, txt_sample_by="line"):
         if row.error:
             raise UserError(f"{file}:{row.number}: {row.error}")
         for start in range(0, len(row.content), PIECE_LENGTH):

@@ -40,7 +40,9 @@ class PruneArguments:
     files: list[str] = field(metadata={"help": "Files or globs: .jsonl, .json, .parquet, .csv, .txt, also .gz."})
     output: str = field(metadata={"help": "Tokenizer folder to write."})
     vocab_size: int = field(default=16384, metadata={"help": "Entries, including 256 bytes and the special tokens."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_column: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "Columns that may hold the text; the first found counts."}
+    )
     max_bytes: int = field(
         default=50_000_000,
         metadata={"help": "Read at most this much text; each file contributes its share of the bytes on disk."},

@@ -7,16 +7,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import SFTTrainer
 
 from buddygpt.cli.errors import UserError
+from buddygpt.training.packed_rows import PackedRowsTrainer
 from buddygpt.training.teacher_targets import IGNORED, StoredTargets, Targets
 
 CHUNK = 2048  # tokens whose logits exist at once
 LOGIT_CHANGES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier", "final_logit_softcapping")
 
 
-class StoredTeacherTrainer(SFTTrainer):
+class StoredTeacherTrainer(PackedRowsTrainer):
     """Minimizes (1 - `label_weight`) x KL(teacher || student) + `label_weight` x cross-entropy of the labels.
 
     The labels of `train_dataset` are numbers of targets (see [`number_targets`]); those of `eval_dataset` are tokens,

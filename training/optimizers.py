@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -55,10 +55,11 @@ def choose_optimizer(name: str | None, args: TrainingArguments) -> tuple[Callabl
 
 
 def read_muon_arguments(text: str | None) -> dict[str, float]:
-    """Return what `optim_args` says about Muon: `adamw_lr=NUMBER`, the learning rate of what AdamW trains.
+    """Return what `optim_args` says about Muon: `adamw_lr=NUMBER`, the learning rate of embeddings, heads and norms.
 
     Small models learn their embedding sooner at a higher rate than their matrices (docs/speedrun.md; nanochat trains
-    embeddings at 0.3 and matrices at 0.02). `learning_rate` is then Muon's, and the schedule scales both.
+    embeddings at 0.3 and matrices at 0.02). `learning_rate` is then that of the matrices of the layers, experts too;
+    the schedule scales both.
 
     Raises:
         UserError: Anything else.
@@ -74,40 +75,63 @@ def read_muon_arguments(text: str | None) -> dict[str, float]:
     return {"adamw_lr": float(value)}
 
 
-def muon_adamw(model: nn.Module, weight_decay: float, **kwargs: Any) -> "MuonAdamW":
-    """Return a [`MuonAdamW`] over the trainable parameters of `model`."""
-    matrices, others, vectors = split_parameters(model)
-    if not matrices:
-        raise UserError("optimizer: muon has no matrix to train: only embeddings, heads or experts are. Remove it")
-    groups = [{"params": others, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return MuonAdamW(matrices, groups, weight_decay=weight_decay, **kwargs)
+class ParameterGroups(NamedTuple):
+    """The trainable parameters of a model by how `optimizer: muon` trains them.
 
-
-def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trainable parameters as (matrices for Muon, others with weight decay, vectors without weight decay).
-
-    Muon gets the matrices of the layers, and LoRA's two for each. AdamW keeps embeddings, heads and routers, which are
-    not maps between hidden states, and the experts of a layer: these are one three-dimensional tensor and LoRA's
-    matrices of them are stacked, while torch's Muon takes one matrix.
+    Attributes:
+        matrices: Maps between hidden states, for Muon: the matrices of the layers, and LoRA's two for each.
+        experts: Matrices of the layers for AdamW. Routers are not such maps; the experts of a layer are one
+            three-dimensional tensor, and LoRA's matrices of them are stacked, while torch's Muon takes one matrix.
+        embeddings: Embeddings and heads, for AdamW with its own learning rate.
+        vectors: Norms and biases, likewise, without weight decay.
     """
+
+    matrices: list[nn.Parameter]
+    experts: list[nn.Parameter]
+    embeddings: list[nn.Parameter]
+    vectors: list[nn.Parameter]
+
+
+def muon_adamw(
+    model: nn.Module, lr: float, weight_decay: float, adamw_lr: float | None = None, **kwargs: Any
+) -> "MuonAdamW":
+    """Return a [`MuonAdamW`] over the trainable parameters of `model`.
+
+    Raises:
+        UserError: None of them is for Muon.
+    """
+    found = split_parameters(model)
+    if not found.matrices:
+        raise UserError("optimizer: muon has no matrix to train: only embeddings, heads or experts are. Remove it")
+    groups = [
+        {"params": found.experts, "lr": lr, "weight_decay": weight_decay},
+        {"params": found.embeddings, "lr": adamw_lr or lr, "weight_decay": weight_decay},
+        {"params": found.vectors, "lr": adamw_lr or lr, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return MuonAdamW(found.matrices, groups, lr=lr, weight_decay=weight_decay, **kwargs)
+
+
+def split_parameters(model: nn.Module) -> ParameterGroups:
     stacked = set()
     for module in model.modules():
         if isinstance(module, ParamWrapper) and module.num_experts > 1:
             stacked |= {id(parameter) for pair in (module.lora_A, module.lora_B) for parameter in pair.parameters()}
-    matrices, others, vectors = [], [], []
+    groups = ParameterGroups([], [], [], [])
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
         is_in_layer = re.search(r"\.\d+\.", name)
         is_router = re.search(r"[._]gate\.", name)
-        if parameter.ndim == 2 and is_in_layer and not is_router and id(parameter) not in stacked:
-            matrices.append(parameter)
-        elif parameter.ndim > 1:
-            others.append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            groups.vectors.append(parameter)
+        elif not is_in_layer:
+            groups.embeddings.append(parameter)
+        elif parameter.ndim > 2 or is_router or id(parameter) in stacked:
+            groups.experts.append(parameter)
         else:
-            vectors.append(parameter)
-    return matrices, others, vectors
+            groups.matrices.append(parameter)
+    return groups
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -119,9 +143,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         matrices: Two-dimensional parameters, for Muon.
-        others: Groups for AdamW: parameters and their weight decay. LoRA may have none.
-        lr: Learning rate of both, or of Muon.
-        adamw_lr: Learning rate of AdamW, if it differs.
+        others: Groups for AdamW: parameters, their learning rate and weight decay. LoRA may have none.
+        lr: Learning rate of Muon.
         weight_decay: Weight decay of the matrices.
         adamw: Further arguments of AdamW.
     """
@@ -132,11 +155,10 @@ class MuonAdamW(torch.optim.Optimizer):
         others: list[dict[str, Any]],
         lr: float,
         weight_decay: float,
-        adamw_lr: float | None = None,
         **adamw: Any,
     ) -> None:
         self.muon = Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = AdamW(others or [{"params": []}], lr=adamw_lr or lr, **adamw)
+        self.adamw = AdamW(others or [{"params": []}], lr=lr, **adamw)
         super().__init__(self.muon.param_groups + self.adamw.param_groups, defaults={})
         self._share_groups_and_state()
 

@@ -21,6 +21,7 @@ def text(tmp_path_factory) -> Path:
     draw = random.Random(1)
     rows = ["".join(chr(draw.randint(0x4E00, 0x4FFF)) for _ in range(200)) for _ in range(500)]
     (folder / "zh.jsonl").write_text("".join(json.dumps({"content": row}) + "\n" for row in rows))
+    (folder / "more.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[:5]))  # another column
     (folder / "en.txt").write_text("a word and another\n" * 20_000)
     (folder.parent / "little.txt").write_text("little\n" * 1500)
     return folder
@@ -61,10 +62,12 @@ def read(folder: Path, name: str) -> dict:
 @pytest.mark.slow
 def test_the_recipe_is_what_was_asked_for(made, text, capsys):
     data, pretrain, settings = (read(made, name) for name in ("data", "pretrain", "recipe"))
-    assert data["languages"] == {"zh": 3.0, "en": 1.0} and data["text_key"][0] == "content"
-    assert {source["language"]: Path(source["path"][0]).name for source in data["sources"]} == {
-        "zh": "zh.jsonl",
-        "en": "en.txt",
+    assert {Path(name).name for name in read(made, "tokenizer")["files"]} == {"zh.jsonl", "en.txt", "more.jsonl"}
+    assert data["languages"] == {"zh": 3.0, "en": 1.0}
+    assert {"text", "content"} <= set(data["text_key"]) and data["text_key"] == read(made, "tokenizer")["text_column"]
+    assert {source["language"]: [Path(name).name for name in source["path"]] for source in data["sources"]} == {
+        "zh": ["more.jsonl", "zh.jsonl"],
+        "en": ["en.txt"],
     }
     assert data["eval_fraction"] == 0.05  # of little text
     assert settings["threads"] == 2 and pretrain["use_cpu"] and pretrain["optimizer"] == "muon"
@@ -105,7 +108,7 @@ def test_public_sets_are_used_by_name_and_a_second_stage_anneals(tmp_path, capsy
         (["mine", "--hours", "1", "--text", "{text}/../little.txt"], r"has 10 kB: .* at least 200 kB"),
         (["mine", "--hours", "1", "--text", "nowhere"], "no file matches `nowhere`"),
         (["mine", "--hours", "1", "--text", "{text}", "--vocab_size", "32768"], "is more than .* of text support"),
-        (["mine", "--hours", "1", "--text", "{text}", "--text_column", "body"], "has no column body, but content"),
+        (["mine", "--hours", "1", "--text", "{text}", "--text_column", "body"], "has no column body, but text"),
         (["mine", "--hours", "1", "--params", "huge"], "--params huge: give a size"),
         (["mine", "--hours", "1", "--languages", "zh:3"], "write it as zh=3,en=1"),
         (["{text}", "--hours", "1"], "exists: give another name"),

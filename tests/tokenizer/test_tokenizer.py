@@ -257,14 +257,14 @@ def test_an_unknown_role_is_refused(tokenizer):
 
 def test_max_bytes_takes_a_share_of_every_file(tmp_path):
     files = [write_jsonl(tmp_path / f"{name}.jsonl", [name * 50] * 100) for name in "ab"]
-    texts = list(train_tokenizer.read_texts(files, "text", 1000))
+    texts = list(train_tokenizer.read_texts(files, ["text"], 1000))
     assert sum(map(len, texts)) <= 1000
     assert {text[0] for text in texts} == {"a", "b"}
 
 
 def test_long_documents_are_read_in_pieces(tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", ["字" * 250_000])
-    texts = list(train_tokenizer.read_texts([file], "text", 10**8))
+    texts = list(train_tokenizer.read_texts([file], ["text"], 10**8))
     assert [len(text) for text in texts] == [100_000, 100_000, 50_000]
 
 

@@ -3,6 +3,7 @@
 import json
 from statistics import median
 
+import minimind
 import pytest
 import speedrun
 import yaml
@@ -54,6 +55,18 @@ def test_a_race_ends_at_the_first_evaluation_at_or_below_the_target(tmp_path):
     assert f"{median([-0.1, -0.15]):+.3f} [-0.150, -0.100]" in speedrun.screening_table(attempts, results)
 
 
+def test_documents_are_cut_between_characters_and_nothing_is_lost(workspace):
+    tokenizer = AutoTokenizer.from_pretrained(workspace / "tokenizer")
+    text = "龘靐齉爩 A longer document. 一份比一行更长的文档。" * 60
+    pieces = list(minimind.cut(text, tokenizer))
+    assert "".join(pieces) == text and len(pieces) > 3
+    lengths = [len(tokenizer(piece, add_special_tokens=False).input_ids) for piece in pieces]
+    assert max(lengths) <= minimind.LENGTH and min(lengths[:-1]) > minimind.LENGTH - 40
+    decoded = set(minimind.decode(workspace / "shards/train", workspace / "tokenizer", 1))
+    rows = (workspace / "sample/pretrain.jsonl").read_text(encoding="utf-8").splitlines()
+    assert decoded <= {json.loads(row)["text"] for row in rows} and len(decoded) > 0.9 * len(set(rows))
+
+
 @pytest.mark.slow
 def test_a_run_goes_through_the_recipe(workspace, tmp_path, monkeypatch):
     for name in ("tokenizer", "shards"):
@@ -61,14 +74,16 @@ def test_a_run_goes_through_the_recipe(workspace, tmp_path, monkeypatch):
     model = json.loads((ROOT / "model/configs/debug.json").read_text())
     model["vocab_size"] = len(AutoTokenizer.from_pretrained(workspace / "tokenizer"))
     options = yaml.safe_load((ROOT / "tools/benchmarks/speedrun.yaml").read_text())["options"]
-    attempt = speedrun.Attempt("a", None, options | {"block_size": 64}, model, 8 * 4 * 64, True, False, "x", "")
+    attempt = speedrun.Attempt(
+        "a", None, options | {"block_size": 64}, model, "recipe", 8 * 4 * 64, True, False, "x", ""
+    )
     monkeypatch.setattr(speedrun, "folders", lambda work, vocab_size: (work / "tokenizer-512", work / "shards-512"))
-    result = speedrun.train(attempt, 1, tmp_path)
-    assert [row["step"] for row in result["evaluations"]] == [4, 7, 8]
-    assert [row["tokens"] for row in result["evaluations"]] == [1024, 1792, 2048]
-    seconds = [row["cpu_seconds"] for row in result["evaluations"]]
+    evaluations = speedrun.train(attempt, 1, tmp_path)
+    assert [row["step"] for row in evaluations] == [4, 7, 8]
+    assert [row["tokens"] for row in evaluations] == [1024, 1792, 2048]
+    seconds = [row["cpu_seconds"] for row in evaluations]
     assert 0 < seconds[0] <= seconds[1] <= seconds[2]
-    json.dumps(result)
+    json.dumps(evaluations)
 
 
 def test_mistakes_are_told_in_one_line(tmp_path):
@@ -76,5 +91,7 @@ def test_mistakes_are_told_in_one_line(tmp_path):
         run("tools/benchmarks/speedrun.py", "--attempts", "nonsense")
     with pytest.raises(UserError, match="has no result with seed 99: give the folder of the text as --text"):
         run("tools/benchmarks/speedrun.py", "--attempts", "adamw", "--seeds", 99)
+    with pytest.raises(UserError, match="has no trainer/train_pretrain.py: clone https"):
+        minimind.train(tmp_path, tmp_path, tmp_path, tmp_path, {}, 1000, 1)
     with pytest.raises(UserError, match="no zh_.* file there"):
         run("tools/benchmarks/speedrun.py", "--seeds", 99, "--attempts", "adamw", "--text", tmp_path)

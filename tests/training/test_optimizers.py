@@ -49,27 +49,32 @@ def test_which_parameters_muon_gets(variant, tied, tmp_path):
     fields = dict(attention_bias=True) if variant == "gqa-bias" else VARIANTS[variant]
     model = make_model(**fields, tie_word_embeddings=tied)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    matrices, others, vectors = ([names[id(each)] for each in group] for group in split_parameters(model))
-    assert sorted(matrices + others + vectors) == sorted(names.values())
+    groups = ([names[id(each)] for each in group] for group in split_parameters(model))
+    matrices, experts, embeddings, vectors = groups
+    assert sorted(matrices + experts + embeddings + vectors) == sorted(names.values())
     assert all(".layers." in name and name.endswith("proj.weight") or "_proj_with" in name for name in matrices)
-    assert {"embed_tokens", "lm_head"} - {"lm_head" if tied else ""} <= {name.split(".")[-2] for name in others}
+    assert {"embed_tokens", "lm_head"} - {"lm_head" if tied else ""} == {name.split(".")[-2] for name in embeddings}
     if "moe" in variant:
-        assert any(name.endswith("mlp.gate.weight") for name in others)
-        assert any(name.endswith("gate_up_proj") for name in others)
+        assert any(name.endswith("mlp.gate.weight") for name in experts)
+        assert any(name.endswith("gate_up_proj") for name in experts)
+    else:
+        assert not experts
     decayed = Trainer(model, make_arguments(tmp_path)).get_decay_parameter_names(model)
-    assert set(matrices + others) == set(decayed) & set(names.values())
+    assert set(matrices + experts + embeddings) == set(decayed) & set(names.values())
 
 
+@pytest.mark.parametrize("variant", ["gqa", "mla-moe"])
 @pytest.mark.parametrize("rate", [None, 0.03])
-def test_updates_equal_those_of_muon_and_adamw_and_have_the_same_size(rate, tmp_path):
-    model, reference_model = make_model(), make_model()
+def test_updates_equal_those_of_muon_and_adamw_and_have_the_same_size(rate, variant, tmp_path):
+    model, reference_model = make_model(**VARIANTS[variant]), make_model(**VARIANTS[variant])
     options = dict(learning_rate=0.01, weight_decay=0.1, adam_beta2=0.95, optim="adamw_torch")
     if rate:
         options["optim_args"] = f"adamw_lr={rate}"
     make, kwargs = choose_optimizer("muon", make_arguments(tmp_path, **options))
     optimizer = make()(model, **kwargs)
-    matrices, others, vectors = split_parameters(reference_model)
-    groups = [dict(params=others, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
+    matrices, experts, embeddings, vectors = split_parameters(reference_model)
+    groups = [dict(params=embeddings, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
+    groups += [dict(params=experts, weight_decay=0.1, lr=0.01)] if experts else []
     references = [
         Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         AdamW(groups, lr=rate or 0.01, betas=(0.9, 0.95)),
@@ -199,8 +204,9 @@ def test_which_parameters_of_lora_muon_gets(variant, lora, matrices, others):
     assert sorted(sum(groups, [])) == sorted(names.values())
     assert all(".layers." in name and matrices & set(name.split(".")) for name in groups[0])
     assert not [name for name in groups[0] if ".experts." in name or ".gate." in name]
-    assert all(others & set(name.split(".")) for name in groups[1]) and bool(groups[1]) == bool(others)
-    assert bool(groups[2]) == ("use_dora" in lora)
+    assert all(others & set(name.split(".")) for name in groups[1] + groups[2])
+    assert bool(groups[1] + groups[2]) == bool(others)
+    assert bool(groups[3]) == ("use_dora" in lora)
     muon_adamw(model, lr=0.01, weight_decay=0.1).step()
 
 

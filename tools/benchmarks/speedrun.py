@@ -14,28 +14,28 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import minimind
+import recipe
 import torch
 import yaml
 from ab import ROOT, insert_table, machine
 from transformers import TrainerCallback
-from transformers.trainer import DEFAULT_CALLBACKS
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
 from buddygpt.cli.files import write_atomically
 from buddygpt.cli.tables import markdown_table
-from buddygpt.pretrain import pretrain
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results/speedrun.jsonl"
 PAGE = ROOT / "docs/speedrun.md"
+VOCABULARY = 6400  # entries, of MiniMind's tokenizer and of all attempts that do not change it
 
 
 @dataclass
@@ -43,6 +43,7 @@ class SpeedrunArguments:
     text: str | None = field(default=None, metadata={"help": "Folder of zh_*.jsonl.gz and en_*.jsonl.gz files."})
     attempts: list[str] | None = field(default=None, metadata={"help": "Names in speedrun.yaml. Default: all."})
     seeds: list[int] = field(default_factory=lambda: [1], metadata={"help": "Seeds of data order and weights."})
+    minimind: str | None = field(default=None, metadata={"help": "Checkout of MiniMind, for its own trainer."})
     only_tables: bool = field(default=False, metadata={"help": "Run nothing; write the tables of the stored results."})
     work: str = field(default="outputs/speedrun", metadata={"help": "Folder of tokenizers, shards and runs."})
 
@@ -53,8 +54,9 @@ class Attempt:
 
     Attributes:
         base: The attempt that it changes.
-        options: Keys of the pretraining recipe, without `max_steps`.
+        options: Keys of the pretraining recipe, without `max_steps`; or of MiniMind's script.
         model: Fields of the model's config.
+        trainer: "recipe", or "minimind" for its own script and model.
         tokens: Tokens to train on; the schedule ends there.
         is_race: Evaluate often towards the end, to see when it reaches the target.
         was_removed: Its code brought nothing and was not kept; only its results are.
@@ -66,6 +68,7 @@ class Attempt:
     base: str | None
     options: dict[str, Any]
     model: dict[str, Any]
+    trainer: str
     tokens: int
     is_race: bool
     was_removed: bool
@@ -84,7 +87,10 @@ def read_attempts(path: Path = HERE / "speedrun.yaml") -> tuple[dict[str, Attemp
         tokens = int(entry.get("tokens", base.tokens if base else 0))
         is_race = name in content["races"]
         texts = entry.get("was_removed", False), entry["what"], entry.get("kept", "")
-        attempts[name] = Attempt(name, entry.get("base"), options, model, tokens, is_race, *texts)
+        trainer = entry.get("trainer", "recipe")
+        if trainer == "minimind":
+            options, model = entry["options"], {}
+        attempts[name] = Attempt(name, entry.get("base"), options, model, trainer, tokens, is_race, *texts)
     return attempts, content["target"]
 
 
@@ -94,14 +100,12 @@ def prepare(text: Path, work: Path, vocab_size: int) -> None:
     if not files:
         raise UserError(f"--text {text}: no zh_*.jsonl.gz or en_*.jsonl.gz file there")
     tokenizer, shards = folders(work, vocab_size)
-    steps = {
+    commands = {
         tokenizer: ["tokenizer/train_tokenizer.py", "--files", *files, "--vocab_size", vocab_size],
         shards: ["data/prepare_pretrain.py", "--sources", *files, "--clean", "text", "--deduplicate", "minhash",
                  "--eval_fraction", 0.005, "--workers", 1, "--tokenizer", tokenizer],
     }  # fmt: skip
-    for output, command in steps.items():
-        if not output.exists():
-            subprocess.run([sys.executable, *map(str, command), "--output", str(output)], cwd=ROOT, check=True)
+    recipe.make_missing(commands)
 
 
 def folders(work: Path, vocab_size: int) -> tuple[Path, Path]:
@@ -135,8 +139,8 @@ class Clock(TrainerCallback):
             self.mark = time.process_time()
 
 
-def train(attempt: Attempt, seed: int, work: Path) -> dict[str, Any]:
-    """Train with the real recipe; return the result as it is stored."""
+def train(attempt: Attempt, seed: int, work: Path) -> list[dict[str, float]]:
+    """Train with the real recipe; return its evaluations."""
     folder, model = work / "run", work / "model.json"
     tokenizer, shards = folders(work, attempt.model["vocab_size"])
     shutil.rmtree(folder, ignore_errors=True)
@@ -147,23 +151,31 @@ def train(attempt: Attempt, seed: int, work: Path) -> dict[str, Any]:
     options |= {"model_config": model}
     options |= {"eval_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     clock = Clock(attempt.is_race)
-    DEFAULT_CALLBACKS.append(clock)
-    words = [word for key, value in options.items() for word in (f"--{key}", _as_word(value))]
-    sys.argv = ["pretrain/pretrain.py", *words]
-    try:
-        pretrain.main()
-    finally:
-        DEFAULT_CALLBACKS.remove(clock)
+    recipe.train(options, clock)
+    return clock.evaluations
+
+
+def run(attempt: Attempt, seed: int, args: SpeedrunArguments, work: Path) -> dict[str, Any]:
+    """Run an attempt; return the result as it is stored."""
+    if attempt.was_removed:
+        raise UserError(f"{attempt.name} has no result with seed {seed}, and its code was not kept")
+    if args.text is None:
+        raise UserError(f"{attempt.name} has no result with seed {seed}: give the folder of the text as --text")
+    vocab_size = attempt.model.get("vocab_size", VOCABULARY)
+    prepare(Path(args.text).absolute(), work, vocab_size)
+    if attempt.trainer == "minimind":
+        if args.minimind is None:
+            raise UserError(f"{attempt.name} runs MiniMind's own script: give a checkout as --minimind")
+        checkout = Path(args.minimind).absolute()
+        evaluations = minimind.train(checkout, work, *folders(work, vocab_size), attempt.options, attempt.tokens, seed)
+    else:
+        evaluations = train(attempt, seed, work)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     return {
         **{"attempt": attempt.name, "seed": seed, "commit": commit.strip(), "date": time.strftime("%Y-%m-%d")},
         **{"options": attempt.options, "model": attempt.model, "tokens": attempt.tokens},
-        **{"evaluations": clock.evaluations, "machine": machine()},
+        **{"evaluations": evaluations, "machine": machine()},
     }
-
-
-def _as_word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | bool) else str(value)
 
 
 def read_results() -> list[dict[str, Any]]:
@@ -258,12 +270,7 @@ def main() -> None:
         for name in names:
             if any((result["attempt"], result["seed"]) == (name, seed) for result in read_results()):
                 continue
-            if attempts[name].was_removed:
-                raise UserError(f"{name} has no result with seed {seed}, and its code was not kept")
-            if args.text is None:
-                raise UserError(f"{name} has no result with seed {seed}: give the folder of the text as --text")
-            prepare(Path(args.text).absolute(), work, attempts[name].model["vocab_size"])
-            result = train(attempts[name], seed, work)
+            result = run(attempts[name], seed, args, work)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result, ensure_ascii=False) + "\n")
             print(f"{name}, seed {seed}: {result['evaluations'][-1]}", flush=True)

@@ -14,20 +14,17 @@ import glob
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import recipe
 import torch
 from ab import ROOT, machine
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
-from transformers.trainer import DEFAULT_CALLBACKS
 
 from buddygpt.cli.arguments import parse_arguments
 from buddygpt.cli.errors import UserError, run_script
@@ -36,7 +33,6 @@ from buddygpt.cli.tables import markdown_table
 from buddygpt.planning import rules
 from buddygpt.planning.budget import bytes_of_text, model_config
 from buddygpt.planning.hardware import CORE_FLOPS
-from buddygpt.pretrain import pretrain
 
 AXES = ("rate", "embedding", "batch", "shape", "vocabulary")
 LARGEST_BATCH = 16  # rows of a micro-batch
@@ -53,7 +49,9 @@ class SweepArguments:
     vary: list[str] = field(
         default_factory=lambda: list(AXES[:-1]), metadata={"help": f"What to vary: {', '.join(AXES)}."}
     )
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    text_column: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "Columns that may hold the text; the first found counts."}
+    )
     eval_fraction: float = field(default=0.005, metadata={"help": "Share of documents to hold out."})
     seed: int = field(default=1, metadata={"help": "Seed of weights and data order."})
     work: str = field(default="outputs/sweep", metadata={"help": "Folder of shards, results, table and picture."})
@@ -156,16 +154,14 @@ def describe(shape: rules.Shape) -> str:
 def prepare(args: SweepArguments, work: Path, vocab_size: int) -> None:
     """Train the tokenizer and write the shards of one vocabulary, unless they exist."""
     tokenizer, shards = work / f"tokenizer-{vocab_size}", work / f"shards-{vocab_size}"
-    steps = {
+    commands = {
         tokenizer: ["tokenizer/train_tokenizer.py", "--files", *args.text, "--vocab_size", vocab_size,
-                    "--text_column", args.text_column, "--max_bytes", 20_000_000],
-        shards: ["data/prepare_pretrain.py", "--sources", *args.text, "--text_key", args.text_column,
+                    "--text_column", *args.text_column, "--max_bytes", 20_000_000],
+        shards: ["data/prepare_pretrain.py", "--sources", *args.text, "--text_key", *args.text_column,
                  "--clean", "text", "--deduplicate", "minhash", "--on_bad_row", "skip",
                  "--eval_fraction", args.eval_fraction, "--tokenizer", tokenizer],
     }  # fmt: skip
-    for output, command in steps.items():
-        if not output.exists():
-            subprocess.run([sys.executable, *map(str, command), "--output", str(output)], cwd=ROOT, check=True)
+    recipe.make_missing(commands)
 
 
 class Clock(TrainerCallback):
@@ -183,15 +179,6 @@ class Clock(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self.bits = logs.get("eval_bits_per_byte", self.bits)
-
-
-@contextmanager
-def added(callback: TrainerCallback) -> Iterator[None]:
-    DEFAULT_CALLBACKS.append(callback)
-    try:
-        yield
-    finally:
-        DEFAULT_CALLBACKS.remove(callback)
 
 
 def train(candidate: Candidate, steps: int, seed: int, work: Path, evaluate: bool) -> Clock:
@@ -220,12 +207,12 @@ def train(candidate: Candidate, steps: int, seed: int, work: Path, evaluate: boo
         "learning_rate": candidate.rate,
         "optim_args": f"adamw_lr={candidate.embedding * candidate.rate:g}",
         "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": json.dumps(decay),
+        "lr_scheduler_kwargs": decay,
         "warmup_steps": rules.warmup_steps(candidate.shape.parameters, candidate.batch, steps),
         "weight_decay": rules.WEIGHT_DECAY,
         "adam_beta2": 0.95,
-        "bf16": "false",
-        "use_cpu": "true",
+        "bf16": False,
+        "use_cpu": True,
         "seed": seed,
         "output_dir": folder,
         "eval_strategy": "steps" if evaluate else "no",
@@ -233,15 +220,10 @@ def train(candidate: Candidate, steps: int, seed: int, work: Path, evaluate: boo
         "save_strategy": "no",
         "logging_steps": max(1, steps // 10),
         "report_to": "none",
-        "disable_tqdm": "true",
+        "disable_tqdm": True,
     }
-    clock, words = Clock(), sys.argv
-    sys.argv = ["pretrain/pretrain.py", *(str(word) for key, value in options.items() for word in (f"--{key}", value))]
-    try:
-        with added(clock):
-            pretrain.main()
-    finally:
-        sys.argv = words
+    clock = Clock()
+    recipe.train(options, clock)
     return clock
 
 
@@ -339,7 +321,7 @@ def verdict(found: list[tuple[Candidate, dict[str, Any]]], best: float, planned:
         return "The rules' choice has not run yet."
     distance = ours / best - 1
     goal = "within the goal" if distance <= GOAL else "**outside** the goal"
-    waiting = f" {planned - len(found)} runs are missing." if len(found) < planned else ""
+    waiting = f" Not run yet: {planned - len(found)}." if len(found) < planned else ""
     return f"The rules' choice is {100 * distance:.1f}% from the best, {goal} of {GOAL:.0%}.{waiting}"
 
 

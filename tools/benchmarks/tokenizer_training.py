@@ -141,7 +141,7 @@ def memory(key: str) -> int:
 
 
 def read_all(files: list[Path], max_bytes: int = 1 << 40) -> list[str]:
-    return list(read_texts(files, "text", max_bytes))
+    return list(read_texts(files, ["text"], max_bytes))
 
 
 def measure(trainer: str, vocab_size: int, folder: Path) -> dict[str, float]:

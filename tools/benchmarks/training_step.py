@@ -5,9 +5,9 @@
     python tools/benchmarks/training_step.py --quick            # checks in seconds that it runs
 
 `stock` compares BuddyGPT with Qwen2 and Qwen3 of the same dimensions, in a bare loop, in `Trainer` and in the recipe.
-`switches` changes one thing at a time in a bare loop. `packing` trains on chats with TRL's `SFTTrainer`; their lengths
-are drawn from a log-normal distribution. On a CPU a packed row needs a mask as wide as the row, which the
-variable-length kernels of a GPU do not need. gpu.py compares the switches on a GPU.
+`switches` changes one thing at a time in a bare loop. `packing` trains on chats with TRL's `SFTTrainer`, whose packed
+rows are joined to one, and with that of sft/sft.py, which keeps them apart; the lengths of the chats are drawn from a
+log-normal distribution. gpu.py compares the switches on a GPU.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from buddygpt.cli.errors import UserError, run_script
 from buddygpt.model import BuddyGPTConfig
 from buddygpt.pretrain import pretrain
 from buddygpt.training.optimizers import muon_adamw
+from buddygpt.training.packed_rows import PackedRowsTrainer
 
 
 @dataclass
@@ -193,10 +194,12 @@ def compare_switches(args: TrainingStepArguments) -> None:
 
 # Packing -------------------------------------------------------------------------------------------------------------
 
+PACKING = {"packing": True, "packing_strategy": "bfd"}
 WAYS = {
-    "padding": {},
-    "padding, grouped by length": {"train_sampling_strategy": "group_by_length"},
-    "packing (bfd)": {"packing": True, "packing_strategy": "bfd"},
+    "padding": (SFTTrainer, {}),
+    "padding, grouped by length": (SFTTrainer, {"train_sampling_strategy": "group_by_length"}),
+    "packing, rows joined": (SFTTrainer, PACKING),
+    "packing, rows apart (sft/sft.py)": (PackedRowsTrainer, PACKING),
 }
 
 
@@ -228,17 +231,17 @@ def compare_packing(args: TrainingStepArguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder) / "tokenizer", config.vocab_size)
 
-        def trainer(options: dict) -> SFTTrainer:
+        def trainer(kind: type[SFTTrainer], options: dict) -> SFTTrainer:
             settings = SFTConfig(
                 folder, use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=args.length,
                 num_train_epochs=1, save_strategy="no", disable_tqdm=True, logging_strategy="no",
                 per_device_train_batch_size=1 + rows // 4 if options.get("packing") else rows, **options,
             )  # fmt: skip
             model = AutoModelForCausalLM.from_config(config)
-            return SFTTrainer(model, settings, train_dataset=chats, processing_class=tokenizer)
+            return kind(model, settings, train_dataset=chats, processing_class=tokenizer)
 
         real = sum(map(len, chats["input_ids"]))
-        variants = {name: Epoch(lambda options=options: trainer(options), real) for name, options in WAYS.items()}
+        variants = {name: Epoch(lambda way=way: trainer(*way), real) for name, way in WAYS.items()}
         samples = measure(variants, args.rounds)
     report = Report("packing", ["way", "share of real tokens", "real tokens a CPU second", "ratio to the first"])
     for name, values in samples.items():
