@@ -18,9 +18,9 @@ PREPARED_BYTES = 0.5e6
 GPU_CORES = 8  # of the CPU next to a GPU; assumed
 # How a run's time is divided; assumed. minimind gives its SFT 48% of both, the quickstart 27% with DPO.
 SHARES = {"pretrain": 0.75, "sft": 0.2, "dpo": 0.05}
-# How much longer a token of SFT and DPO takes than one of pretraining: 0.82M tokens in 352 s instead of 157 s; 60
-# steps of 4 pairs of 256 tokens in 85 s (docs/results.md), of which a part is the start of the process.
-SLOWER = {"sft": 2.2, "dpo": 3.6}
+# How much longer a token of SFT and DPO takes than one of pretraining, with the start of each: 1.68M tokens in 815 s
+# and 0.25M in 147 s after 13.6M in 2,780 s (docs/results.md, "One hour on two CPU cores").
+SLOWER = {"sft": 2.4, "dpo": 2.8}
 LEAST_SECONDS = 20  # of training
 BYTES_PER_PAIR = 2500  # of preference rows; assumed from the samples of docs/results.md
 GIB_OF_LIBRARIES = 0.2  # free disk that a run wants next to what it writes; assumed
