@@ -1,7 +1,8 @@
 """Tokens and CPU seconds until a small model reaches a fixed loss on held-out text: the table of docs/speedrun.md.
 
     python tools/benchmarks/speedrun.py --text FOLDER                     # every attempt of speedrun.yaml, hours
-    python tools/benchmarks/speedrun.py --text FOLDER --attempts adamw muon --seeds 1 2 3
+    python tools/benchmarks/speedrun.py --text FOLDER --attempts adamw muon-linear --seeds 1 2 3
+    python tools/benchmarks/speedrun.py --text FOLDER --attempts minimind-2e-3 --minimind CHECKOUT
     python tools/benchmarks/speedrun.py --only_tables true
 
 FOLDER holds files `zh_*.jsonl.gz` and `en_*.jsonl.gz` with a column `text`. The first call trains the tokenizers and
