@@ -5,6 +5,7 @@ Each sequence is computed alone, without padding and packing. Formulas: DPO arXi
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,10 +37,8 @@ def read_batch(batch: dict[str, torch.Tensor]) -> dict[str, list[Sequence]]:
         return {"answers": list(without_padding(ids, mask, counts.masked_fill(counts == 0, -100)))}
     ids = batch["input_ids"]
     if "position_ids" in batch:
-        starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-        sizes = [end - start for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True)]
-        parts = zip(ids[0].split(sizes), batch["labels"][0].split(sizes), strict=True)
-        return {"rows": [Sequence(part, labels != -100) for part, labels in parts]}
+        rows = zip(ids, batch["labels"], batch["position_ids"], strict=True)
+        return {"rows": [sequence for row in rows for sequence in unpacked(*row)]}
     found = {}
     for prefix in ("", "KL_"):
         if f"{prefix}input_ids" in batch:
@@ -48,6 +47,14 @@ def read_batch(batch: dict[str, torch.Tensor]) -> dict[str, list[Sequence]]:
             labels = batch["labels"] if "labels" in batch else counts.masked_fill(counts == 0, -100)
             found[prefix or "rows"] = list(without_padding(ids, mask, labels))
     return found
+
+
+def unpacked(ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor) -> Iterator[Sequence]:
+    """Yield the documents of a packed row; a single token with position 0 is padding."""
+    starts = (positions == 0).nonzero()[:, 0].tolist()
+    for start, end in pairwise([*starts, len(ids)]):
+        if end - start > 1:
+            yield Sequence(ids[start:end], labels[start:end] != -100)
 
 
 def without_padding(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> Iterator[Sequence]:
