@@ -18,6 +18,8 @@ training/saving.py                Trainer._get_output_dir               replace 
 training/saving.py                Trainer._push_from_checkpoint         replace   uploads after the rename, not before
 training/resume.py                Trainer._issue_warnings_after_load    replace   tied weights are not missing
 training/resume.py                SFTTrainer._total_train_tokens        set       TRL counts from 0 again
+training/packed_rows.py           SFTTrainer._total_train_tokens        set       TRL counts the tokens of one row
+training/packed_rows.py           SFTTrainer._metrics                   set       the same in the log
 training/evaluation.py            GRPOTrainer.num_generations_eval      read      answers to a row stay together
 training/pickles.py               Trainer._load_from_checkpoint         replace   errors become one line
 training/pickles.py               Trainer._load_optimizer_and_scheduler replace   errors become one line
