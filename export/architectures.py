@@ -18,7 +18,6 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
-    Qwen3NextConfig,
 )
 
 from buddygpt.model import BuddyGPTConfig, BuddyGPTForCausalLM
@@ -86,11 +85,6 @@ def native_configs(config: BuddyGPTConfig) -> Iterator[PreTrainedConfig]:
         if architecture is Qwen3MoeConfig:
             fields["num_experts"] = config.n_routed_experts
             fields["mlp_only_layers"] = list(range(config.first_k_dense_replace))
-        if architecture is Qwen3NextConfig:
-            # Every layer is dense and attends to all tokens.
-            fields["num_experts"] = 0
-            fields["layer_types"] = ["full_attention"] * config.num_hidden_layers
-            fields["rope_parameters"] = {**config.rope_parameters, "partial_rotary_factor": 1.0}
         yield architecture(**fields)
 
 
@@ -108,8 +102,6 @@ def _equivalent_architectures(config: BuddyGPTConfig) -> tuple[type[PreTrainedCo
     has_latent_attention = config.kv_lora_rank is not None
     if config.n_soft_experts is not None:
         raise ValueError("no architecture of transformers has a soft mixture of experts (n_soft_experts)")
-    if config.attn_output_gate:
-        return _gated_architectures(config)
     if config.n_routed_experts is None:
         return (DeepseekV3Config,) if has_latent_attention else DENSE[config.attention_bias, config.use_qk_norm]
     if config.scoring_func == "sigmoid":
@@ -127,17 +119,6 @@ def _equivalent_architectures(config: BuddyGPTConfig) -> tuple[type[PreTrainedCo
         if is_present:
             raise ValueError(f"with softmax scores (scoring_func) it could be Qwen3-MoE only, which has {obstacle}")
     return (Qwen3MoeConfig,)
-
-
-def _gated_architectures(config: BuddyGPTConfig) -> tuple[type[PreTrainedConfig], ...]:
-    obstacles = [
-        (config.n_routed_experts is not None, "a gate on its shared expert"),
-        (not config.use_qk_norm, "normalized queries and keys (use_qk_norm) always"),
-    ]
-    for is_present, obstacle in obstacles:
-        if is_present:
-            raise ValueError(f"with a gate (attn_output_gate) it could be Qwen3-Next only, which has {obstacle}")
-    return (Qwen3NextConfig,)
 
 
 def buddygpt_config(config: PreTrainedConfig) -> BuddyGPTConfig:
@@ -212,8 +193,6 @@ def convert(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
         state = {name: _interleaved(name, weight, config) for name, weight in state.items()}
     if model.config.tie_word_embeddings and not config.tie_word_embeddings:
         state["lm_head.weight"] = state["lm_head.weight"].clone()  # `save_pretrained` saves a shared tensor only once
-    if isinstance(config, Qwen3NextConfig):
-        state = _as_qwen3_next(state, config)
 
     # Add zeros that only the new architecture has; drop zeros that it lacks.
     expected = converted.state_dict()
@@ -231,21 +210,6 @@ def convert(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
     converted.load_state_dict(state, strict=True, assign=True)
     converted.tie_weights()
     converted.generation_config = model.generation_config
-    return converted
-
-
-def _as_qwen3_next(state: dict[str, torch.Tensor], config: Qwen3NextConfig) -> dict[str, torch.Tensor]:
-    """Return the weights as Qwen3-Next has them: norms less 1, and each head's gate below its query in `q_proj`."""
-    converted = {}
-    for name, weight in state.items():
-        if "norm" in name:
-            converted[name] = weight - 1
-        elif ".q_proj." in name:
-            gate = state[name.replace("q_proj", "g_proj")]
-            by_head = [part.unflatten(0, (config.num_attention_heads, -1)) for part in (weight, gate)]
-            converted[name] = torch.cat(by_head, dim=1).flatten(0, 1)
-        elif ".g_proj." not in name:
-            converted[name] = weight
     return converted
 
 

@@ -34,11 +34,9 @@ class BuddyGPTConfig(PreTrainedConfig):
         tie_word_embeddings: Use the embedding as output head.
         rope_parameters: `{"rope_type": "default", "rope_theta": 10000.0}`, or one of transformers' scaled types
             ("linear", "dynamic", "yarn", "llama3", ...) with its own keys.
-        attention_bias: Add a bias to `q_proj`, `k_proj`, `v_proj` and `g_proj`, as in Qwen2 (`o_proj` never has one).
-            With MLA: to `q_a_proj` and `kv_a_proj_with_mqa`, as in DeepSeek-V3.
+        attention_bias: Add a bias to `q_proj`, `k_proj` and `v_proj`, as in Qwen2 (`o_proj` never has one). With MLA:
+            to `q_a_proj` and `kv_a_proj_with_mqa`, as in DeepSeek-V3.
         use_qk_norm: Apply RMSNorm to each head's queries and keys before RoPE, as in Qwen3.
-        attn_output_gate: Multiply each head's output by the sigmoid of a projection of the hidden states (`g_proj`),
-            as in Qwen3-Next (arXiv:2505.06708).
         attention_dropout: Dropout of the attention weights during training.
         kv_lora_rank: MLA (arXiv:2405.04434 section 2.1): rank of the latent from which keys and values are computed,
             and which the cache holds. None: grouped-query attention.
@@ -90,7 +88,6 @@ class BuddyGPTConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
     use_qk_norm: bool = False
-    attn_output_gate: bool = False
     attention_dropout: float | int = 0.0
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
@@ -179,8 +176,6 @@ class BuddyGPTConfig(PreTrainedConfig):
             )
         if self.use_qk_norm:
             raise ValueError("use_qk_norm (True) must be False in latent attention: its latents are normalized")
-        if self.attn_output_gate:
-            raise ValueError("attn_output_gate (True) must be False in latent attention, which has no gate")
 
     def validate_experts(self):
         """Raise ValueError if the experts cannot be chosen, grouped or trained."""

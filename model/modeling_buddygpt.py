@@ -6,8 +6,8 @@ The config chooses the sublayers of each decoder layer; `BuddyGPTDecoderLayer.__
 - feed-forward: SwiGLU, a mixture of SwiGLU experts (MoE), or a soft mixture
 
 With the same weights, most configs give the same logits as a stock transformers architecture: Qwen2 (GQA with
-`attention_bias`), Qwen3 (GQA with `use_qk_norm`), Qwen3-Next (also with `attn_output_gate`), Llama (GQA), DeepSeek-V3
-(MLA, dense or MoE), GLM-4-MoE (GQA with sigmoid MoE) or Qwen3-MoE (GQA with softmax MoE).
+`attention_bias`), Qwen3 (GQA with `use_qk_norm`), Llama (GQA), DeepSeek-V3 (MLA, dense or MoE), GLM-4-MoE (GQA with
+sigmoid MoE) or Qwen3-MoE (GQA with softmax MoE).
 
 This file is copied into every checkpoint together with `configuration_buddygpt.py` and `losses_buddygpt.py`, so it may
 import only torch, transformers and those two files.
@@ -169,10 +169,7 @@ def eager_attention_forward(
 
 
 class BuddyGPTAttention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245).
-
-    Optional: an RMSNorm of queries and keys as in Qwen3, and a gate on the output as in Qwen3-Next (arXiv:2505.06708).
-    """
+    """Grouped-query attention (arXiv:2305.13245), with an optional RMSNorm of queries and keys as in Qwen3."""
 
     # An attribute, so that one model can use a fused kernel instead (see liger_kernels.py in the repository).
     apply_rotary_to_both = staticmethod(apply_rotary_to_both)
@@ -192,8 +189,6 @@ class BuddyGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        if config.attn_output_gate:
-            self.g_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         if config.use_qk_norm:
             self.q_norm = BuddyGPTRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = BuddyGPTRMSNorm(config.head_dim, config.rms_norm_eps)
@@ -241,10 +236,7 @@ class BuddyGPTAttention(nn.Module):
             **kwargs,
         )
         # Join the heads: (B, T, H, D) -> (B, T, H x D) -> (B, T, C)
-        output = output.reshape(batch_size, length, -1)
-        if self.config.attn_output_gate:
-            output = output * self.g_proj(hidden_states).sigmoid()
-        return self.o_proj(output), weights
+        return self.o_proj(output.reshape(batch_size, length, -1)), weights
 
 
 class BuddyGPTLatentAttention(nn.Module):

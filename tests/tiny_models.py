@@ -27,7 +27,6 @@ VARIANTS = {
     "gqa": GQA,
     "gqa-bias": GQA | dict(attention_bias=True),
     "gqa-norm": GQA | dict(use_qk_norm=True),
-    "gqa-gate": GQA | dict(use_qk_norm=True, attn_output_gate=True, attention_bias=True),
     "mla": MLA,
     "gqa-moe": GQA | MOE | dict(use_qk_norm=True),
     "mla-moe": MLA | MOE | SIGMOID | dict(scoring_func="sigmoid"),

@@ -196,9 +196,7 @@ def gguf_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def obstacle_to_gguf(config: PreTrainedConfig) -> str | None:
-    """Return why a model cannot be written as GGUF or run by llama.cpp; None if it can."""
-    if config.model_type not in ARCHITECTURES:
-        return f"its architecture `{config.model_type}` is not written here"
+    """Return why a model of `ARCHITECTURES` cannot be written as GGUF or run by llama.cpp; None if it can."""
     rope = config.rope_parameters
     known_keys = {"rope_type", "rope_theta", "partial_rotary_factor"} | ROPE_KEYS.get(rope["rope_type"], set())
     if rope["rope_type"] not in ROPE_KEYS or rope.keys() - known_keys:

@@ -263,7 +263,6 @@ def test_every_parameter_learns(variant):
         (MLA | dict(num_key_value_heads=2), r"num_key_value_heads \(2\).*\(4\)"),
         (MLA | dict(head_dim=12), r"head_dim \(12\).*\(8\)"),
         (MLA | dict(use_qk_norm=True), "use_qk_norm"),
-        (MLA | dict(attn_output_gate=True), "attn_output_gate"),
         (MOE | dict(num_experts_per_tok=9), r"num_experts_per_tok \(9\).*8 experts"),
         (MOE | dict(n_group=2, num_experts_per_tok=5), r"num_experts_per_tok \(5\).*4 experts"),
         (MOE | dict(n_group=3), r"n_routed_experts \(8\).*n_group \(3\)"),

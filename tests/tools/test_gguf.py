@@ -243,7 +243,6 @@ def test_experts_and_latent_attention_are_written_and_read_back(tmp_path, checkp
     [
         (EXPERTS | dict(use_qk_norm=True, first_k_dense_replace=1), "Qwen3-MoE has experts in every layer"),
         (EXPERTS | dict(use_qk_norm=True, norm_topk_prob=False), "always normalizes the scores"),
-        (dict(use_qk_norm=True, attn_output_gate=True), "its architecture `qwen3_next` is not written here"),
         (LATENT | dict(rms_norm_eps=1e-5), "uses `rms_norm_eps` 1e-05 for the norms of the latents"),
         (LATENT | dict(rope_parameters=YARN), "latent attention is written with plain"),
         (LATENT | dict(attention_bias=True), "has no such bias"),
