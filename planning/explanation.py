@@ -81,7 +81,7 @@ def choices(recipe: Recipe) -> list[list[str]]:
         ["optimizer", f"Muon, rate {run.learning_rate:g}; AdamW for the embedding, rate {run.embedding_rate:g}",
          f"AdamW needs {rules.adamw_needs(shape.parameters)} times the tokens; the rate falls with the size and grows "
          "with the batch"],
-        ["schedule", schedule(recipe), "warmup, stable, linear decay to a twentieth"],
+        ["schedule", schedule(recipe), f"warmup, stable, linear decay to {rules.END_OF_DECAY:.0%}"],
         ["weight decay", f"{rules.WEIGHT_DECAY}", "as the OLMo ladder"],
         ["SFT", f"{plan.sft.steps:,} steps, rate {plan.sft.learning_rate:g}", f"a fifth of the time, at most "
          f"{rules.SFT_EPOCHS} epochs"],
@@ -97,6 +97,14 @@ def schedule(recipe: Recipe) -> str:
     if recipe.inputs.anneal_sources:
         return f"{text}; the last {anneal_steps(run.steps):,} on better text"
     return f"{text}; the rate falls in the last {run.decay_steps:,}"
+
+
+def schedule_zh(recipe: Recipe) -> str:
+    run = recipe.plan.run
+    text = f"{run.steps:,} 步，预热 {run.warmup_steps} 步"
+    if recipe.inputs.anneal_sources:
+        return f"{text}；最后 {anneal_steps(run.steps):,} 步换用更好的文本"
+    return f"{text}；最后 {run.decay_steps:,} 步学习率下降"
 
 
 def machine_zh(machine: Machine) -> str:
@@ -133,7 +141,7 @@ def choices_zh(recipe: Recipe) -> list[list[str]]:
         ["批大小", f"{run.batch:,} token，每行 {run.block_size}", "随 token 总数增大"],
         ["优化器", f"Muon，学习率 {run.learning_rate:g}；嵌入层用 AdamW，学习率 {run.embedding_rate:g}",
          f"同样效果，AdamW 需要 {rules.adamw_needs(shape.parameters)} 倍的 token"],
-        ["学习率曲线", f"{run.steps:,} 步，预热 {run.warmup_steps} 步", "预热、稳定、线性下降"],
+        ["学习率曲线", schedule_zh(recipe), f"预热、稳定、线性降到 {rules.END_OF_DECAY:.0%}"],
         ["SFT", f"{plan.sft.steps:,} 步，学习率 {plan.sft.learning_rate:g}",
          f"占时间的五分之一，最多 {rules.SFT_EPOCHS} 遍"],
         ["DPO", f"{plan.dpo.steps:,} 步，学习率 {plan.dpo.learning_rate:g}",

@@ -77,7 +77,7 @@ def recipe_files(recipe: Recipe) -> dict[str, str]:
     if inputs.anneal_sources:
         better = data(recipe, inputs.anneal_sources, "anneal_shards")
         stages["anneal_data"] = ("Better text for the end of pretraining.", better)
-        stages["anneal"] = ("The end of pretraining: the learning rate falls to zero on better text.", anneal(recipe))
+        stages["anneal"] = ("The end of pretraining: the learning rate falls on better text.", anneal(recipe))
     files = {f"{name}.yaml": f"# {title}\n{to_yaml(content)}" for name, (title, content) in stages.items()}
     files["model.json"] = json.dumps(model_config(recipe.plan.run.shape, recipe.plan.run.block_size), indent=2) + "\n"
     if hardware := own_hardware(recipe.machine):
@@ -200,15 +200,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
         "per_device_train_batch_size": plan.rows,
         "gradient_accumulation_steps": plan.accumulation,
     }
-    schedule: dict[str, Any] = {
-        "max_steps": steps,
-        "lr_scheduler_type": "warmup_stable_decay",
-        "lr_scheduler_kwargs": {
-            "num_decay_steps": run.decay_steps,
-            "decay_type": "linear",
-            "min_lr_ratio": rules.END_OF_DECAY,
-        },
-    }
+    schedule = {"max_steps": steps} | decay_in_the_last(run.decay_steps)
     if recipe.inputs.anneal_sources:
         stable = steps - anneal_steps(steps)
         schedule = {"max_steps": stable, "lr_scheduler_type": "constant_with_warmup"}
@@ -227,6 +219,17 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
     return content | schedule | optimization | precision(recipe.machine) | output | logs | prompts
 
 
+def decay_in_the_last(steps: int) -> dict[str, Any]:
+    return {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {
+            "num_decay_steps": steps,
+            "decay_type": "linear",
+            "min_lr_ratio": rules.END_OF_DECAY,
+        },
+    }
+
+
 def anneal_steps(steps: int) -> int:
     return max(1, round(steps * rules.DECAY_SHARE * 0.5))
 
@@ -242,11 +245,10 @@ def anneal(recipe: Recipe) -> dict[str, Any]:
         "model_name_or_path": f"{folder}/pretrain/checkpoint-{stable}",
         "keep_optimizer": True,
         "max_steps": steps,
-        "lr_scheduler_type": "linear",
         "warmup_steps": 0,
         "output_dir": f"{folder}/anneal",
     }
-    return content | logging(steps)
+    return content | decay_in_the_last(steps) | logging(steps)
 
 
 def convert(recipe: Recipe, files: list[str], kind: str, held_out: float) -> dict[str, Any]:

@@ -90,7 +90,8 @@ def test_public_sets_are_used_by_name_and_a_second_stage_anneals(tmp_path, capsy
     assert read(tmp_path / "gpu", "data")["sources"][0]["reader"] == "ultra-fineweb"
     assert hardware_file["num_processes"] == 2 and pretrain["bf16"]
     assert anneal["model_name_or_path"].endswith(f"/pretrain/checkpoint-{pretrain['max_steps']}")
-    assert anneal["lr_scheduler_type"] == "linear" and "model_config" not in anneal
+    assert anneal["lr_scheduler_type"] == "warmup_stable_decay" and "model_config" not in anneal
+    assert (anneal["warmup_steps"], anneal["lr_scheduler_kwargs"]["num_decay_steps"]) == (0, anneal["max_steps"])
     assert "62.40 (2 x 24 h x 1.3)" in (tmp_path / "gpu" / "README.md").read_text(encoding="utf-8")
     model = json.loads((tmp_path / "gpu" / "model.json").read_text())
     assert model["hidden_size"] % model["num_attention_heads"] == 0
