@@ -220,6 +220,7 @@ def pretrain(recipe: Recipe) -> dict[str, Any]:
 
 
 def decay_in_the_last(steps: int) -> dict[str, Any]:
+    """Return the schedule whose rate falls in the last so many steps."""
     return {
         "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {
