@@ -185,7 +185,7 @@ def batch_tokens(tokens: float, length: int) -> int:
 
 # A step of Muon with `match_rms_adamw` at rate r moves a matrix as nanochat's does at 0.2 x r x sqrt(width): its 0.02
 # at a width of 768 is 3.6e-3 here, 1.4 times the rate of the OLMo ladder for AdamW at that size and batch.
-# Half of it is 0.1 to 0.4% better for 0.4M to 1.8M parameters (docs/results.md).
+# Half of it is 0.1 to 0.3% better for 0.4M to 1.8M parameters (docs/results.md).
 MUON_OVER_ADAMW = 1.4
 HIGHEST_RATE = 1e-2  # measured: best of two on the quickstart's 1.0M parameters
 # Beside Muon, AdamW trains the embedding, which prefers a higher rate: 3e-2 beside 1e-2 (measured, docs/speedrun.md);
